@@ -1,0 +1,44 @@
+"""What lies where in a run folder: the one place that knows the names.
+
+    RUN/
+      config.yaml            resolved configuration
+      metrics.jsonl          one line per optimizer phase (see trainer.py): stage, step, losses, rewards, seconds
+      evals.jsonl            one line per evaluation: stage, mode (greedy or sampled), scores with bootstrap intervals
+      skipped.jsonl          media and records that were left out, each with its reason
+      rollouts/STAGE/step_000000.parquet
+      verifier/STAGE/verdicts.parquet, pairs.parquet, account.json
+      eval/STAGE_MODE.parquet  every evaluated completion
+      checkpoints/step_000000/  HF checkpoint + trainer/ state; `checkpoints/latest` names the newest complete one
+      tensorboard/
+      report.html
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class RunDir:
+    """Paths inside one run folder; creates nothing by itself."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.metrics = self.root / "metrics.jsonl"
+        self.evals = self.root / "evals.jsonl"
+        self.skipped = self.root / "skipped.jsonl"
+        self.checkpoints = self.root / "checkpoints"
+        self.tensorboard = self.root / "tensorboard"
+        self.report = self.root / "report.html"
+
+    def rollouts(self, stage: str, step: int) -> Path:
+        return self.root / "rollouts" / stage / f"step_{step:06d}.parquet"
+
+    def rollout_files(self, stage: str) -> list[Path]:
+        return sorted((self.root / "rollouts" / stage).glob("step_*.parquet"))
+
+    def verifier(self, stage: str) -> Path:
+        return self.root / "verifier" / stage
+
+    def eval_rows(self, stage: str, mode: str) -> Path:
+        return self.root / "eval" / f"{stage}_{mode}.parquet"

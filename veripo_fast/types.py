@@ -1,0 +1,173 @@
+"""The data that flows through the trainer, stage by stage; no logic lives here.
+
+Shape letters: T tokens or frames (said where it matters), G group, P prompt tokens, R completion tokens, N patches,
+D hidden. Lists of numbers are plain Python so that a rollout can be stored, compared and shipped without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+ProblemType: TypeAlias = Literal["choice", "number", "estimate", "math", "text"]
+PairFamily: TypeAlias = Literal["accuracy", "consistency", "reflection", "repetition"]
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file, or the part of it between two times."""
+
+    path: str
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image file."""
+
+    path: str
+
+
+Media: TypeAlias = Video | Image
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Decoded frames of one video, already resized to what the policy sees."""
+
+    pixels: torch.Tensor
+    """uint8 [T, 3, H, W], RGB."""
+    pts_seconds: torch.Tensor
+    """float64 [T]: the true presentation time of each frame, relative to the first frame of the (part of the) video."""
+    indices: tuple[int, ...]
+    """Index of each frame in decoding-independent presentation order."""
+    source_fps: float
+    """Average frame rate of the source, frames per second."""
+    decoder: str
+    """Which decoder produced them: `torchcodec` or `pyav`."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat turn; media stand where they appear in the text."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | Video | Image, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question with its media and the typed gold answer. `prompt_id` is unique within a data set."""
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+    problem_type: ProblemType
+    gold: str
+    options: tuple[str, ...] = ()
+    """Texts of the choices A, B, C, ... without their letters; empty when there are none."""
+    data_source: str = ""
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        return tuple(part for message in self.messages for part in message.parts if not isinstance(part, str))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part for message in self.messages for part in message.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the policy reads it."""
+
+    token_ids: torch.Tensor
+    """int64 [P], media pad tokens expanded to one per merged patch."""
+    positions: torch.Tensor
+    """int64 [3, P], M-RoPE positions (time, height, width)."""
+    next_position: int
+    """Position of the first completion token (the same on all three axes)."""
+    pixel_values: torch.Tensor | None = None
+    """float32 [N, 3*2*patch*patch] of all images, or None."""
+    image_grid_thw: torch.Tensor | None = None
+    """int64 [images, 3], in patches before merging."""
+    pixel_values_videos: torch.Tensor | None = None
+    """float32 [N, 3*2*patch*patch] of all videos, or None."""
+    video_grid_thw: torch.Tensor | None = None
+    """int64 [videos, 3], in patches before merging."""
+    vision_key: str = ""
+    """Content fingerprint of all media under the sampling contract; equal keys mean equal pixel values."""
+
+
+@dataclass
+class Completion:
+    """What the policy wrote for one prompt."""
+
+    token_ids: list[int]
+    """The tokens sampled, the end-of-turn token included when it was reached."""
+    text: str
+    rollout_logprobs: list[float]
+    """log softmax(logits / temperature) of each token: the distribution the trainer computes, without top-p/top-k."""
+    finish_reason: FinishReason
+    policy_version: int
+    """Number of optimizer steps behind the weights that wrote it."""
+    accuracy: float = 0.0
+    format: float = 0.0
+    reward: float = 0.0
+    advantage: float = 0.0
+
+
+@dataclass
+class RolloutGroup:
+    """The G completions of one prompt."""
+
+    prompt: Prompt
+    completions: list[Completion]
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A chosen and a rejected completion of the same prompt, as tokens that enter DPO."""
+
+    prompt_id: str
+    family: PairFamily
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    chosen_loss_mask: tuple[int, ...]
+    """1 on tokens that enter the loss; same length as chosen_ids."""
+    rejected_loss_mask: tuple[int, ...]
+    chosen_text: str
+    rejected_text: str
+    chosen_index: int
+    """Index of the completion in its group, or -1 when the text was assembled from several."""
+    rejected_index: int
+    reason: str = ""
+    """One sentence: why this is a pair."""
+
+
+@dataclass
+class Verdict:
+    """What the Rollout-Aware Verifier says of one completion."""
+
+    prompt_id: str
+    index: int
+    """Index of the completion in its group."""
+    accuracy: float
+    format_ok: bool
+    finished: bool
+    length_tokens: int
+    """Tokens inside the think span."""
+    repetition: float
+    """Share of the think span covered by repeated n-grams, 0 to 1."""
+    consistent: bool | None
+    """Whether the answer is what the reasoning supports; None when the judge could not say."""
+    supported_answer: str | None
+    """The answer that the reasoning supports, as the judge reads it, or None."""
+    judge_score: float | None = None
+    """The judge's own number where it has one (likelihood judge: log-probability margin)."""
+    flags: tuple[str, ...] = field(default_factory=tuple)
+    """Names of failed checks: format, unfinished, length, repetition, inconsistent, wrong."""
