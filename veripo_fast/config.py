@@ -6,12 +6,10 @@ where the paper gives one (G 8, temperature 1.0, dpo_beta 0.1, drop_easy 0.8).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run, said by field name and value."""
+from veripo_fast.errors import ConfigError
 
 
 def _require(ok: bool, message: str) -> None:
@@ -361,8 +359,6 @@ class Config:
 
 def _named(stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
     """Fill in stage names (grpo-1, dpo-1, grpo-2, ...) and check references between stages."""
-    from dataclasses import replace
-
     counts: dict[str, int] = {}
     named: list[StageConfig] = []
     for stage in stages:

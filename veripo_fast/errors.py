@@ -1,0 +1,29 @@
+"""Errors that a user can mend: printed as one sentence without a traceback, exit code 2."""
+
+
+class UserError(Exception):
+    """What is wrong, by name and value, and what to do."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be run."""
+
+
+class DataError(UserError):
+    """A data file that cannot be used."""
+
+
+class MediaError(UserError):
+    """A video or image that cannot be decoded; the record is skipped and named in skipped.jsonl."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read or written."""
+
+
+class JudgeError(UserError):
+    """A judge that cannot give verdicts."""
+
+
+class TrainingError(UserError):
+    """Training that cannot go on (for example NaN in every step)."""

@@ -1,0 +1,92 @@
+"""Rollouts on disk: one Parquet file per GRPO step, one row per completion, written atomically.
+
+Columns: stage, step, policy_version, prompt_id, problem_type, gold, group (index in the step), index (in the group),
+prompt (JSON of the whole Prompt), token_ids, text, rollout_logprobs, finish_reason, accuracy, format, reward, advantage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from veripo_fast.errors import DataError
+from veripo_fast.types import Completion, Image, Message, Prompt, RolloutGroup, Video
+
+_SCORES = ("accuracy", "format", "reward", "advantage")
+
+
+def prompt_to_json(prompt: Prompt) -> str:
+    """The whole prompt as JSON; media are objects with a `video` or `image` key."""
+
+    def part(value: str | Video | Image) -> Any:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, Image):
+            return {"image": value.path}
+        return {"video": value.path, "start_seconds": value.start_seconds, "end_seconds": value.end_seconds}
+
+    record = asdict(prompt)
+    record["messages"] = [{"role": m.role, "parts": [part(p) for p in m.parts]} for m in prompt.messages]
+    return json.dumps(record, ensure_ascii=False)
+
+
+def prompt_from_json(text: str) -> Prompt:
+    """Inverse of `prompt_to_json`."""
+
+    def part(value: Any) -> str | Video | Image:
+        if isinstance(value, str):
+            return value
+        return Image(value["image"]) if "image" in value else Video(
+            value["video"], value["start_seconds"], value["end_seconds"])
+
+    record = json.loads(text)
+    record["messages"] = tuple(
+        Message(m["role"], tuple(part(p) for p in m["parts"])) for m in record["messages"])
+    record["options"] = tuple(record["options"])
+    return Prompt(**record)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write Parquet so that `path` either holds the whole table or does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_groups(path: Path, groups: Iterable[RolloutGroup], stage: str, step: int) -> None:
+    """Store the groups of one step."""
+    rows = []
+    for number, group in enumerate(groups):
+        prompt = prompt_to_json(group.prompt)
+        for index, completion in enumerate(group.completions):
+            rows.append({"stage": stage, "step": step, "prompt_id": group.prompt.prompt_id,
+                         "problem_type": group.prompt.problem_type, "gold": group.prompt.gold,
+                         "group": number, "index": index, "prompt": prompt, **asdict(completion)})
+    write_table(pa.Table.from_pylist(rows), path)
+
+
+def read_groups(path: Path) -> list[RolloutGroup]:
+    """Read one step back, groups and completions in the order they were written."""
+    try:
+        rows = pq.read_table(path).to_pylist()
+        groups: dict[int, RolloutGroup] = {}
+        for row in rows:
+            group = groups.setdefault(row["group"], RolloutGroup(prompt_from_json(row["prompt"]), []))
+            group.completions.append(Completion(
+                token_ids=row["token_ids"], text=row["text"], rollout_logprobs=row["rollout_logprobs"],
+                finish_reason=row["finish_reason"], policy_version=row["policy_version"],
+                **{name: row[name] for name in _SCORES}))
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise DataError(f"{path} is not a rollout file of veripo: {error}") from error
+    return list(groups.values())
