@@ -47,7 +47,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """The sampling contract: which frames of a video, and how large. Policy, engine and evaluation obey the same one."""
+    """The sampling contract: which frames of a video, and how large. Policy, engine and evaluation obey one."""
 
     fps: float | None = 2.0
     """Frames taken per second of video; conflicts with num_frames."""
@@ -161,7 +161,7 @@ class GrpoConfig:
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
     """Mean per completion then over completions (GRPO), over all tokens (DAPO), or sum / max_new_tokens (Dr. GRPO)."""
     drop_easy: float = 0.0
-    """Share of the prompts with group accuracy 1 in the previous GRPO stage that this stage leaves out (VerIPO: 0.8)."""
+    """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "prompts_per_step", "updates_per_rollout", "learning_rate")
@@ -195,7 +195,7 @@ class VerifierConfig:
     max_pairs_per_prompt: int = 4
     """At most so many pairs of one prompt, spread over the families."""
     length_match: float = 2.0
-    """The longer completion of an accuracy or consistency pair has at most this multiple of the shorter one's tokens."""
+    """The longer completion of an accuracy or consistency pair has at most this multiple of the shorter's tokens."""
     endpoint_url: str = ""
     """Base URL of an OpenAI-compatible server (`.../v1`); needed by the endpoint judge."""
     endpoint_model: str = ""
@@ -211,7 +211,7 @@ class VerifierConfig:
     endpoint_max_failures: float = 0.2
     """Share of items without a verdict above which the stage stops instead of going on with what it has."""
     likelihood_margin: float = 0.0
-    """The answer given must beat every other candidate by this many nats for the likelihood judge to call it consistent."""
+    """likelihood: the answer given must beat every other candidate by this many nats to be consistent."""
 
     def __post_init__(self) -> None:
         _unit(self, "max_repetition", "endpoint_max_failures", "min_length_ratio")
@@ -313,7 +313,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of the loop. A grpo stage explores; a dpo stage verifies the rollouts of an earlier stage and aligns."""
+    """One stage of the loop. A grpo stage explores; a dpo stage verifies the rollouts of an earlier one and aligns."""
 
     kind: Literal["grpo", "dpo"] = "grpo"
     """What the stage does."""

@@ -82,6 +82,22 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class MediaInputs:
+    """All images and videos of one prompt as the vision tower reads them, in the order they appear in the text."""
+
+    pixel_values: torch.Tensor | None
+    """float32 [N, 3*2*patch*patch], patches in Qwen's order; None once the tower's output is at hand."""
+    grid_thw: torch.Tensor
+    """int64 [media, 3]: frames / 2, height and width in patches before merging."""
+    kinds: tuple[Literal["image", "video"], ...]
+    """What each row of grid_thw is."""
+    grid_seconds: tuple[tuple[float, ...], ...]
+    """Per medium and temporal grid: mean presentation time of its two frames, in seconds."""
+    key: str
+    """Content fingerprint of the media under the sampling contract; equal keys mean equal pixel values."""
+
+
+@dataclass(frozen=True)
 class EncodedPrompt:
     """A prompt as the policy reads it."""
 
@@ -91,16 +107,8 @@ class EncodedPrompt:
     """int64 [3, P], M-RoPE positions (time, height, width)."""
     next_position: int
     """Position of the first completion token (the same on all three axes)."""
-    pixel_values: torch.Tensor | None = None
-    """float32 [N, 3*2*patch*patch] of all images, or None."""
-    image_grid_thw: torch.Tensor | None = None
-    """int64 [images, 3], in patches before merging."""
-    pixel_values_videos: torch.Tensor | None = None
-    """float32 [N, 3*2*patch*patch] of all videos, or None."""
-    video_grid_thw: torch.Tensor | None = None
-    """int64 [videos, 3], in patches before merging."""
-    vision_key: str = ""
-    """Content fingerprint of all media under the sampling contract; equal keys mean equal pixel values."""
+    media: MediaInputs | None = None
+    """None for a text-only prompt."""
 
 
 @dataclass

@@ -1,0 +1,73 @@
+#!/bin/sh
+# What `make demo` and `make test` need, installed into .venv; none of it needs root.
+#   sh .ci/install.sh base PYTHON   .venv, torch (CPU build where there is no GPU), veripo-fast itself (editable)
+#   sh .ci/install.sh dev           what the tests run with
+#   sh .ci/install.sh oracle        torchvision, kept out of the environment's own packages
+#   sh .ci/install.sh browser       Chromium for the report's tests: by apt when root, otherwise it is left out
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { printf '==> %s\n' "$*"; }
+die() { printf 'install: %s\n' "$*" >&2; exit 1; }
+has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+pinned() { sed -n "s/^$1==//p" .ci/constraints-cpu.txt; }
+install() { .venv/bin/python -m pip install --disable-pip-version-check "$@"; }
+
+# The versions to hold: all of them, but torch and torchcodec where a GPU wants other builds.
+write_constraints() {
+    if has_gpu; then
+        sed -E '/^(torch|torchcodec)==/d' .ci/constraints-cpu.txt >.venv/constraints.txt
+    else
+        cp .ci/constraints-cpu.txt .venv/constraints.txt
+    fi
+}
+
+make_venv() {
+    command -v "$1" >/dev/null || die "there is no $1; install Python 3.11 or 3.12, or run make PYTHON=/path/to/python"
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "$("$1" -V) is too old, 3.11 or newer is needed; run make PYTHON=python3.12, say"
+    "$1" -c 'import ensurepip, venv' 2>/dev/null ||
+        die "$1 cannot make virtual environments; on Debian and Ubuntu the package python3-venv is missing"
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$1" -m venv --clear .venv
+}
+
+install_torch() {
+    version=$(pinned torch)
+    if has_gpu; then
+        install torch
+    elif ! install "torch==$version+cpu" 2>/dev/null; then # offered where pip already knows a source of CPU builds
+        install "torch==$version" --index-url https://download.pytorch.org/whl/cpu
+    fi
+}
+
+case "${1:-}" in
+base)
+    say "[1/3] virtual environment .venv"
+    make_venv "${2:-python3}"
+    write_constraints
+    say "[2/3] torch, $(if has_gpu; then echo 'CUDA build'; else echo 'CPU build: no GPU here'; fi)"
+    install_torch
+    say "[3/3] veripo-fast and what it depends on"
+    install -e . -c .venv/constraints.txt
+    ;;
+dev)
+    say "test tools"
+    install -e '.[dev]' -c .venv/constraints.txt
+    ;;
+oracle)
+    # Only its transforms are compared with. Installed beside CPU torch, this CUDA build breaks transformers' imports.
+    say "torchvision into .venv/oracle"
+    if has_gpu; then release=torchvision; else release=torchvision==0.28.0; fi
+    install --no-deps --upgrade --target .venv/oracle "$release"
+    ;;
+browser)
+    if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then exit 0; fi
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "Chromium"
+        export DEBIAN_FRONTEND=noninteractive
+        if apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; then exit 0; fi
+    fi
+    say "left out: the report's tests in a browser (no Chromium, and it takes root and apt to install one)"
+    ;;
+*) die "unknown step '${1:-}': base, dev, oracle or browser" ;;
+esac

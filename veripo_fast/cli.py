@@ -1,0 +1,259 @@
+"""The console script `veripo`: one table of commands, each handing over to the module that does the work.
+
+Handlers import what they need when they run, so that `veripo --help` needs no torch. Errors that a user can mend are
+one line on stderr and exit code 2; Ctrl-C is exit code 130; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from veripo_fast import __version__
+from veripo_fast.errors import UserError
+
+EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+"""What a write fails with when the disk is full, over quota, read-only, or the file too large for it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what runs, its line in the help, its arguments as argparse takes them."""
+
+    run: Callable[[argparse.Namespace, list[str]], None]
+    help: str
+    arguments: tuple[tuple[str, dict[str, Any]], ...]
+    takes_overrides: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user error, 130 after Ctrl-C."""
+    set_environment()
+    logging.basicConfig(format="veripo: %(message)s", level=logging.WARNING)
+    logging.getLogger("veripo_fast").setLevel(logging.INFO)
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return _complain("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output went away; Python would complain once more while closing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        return _complain(f"cannot write {error.filename or 'a file'}: {error.strerror}")
+
+
+def set_environment() -> None:
+    """Defaults that libraries read while they are imported; what the user has set stays."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at run time
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads warn after every fork
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard looks for TensorFlow, which then talks
+
+
+def _run(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}; {_hint(argv[0], COMMANDS)}")
+    parser, by_name = _parsers()
+    overrides: list[str] = []
+    if argv and argv[0] in COMMANDS and COMMANDS[argv[0]].takes_overrides:
+        argv, overrides = _split(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return
+    if unknown:
+        raise UserError(_unknown_argument(options.command, unknown[0], by_name[options.command].names))
+    COMMANDS[options.command].run(options, overrides)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Separate the options of the configuration (`--grpo.steps 5`, `--seed=1`) from those of the command."""
+    from veripo_fast.config import Config
+
+    own, overrides, rest = [], [], list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, _ = token[2:].partition("=")
+        if not token.startswith("--") or not ("." in name or name.replace("-", "_") in Config.__dataclass_fields__):
+            own.append(token)
+            continue
+        overrides.append(token)
+        if not equals and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return own, overrides
+
+
+# Commands
+
+def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.demo import run_demo
+
+    run_demo(options.out, options.seed, options.quick)
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.config_io import load_config
+
+    config = load_config(options.config, overrides)
+    from veripo_fast.trainer import train
+
+    train(config, resume=options.resume)
+
+
+def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.config_io import load_config
+
+    config = load_config(options.config, overrides)
+    from veripo_fast.evaluate import evaluate_command
+
+    evaluate_command(config, options.out)
+
+
+def _verify(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.config_io import load_config
+
+    config = load_config(options.config, overrides)
+    from veripo_fast.verifier import verify_files
+
+    verify_files(options.rollouts, options.out, config)
+
+
+def _report(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.report import write_report
+
+    print(write_report(options.run_dir, options.out))
+
+
+def _synth(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.synth import write_corpus
+
+    write_corpus(options.out, options.train, options.heldout, options.seed)
+
+
+def _init_model(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.tiny import init_model
+
+    init_model(options.out, options.family, options.seed)
+
+
+def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.config_io import describe, load_config
+
+    print(describe(load_config(options.config, overrides)), end="")
+
+
+_SEED = ("--seed", {"type": int, "default": 0, "metavar": "N", "help": "seed (default 0)"})
+_CONFIG = ("--config", {"type": Path, "metavar": "FILE", "help": "YAML file; without it the defaults"})
+_CONFIG_NEEDED = ("--config", {"type": Path, "metavar": "FILE", "required": True, "help": "YAML file of the run"})
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(_demo, "the whole loop on rendered clips with a tiny policy, and its report", (
+        ("--out", {"type": Path, "default": Path("demo"), "metavar": "DIR", "help": "folder (default demo)"}),
+        _SEED,
+        ("--quick", {"action": "store_true", "help": "shows that it runs in a minute, not that it learns"}),
+    )),
+    "train": Command(_train, "run the stages of a configuration", (
+        _CONFIG_NEEDED,
+        ("--resume", {"action": "store_true", "help": "continue from the newest complete checkpoint of the run"}),
+    ), takes_overrides=True),
+    "eval": Command(_eval, "score a policy on the held-out files, greedy and sampled", (
+        _CONFIG_NEEDED,
+        ("--out", {"type": Path, "metavar": "DIR", "help": "folder of the results (default: the run's)"}),
+    ), takes_overrides=True),
+    "verify": Command(_verify, "check stored rollouts and build preference pairs from them", (
+        ("rollouts", {"type": Path, "nargs": "+", "metavar": "ROLLOUTS", "help": "Parquet files of rollouts"}),
+        ("--out", {"type": Path, "metavar": "DIR", "help": "folder of verdicts, pairs and account"}),
+        _CONFIG,
+    ), takes_overrides=True),
+    "report": Command(_report, "write one self-contained HTML file about a run", (
+        ("run_dir", {"type": Path, "metavar": "RUN", "help": "run folder"}),
+        ("--out", {"type": Path, "metavar": "FILE", "help": "HTML file (default RUN/report.html)"}),
+    )),
+    "synth": Command(_synth, "render a corpus of mp4 clips with questions", (
+        ("out", {"type": Path, "metavar": "OUT", "help": "new folder"}),
+        ("--train", {"type": int, "default": 512, "metavar": "N", "help": "training questions (default 512)"}),
+        ("--heldout", {"type": int, "default": 128, "metavar": "N", "help": "held-out questions (default 128)"}),
+        _SEED,
+    )),
+    "init-model": Command(_init_model, "write a tiny, randomly initialised checkpoint folder", (
+        ("out", {"type": Path, "metavar": "OUT", "help": "new folder"}),
+        ("--family", {"choices": ["qwen3_vl", "qwen2_5_vl"], "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
+        _SEED,
+    )),
+    "show-config": Command(_show_config, "print the resolved configuration with a line on every option", (_CONFIG,),
+                           takes_overrides=True),
+}
+
+
+# Parsing
+
+class _Parser(argparse.ArgumentParser):
+    """Remembers its option names, and hands usage errors to `main` like any other user error."""
+
+    def __init__(self, **options: Any) -> None:
+        self.names: list[str] = []
+        super().__init__(**options, allow_abbrev=False)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        self.names += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(prog="veripo", description="GRPO -> verifier -> DPO -> GRPO for Video-LLMs (VerIPO).")
+    parser.add_argument("--version", action="version", version=f"veripo-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    by_name: dict[str, _Parser] = {}
+    for name, command in COMMANDS.items():
+        epilog = "Options of the configuration may follow: --grpo.clip-high 0.28 (veripo show-config lists them)."
+        by_name[name] = commands.add_parser(name, help=command.help, description=command.help,
+                                            epilog=epilog if command.takes_overrides else None)
+        for flag, options in command.arguments:
+            by_name[name].add_argument(flag, **options)
+    return parser, by_name
+
+
+def _unknown_argument(command: str, token: str, names: list[str]) -> str:
+    if not token.startswith("-"):
+        return f"unexpected argument {token!r} (see veripo {command} --help)"
+    choices = list(names)
+    if COMMANDS[command].takes_overrides:
+        from veripo_fast.config_text import option_names
+
+        choices += [f"--{name.replace('_', '-')}" for name in option_names()]
+    return f"unknown option {token.partition('=')[0]}; {_hint(token.partition('=')[0], choices)}"
+
+
+def _hint(word: str, choices: Iterable[str]) -> str:
+    from veripo_fast.config_text import guesses
+
+    found = guesses(word, choices)
+    return f"did you mean {found}?" if found else f"there are {', '.join(list(choices)[:12])}"
+
+
+def _complain(sentence: str, code: int = EXIT_USER) -> int:
+    label = "error: " if code == EXIT_USER else ""
+    print(f"veripo: {label}{' '.join(sentence.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""Inline SVG for the report: line charts over steps and interval charts over stages.
+
+Every chart is 360 units wide, about what a column and a phone screen hold, so that text keeps its size. Colours come
+from the style sheet by class. Raw values stay visible under the smoothed line; a value that is not finite breaks the
+line and leaves a cross on the axis.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 360, 176
+LEFT, RIGHT, TOP, BOTTOM = 44, 8, 18, 22
+BAND_GAP = 8
+MAX_POINTS = 600
+"""Points drawn per line; a longer series keeps the lowest and highest value of each bucket, so no spike is lost."""
+SMOOTH_FROM = 12
+"""Fewer points than this are drawn raw only."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """The steps of one stage on a chart."""
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with its 95 % interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass
+class Chart:
+    """A chart with its heading."""
+
+    title: str
+    note: str
+    svg: Markup
+    last: str = ""
+
+
+def number(value: float) -> str:
+    """A short plain number for axes and read-outs: `0.25`, `1,200`, `5e-7`."""
+    size = abs(value)
+    if size and (size < 1e-3 or size >= 1e6):
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    text = f"{value:,.{0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers from `low` to `high`, inclusive."""
+    rough = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def y_range(values: Sequence[float], fixed: tuple[float, float] | None) -> tuple[float, float]:
+    """The fixed range if all values lie in it; else from zero when nothing is negative, widened to round numbers."""
+    low, high = min(values), max(values)
+    if fixed and fixed[0] <= low and high <= fixed[1]:
+        return fixed
+    low = min(low, 0.0) if low >= 0 else low
+    if high == low:
+        low, high = low - abs(low) * 0.5, high + (abs(high) * 0.5 or 1.0)
+    marks = ticks(low, high, 4)
+    step = marks[1] - marks[0] if len(marks) > 1 else high - low
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+
+
+def smooth(values: Sequence[float | None], window: int) -> list[float | None]:
+    """Centred mean over `window` (odd) points, narrower at the ends; gaps stay gaps."""
+    half = window // 2
+    result: list[float | None] = []
+    for index, value in enumerate(values):
+        reach = min(half, index, len(values) - 1 - index)
+        near = [v for v in values[index - reach: index + reach + 1] if v is not None]
+        result.append(None if value is None else sum(near) / len(near))
+    return result
+
+
+def smooth_window(count: int) -> int:
+    """Odd window of about a tenth of the points, at least 5; 0 when there are too few to smooth."""
+    return 0 if count < SMOOTH_FROM else max(5, count // 10 | 1)
+
+
+def line_chart(title: str, bands: Sequence[Band], fixed: tuple[float, float] | None) -> Markup:
+    """One metric over the steps of its stages, each stage in a band of its own."""
+    known = [v for band in bands for v in band.values if v is not None]
+    if not known:
+        return Markup("")
+    low, high = y_range(known, fixed)
+    window = smooth_window(max(len(band.steps) for band in bands))
+    spans = _spans([len(band.steps) for band in bands])
+    parts = [_y_axis(low, high)]
+    points: list[list[object]] = []
+    for band, (left, right) in zip(bands, spans, strict=True):
+        parts.append(_band_frame(band, left, right))
+        xs = _positions(band.steps, left, right)
+        parts.append(_lines(xs, band.values, smooth(band.values, window) if window else None, low, high))
+        keep = _decimate(band.values)
+        points += [[band.steps[i], round(xs[i], 1), _round_y(band.values[i], low, high), _compact(band.values[i])]
+                   for i in keep]
+    parts.append(f'<text class="tick" x="{LEFT - 6}" y="{HEIGHT - 6}" text-anchor="end">step</text>'
+                 f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>'
+                 '<circle class="dot" r="3" cx="-9" cy="-9"/>')
+    return _svg(_describe(title, bands, known), "".join(parts), "line", points)
+
+
+def interval_chart(title: str, labels: Sequence[str], series: dict[str, list[Interval | None]],
+                   fixed: tuple[float, float] | None, percent: bool) -> Markup:
+    """Scores after each stage, one line per series, whiskers for the intervals; the first series is labelled."""
+    ends = [v for line in series.values() for p in line if p for v in (p.value, p.low, p.high) if v is not None]
+    if not ends:
+        return Markup("")
+    low, high = y_range(ends, fixed)
+    slots = _slots(len(labels))
+    show = math.ceil(len(labels) / 6)
+    parts = [_y_axis(low, high, percent)]
+    parts += [f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(label)}</text>'
+              for i, (x, label) in enumerate(zip(slots, labels, strict=True)) if i % show == 0]
+    for index, (name, line) in enumerate(series.items()):
+        shift = (index - (len(series) - 1) / 2) * 9
+        xs = [x + shift for x in slots]
+        parts.append(_interval_line(name, index, xs, line, low, high, percent, labelled=len(labels) <= 6))
+    said = "; ".join(f"{name}: " + ", ".join(f"{label} {_score(p.value, percent)}" for label, p in
+                                             zip(labels, line, strict=True) if p) for name, line in series.items())
+    return _svg(f"{title}. {said}", "".join(parts), "interval", [])
+
+
+def _score(value: float, percent: bool) -> str:
+    return f"{value * 100:.1f}" if percent else number(value)
+
+
+def _svg(label: str, body: str, kind: str, points: list[list[object]]) -> Markup:
+    data = f' data-points="{escape(json.dumps(points, separators=(",", ":")))}"' if points else ""
+    return Markup(f'<svg class="plot {kind}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+                  f'aria-label="{escape(label)}"{data}>{body}</svg>')
+
+
+def _describe(title: str, bands: Sequence[Band], known: Sequence[float]) -> str:
+    steps = [step for band in bands for step in band.steps]
+    return (f"{title}, steps {steps[0]} to {steps[-1]}: first {number(known[0])}, last {number(known[-1])}, "
+            f"lowest {number(min(known))}, highest {number(max(known))}")
+
+
+def _y(value: float, low: float, high: float) -> float:
+    return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
+
+
+def _round_y(value: float | None, low: float, high: float) -> float | None:
+    return None if value is None else round(_y(value, low, high), 1)
+
+
+def _compact(value: float | None) -> str:
+    return "not finite" if value is None else number(value)
+
+
+def _y_axis(low: float, high: float, percent: bool = False) -> str:
+    lines = []
+    for mark in ticks(low, high, 4):
+        y = _y(mark, low, high)
+        base = " base" if abs(mark) < 1e-12 else ""
+        lines.append(f'<line class="grid{base}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                     f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">'
+                     f'{f"{mark * 100:.0f} %" if percent else number(mark)}</text>')
+    return "".join(lines)
+
+
+def _spans(counts: Sequence[int]) -> list[tuple[float, float]]:
+    """Left and right edge of each band; width in proportion to its steps, but never unreadably thin."""
+    room = WIDTH - LEFT - RIGHT - BAND_GAP * (len(counts) - 1)
+    weights = [max(count, 0.12 * sum(counts)) for count in counts]
+    spans, left = [], float(LEFT)
+    for weight in weights:
+        width = room * weight / sum(weights)
+        spans.append((left, left + width))
+        left += width + BAND_GAP
+    return spans
+
+
+def _positions(steps: Sequence[int], left: float, right: float) -> list[float]:
+    first, last = steps[0], steps[-1]
+    if first == last:
+        return [(left + right) / 2] * len(steps)
+    inset = min(5.0, (right - left) * 0.1)
+    return [left + inset + (right - left - 2 * inset) * (step - first) / (last - first) for step in steps]
+
+
+def _band_frame(band: Band, left: float, right: float) -> str:
+    """The stage's background, its name, and ticks at its first and last step (and between, where there is room)."""
+    width = right - left
+    name = band.name if len(band.name) * 6 <= width else band.name[: max(1, int(width / 6) - 1)] + "…"
+    text = (f'<rect class="band" x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{HEIGHT - TOP - BOTTOM}"/>'
+            f'<text class="stage" x="{left:.1f}" y="{TOP - 6}">{escape(name)}</text>')
+    xs = dict(zip(band.steps, _positions(band.steps, left, right), strict=True))
+    return text + "".join(f'<text class="tick" x="{xs[step]:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step:,}</text>'
+                          for step in _step_marks(band.steps, width))
+
+
+def _step_marks(steps: Sequence[int], width: float) -> list[int]:
+    room = max(1, int(width / (len(str(steps[-1])) * 7 + 22)))
+    if room == 1 or len(steps) == 1:
+        return [steps[-1]]
+    inner = [int(m) for m in ticks(steps[0], steps[-1], room) if m == int(m) and int(m) in set(steps)]
+    space = (steps[-1] - steps[0]) / room * 0.6
+    return [steps[0], *[m for m in inner if m - steps[0] > space and steps[-1] - m > space], steps[-1]]
+
+
+def _lines(xs: Sequence[float], values: Sequence[float | None], smoothed: Sequence[float | None] | None,
+           low: float, high: float) -> str:
+    keep = _decimate(values)
+    ys = [None if v is None else _y(v, low, high) for v in values]
+    text = f'<path class="{"raw" if smoothed else "main"}" d="{_path([xs[i] for i in keep], [ys[i] for i in keep])}"/>'
+    if smoothed:
+        every = max(1, len(xs) // MAX_POINTS)
+        curve = [None if v is None else _y(v, low, high) for v in smoothed[::every]]
+        text += f'<path class="main" d="{_path(xs[::every], curve)}"/>'
+    if len([v for v in values if v is not None]) <= SMOOTH_FROM:
+        text += "".join(f'<circle class="mark" r="2" cx="{x:.1f}" cy="{y:.1f}"/>'
+                        for x, y in zip(xs, ys, strict=True) if y is not None)
+    return text + "".join(f'<text class="broken" x="{x:.1f}" y="{HEIGHT - BOTTOM - 2}" text-anchor="middle">×</text>'
+                          for x, y in zip(xs, ys, strict=True) if y is None)
+
+
+def _decimate(values: Sequence[float | None]) -> list[int]:
+    """Indices to draw: all, or the lowest and highest of each bucket."""
+    if len(values) <= MAX_POINTS:
+        return list(range(len(values)))
+    edges = [len(values) * i // (MAX_POINTS // 2) for i in range(MAX_POINTS // 2 + 1)]
+    kept: set[int] = {0, len(values) - 1}
+    for start, stop in pairwise(edges):
+        bucket = [(v, i) for i in range(start, stop) if (v := values[i]) is not None]
+        kept |= {min(bucket)[1], max(bucket)[1]} if bucket else {start}
+    return sorted(kept)
+
+
+def _path(xs: Sequence[float], ys: Sequence[float | None]) -> str:
+    text, pen_down = [], False
+    for x, y in zip(xs, ys, strict=True):
+        if y is not None:
+            text.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}")
+        pen_down = y is not None
+    return "".join(text)
+
+
+def _slots(count: int) -> list[float]:
+    room = (WIDTH - LEFT - RIGHT) / count
+    return [LEFT + room * (i + 0.5) for i in range(count)]
+
+
+def _interval_line(name: str, index: int, xs: Sequence[float], line: Sequence[Interval | None], low: float, high: float,
+                   percent: bool, labelled: bool) -> str:
+    ys = [None if p is None else _y(p.value, low, high) for p in line]
+    text = f'<path class="link s{index}" d="{_path(xs, ys)}"/>'
+    for x, y, point in zip(xs, ys, line, strict=True):
+        if point is None or y is None:
+            continue
+        top = _y(point.high, low, high) if point.high is not None else y
+        foot = _y(point.low, low, high) if point.low is not None else y
+        text += (f'<g class="s{index}"><title>{escape(name)} {_score(point.value, percent)}</title>'
+                 f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{foot:.1f}"/>'
+                 f'<circle class="point" r="3.5" cx="{x:.1f}" cy="{y:.1f}"/></g>')
+        if index == 0 and labelled:
+            above = top - 6 if top - 6 > TOP - 8 else foot + 13
+            text += (f'<text class="value" x="{x:.1f}" y="{above:.1f}" text-anchor="middle">'
+                     f'{_score(point.value, percent)}</text>')
+    return text

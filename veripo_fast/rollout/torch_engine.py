@@ -1,0 +1,115 @@
+"""The plain-torch rollout engine: runs anywhere and defines what a faster engine must give.
+
+A prompt is prefilled once and its keys and values are shared by its G completions, which are decoded together. Prompts
+leave the batch when all their completions have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from veripo_fast.model import Policy
+from veripo_fast.packing import pack
+from veripo_fast.rollout import LoadedPrompt, Sampling
+from veripo_fast.shared_prefix import PromptCache
+from veripo_fast.types import Completion, RolloutGroup
+
+EngineOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class TorchEngine:
+    """Samples from the trainer's own weights: nothing to sync, nothing to wake."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
+                 on_progress: Callable[[int], None] | None = None) -> list[RolloutGroup]:
+        """See `RolloutEngine`."""
+        if not prompts:
+            return []
+        batch = pack([(item.encoded, []) for item in prompts])
+        cache = PromptCache(self.policy.num_layers)
+        hidden = self.policy.hidden(batch, [item.features for item in prompts], cache)
+        cache.start_decoding([group.prompt for group in batch.groups], sampling.group_size, sampling.max_new_tokens)
+        ends = torch.tensor([group.completion_start - 1 for group in batch.groups], device=hidden.device)
+        following = torch.tensor([item.encoded.next_position for item in prompts], device=hidden.device)
+        tokens, logprobs, lengths = self._decode(self.policy.head(hidden[ends]), following, cache, sampling, on_progress)
+        return [self._group(item, tokens[rows], logprobs[rows], lengths[rows])
+                for item, rows in zip(prompts, torch.arange(len(tokens)).split(sampling.group_size), strict=True)]
+
+    def _decode(self, logits: torch.Tensor, following: torch.Tensor, cache: PromptCache, sampling: Sampling,
+                on_progress: Callable[[int], None] | None) -> EngineOutput:
+        """Tokens [N*G, R], their log-probabilities, and the length of each completion; logits [N, V] start it."""
+        size = sampling.group_size
+        logits, positions = logits.repeat_interleave(size, 0), following.repeat_interleave(size)
+        rows = torch.arange(len(logits), device=logits.device)
+        tokens = torch.zeros(len(logits), sampling.max_new_tokens, dtype=torch.long, device=logits.device)
+        logprobs = torch.zeros(tokens.shape, device=logits.device)
+        lengths = torch.full((len(logits),), sampling.max_new_tokens, device=logits.device)
+        ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        generator = torch.Generator(logits.device).manual_seed(sampling.seed)
+        for step in range(sampling.max_new_tokens):
+            token, logprob = sample(logits, sampling, self.policy.encoder.banned_ids, generator)
+            tokens[rows, step], logprobs[rows, step] = token, logprob
+            stops = (token == self.policy.encoder.eos_id) & ~ended
+            lengths[rows[stops]] = step + 1
+            ended |= stops
+            done = ended.view(-1, size).all(1)
+            if on_progress is not None and done.any():
+                on_progress(int(done.sum()))
+            if done.all() or step + 1 == sampling.max_new_tokens:
+                break
+            if done.any():
+                keep = (~done).nonzero()[:, 0]
+                cache.keep(keep)
+                alive = (~done).repeat_interleave(size)
+                rows, token, positions, ended = rows[alive], token[alive], positions[alive], ended[alive]
+            logits = self.policy.head(self.policy.decode_hidden(token, positions, cache))
+            positions = positions + 1
+        return tokens.cpu(), logprobs.cpu(), lengths.cpu()
+
+    def _group(self, item: LoadedPrompt, tokens: torch.Tensor, logprobs: torch.Tensor,
+               lengths: torch.Tensor) -> RolloutGroup:
+        completions = []
+        for row, length in enumerate(lengths.tolist()):
+            ids = tokens[row, :length].tolist()
+            completions.append(Completion(
+                token_ids=ids, text=self.policy.encoder.decode_completion(ids),
+                rollout_logprobs=logprobs[row, :length].tolist(),
+                finish_reason="stop" if ids[-1] == self.policy.encoder.eos_id else "length",
+                policy_version=self.policy.version))
+        return RolloutGroup(item.prompt, completions)
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, banned_ids: Sequence[int],
+           generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row of logits [rows, V].
+
+    Returns:
+        int64 [rows] tokens and float32 [rows]: log softmax(logits / temperature) of each, before bans, top-k and top-p.
+    """
+    logprobs = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), -1)
+    allowed = logprobs.clone()
+    allowed[:, list(banned_ids)] = float("-inf")
+    if sampling.temperature == 0:
+        tokens = allowed.argmax(-1)
+    else:
+        tokens = torch.multinomial(_truncate(allowed, sampling).exp(), 1, generator=generator)[:, 0]
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _truncate(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Top-k, then top-p (the smallest set of tokens whose probability reaches top_p, never empty)."""
+    if 0 < sampling.top_k < logprobs.shape[-1]:
+        worst = logprobs.topk(sampling.top_k, -1).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < worst, float("-inf"))
+    if sampling.top_p < 1.0:
+        ordered, order = torch.softmax(logprobs, -1).sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        logprobs = logprobs.masked_fill(drop, float("-inf"))
+    return logprobs

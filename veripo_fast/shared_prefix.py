@@ -1,0 +1,177 @@
+"""Shared-prefix attention: a group packed as [prompt, completion_1, ..., completion_G] attends as if repeated.
+
+Every completion attends to the prompt and to itself, so the prompt runs once for the whole group, forward and backward.
+It plugs into transformers through its attention registry; no model code is touched. The slow sibling that defines it is
+the plain forward of the model on G copies of the prompt (tests/test_shared_prefix.py).
+
+Letters: T packed tokens, P prompt, R completion tokens, N prompts, G group, H query heads, K key heads, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "veripo_shared_prefix"
+MAX_MASK_ELEMENTS = 1 << 25
+"""Completions of a group are attended in blocks whose boolean mask has at most so many elements (32 MiB)."""
+
+
+@dataclass(frozen=True)
+class GroupSpan:
+    """One group inside a packed row: first token, prompt length P, completion lengths R."""
+
+    start: int
+    prompt: int
+    completions: tuple[int, ...] = ()
+
+    @property
+    def completion_start(self) -> int:
+        return self.start + self.prompt
+
+    @property
+    def end(self) -> int:
+        return self.completion_start + sum(self.completions)
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, torch.Tensor]]:
+        """Runs of completions attended together: their tokens, and a bool mask [tokens, P + tokens]."""
+        blocks, lengths = [], list[int]()
+        for length in self.completions:
+            tokens = sum(lengths) + length
+            if lengths and tokens * (self.prompt + tokens) > MAX_MASK_ELEMENTS:
+                blocks.append((sum(lengths), _block_mask(self.prompt, lengths)))
+                lengths = []
+            lengths.append(length)
+        if sum(lengths):
+            blocks.append((sum(lengths), _block_mask(self.prompt, lengths)))
+        return blocks
+
+
+def _block_mask(prompt: int, lengths: list[int]) -> torch.Tensor:
+    """bool [sum(lengths), prompt + sum(lengths)]: True where a completion token may look."""
+    tokens = sum(lengths)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    own = (owner[:, None] == owner[None, :]) & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    return torch.cat([torch.ones(tokens, prompt, dtype=torch.bool), own], 1)
+
+
+class PromptCache:
+    """Keys and values of a decoding batch: one copy per prompt, shared by its G completions, plus the tokens written.
+
+    Prefill fills `prompts` (one packed row); `start_decoding` pads them to [N, K, P, d] and every later forward takes
+    one token of each of the N*G completions.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.prompts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(num_layers)]
+        self.padded: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.visible = torch.empty(0)
+        self.group_size = 1
+        self.length = 0
+
+    def start_decoding(self, lengths: list[int], group_size: int, max_new_tokens: int) -> None:
+        """Pad the prompts of `lengths` tokens and make room for G * N completions of `max_new_tokens`."""
+        self.group_size = group_size
+        for layer in self.prompts:
+            keys, values = ([entry[side] for entry in layer] for side in (0, 1))
+            self.padded.append((_pad(keys), _pad(values)))
+            shape = (len(layer) * group_size, keys[0].shape[1], max_new_tokens, keys[0].shape[-1])
+            self.written.append((keys[0].new_zeros(shape), keys[0].new_zeros(shape)))
+        device = self.padded[0][0].device
+        self.visible = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+        self.prompts = []
+
+    def keep(self, prompts: torch.Tensor) -> None:
+        """Drop the prompts whose completions have all ended; `prompts` int64 lists the rows to keep."""
+        rows = (prompts[:, None] * self.group_size + torch.arange(self.group_size, device=prompts.device)).flatten()
+        self.padded = [(k[prompts], v[prompts]) for k, v in self.padded]
+        self.written = [(k[rows], v[rows]) for k, v in self.written]
+        self.visible = self.visible[prompts]
+
+
+def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
+    """List of [1, K, P_i, d] -> [N, K, max P, d], zeros behind the end."""
+    longest = max(row.shape[2] for row in rows)
+    return torch.cat([F.pad(row, (0, 0, 0, longest - row.shape[2])) for row in rows])
+
+
+def _attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: tuple[GroupSpan, ...],
+                   scaling: float | None, store: list[tuple[torch.Tensor, torch.Tensor]] | None) -> torch.Tensor:
+    """Attention [1, H, T, d] of a packed row; keeps the prompts' keys and values in `store` when there is one.
+
+    The row is split once: slicing it per group would make the backward pass quadratic in the number of groups.
+    """
+    sizes = [size for group in groups for size in (group.prompt, *(tokens for tokens, _ in group.blocks))]
+    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    gqa = query.shape[1] != key.shape[1]
+    outputs: list[torch.Tensor] = []
+    for group in groups:
+        prompt_query, prompt_key, prompt_value = next(parts)
+        outputs.append(F.scaled_dot_product_attention(prompt_query, prompt_key, prompt_value, is_causal=True,
+                                                      scale=scaling, enable_gqa=gqa))
+        if store is not None:
+            store.append((prompt_key, prompt_value))
+        for (_, mask), (own_query, own_key, own_value) in zip(group.blocks, parts, strict=False):
+            outputs.append(F.scaled_dot_product_attention(
+                own_query, torch.cat([prompt_key, own_key], 2), torch.cat([prompt_value, own_value], 2),
+                attn_mask=mask.to(query.device), scale=scaling, enable_gqa=gqa))
+    return torch.cat(outputs, 2)
+
+
+def _attend_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: PromptCache, layer: int,
+                   scaling: float) -> torch.Tensor:
+    """One new token of each completion: query [N*G, H, 1, d], key and value [N*G, K, 1, d] -> [N*G, H, 1, d]."""
+    keys, values = cache.written[layer]
+    keys[:, :, cache.length], values[:, :, cache.length] = key[:, :, 0], value[:, :, 0]
+    keys, values = keys[:, :, :cache.length + 1], values[:, :, :cache.length + 1]
+    prompt_keys, prompt_values = cache.padded[layer]
+    rows, heads, _, size = query.shape
+    prompts, key_heads, length, _ = prompt_keys.shape
+    repeat = heads // key_heads
+    own = query.view(rows, key_heads, repeat, size) * scaling
+    shared = own.view(prompts, -1, key_heads, repeat, size).transpose(1, 2).reshape(prompts, key_heads, -1, size)
+    prompt_scores = (shared @ prompt_keys.transpose(-1, -2)).masked_fill(
+        ~cache.visible[:, None, None], float("-inf"))
+    prompt_scores = prompt_scores.view(prompts, key_heads, -1, repeat, length).transpose(1, 2)
+    scores = torch.cat([prompt_scores.reshape(rows, key_heads, repeat, length), own @ keys.transpose(-1, -2)], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    to_prompt = weights[..., :length].view(prompts, -1, key_heads, repeat, length).transpose(1, 2)
+    out = (to_prompt.reshape(prompts, key_heads, -1, length) @ prompt_values).view(
+        prompts, key_heads, -1, repeat, size).transpose(1, 2).reshape(rows, key_heads, repeat, size)
+    return (out + weights[..., length:] @ values).view(rows, heads, 1, size)
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, *, groups: tuple[GroupSpan, ...] | None = None,
+    cache: PromptCache | None = None, scaling: float | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function for transformers' registry.
+
+    Args:
+        query: [1, H, T, d] of a packed row, or [N*G, H, 1, d] while decoding (then `groups` is None).
+        key, value: the same with K heads.
+        groups: where the groups lie in the packed row; they tile it without gaps.
+        cache: collects the prompts' keys and values while packing, serves them while decoding.
+
+    Returns:
+        [rows, T, H, d] and None, as transformers expects.
+    """
+    if groups is None:
+        assert cache is not None
+        out = _attend_decode(query, key, value, cache, module.layer_idx, scaling or query.shape[-1] ** -0.5)
+        return out.transpose(1, 2), None
+    store = None if cache is None else cache.prompts[module.layer_idx]
+    return _attend_packed(query, key, value, groups, scaling, store).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prefix_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)

@@ -1,0 +1,58 @@
+"""Intervals around scores. The unit that is resampled is the prompt: completions of one prompt are not independent.
+
+Percentile bootstrap, 95 %. Shape letters: P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_CHUNK_VALUES = 1 << 22
+"""Resampled values held at once (32 MiB of float64)."""
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(values_by_prompt: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
+    """Mean over prompts and its interval. values_by_prompt: [P], one score per prompt (the mean of its completions).
+
+    The same input and seed give the same numbers. Raises ValueError when there is no prompt or a value is not finite.
+    """
+    values = np.asarray(values_by_prompt, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"values_by_prompt must hold one number per prompt, got shape {list(values.shape)}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"values_by_prompt[{int(np.argmin(np.isfinite(values)))}] is not finite")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    low, high = np.quantile(_resampled_means(values, resamples, seed), [0.025, 0.975])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def paired_difference(before: Sequence[float], after: Sequence[float], resamples: int = 2000,
+                      seed: int = 0) -> Interval:
+    """Mean of after - before over the same prompts in the same order, [P] each, and its interval.
+
+    Differences within a prompt are resampled, so what makes a prompt hard or easy cancels. Raises ValueError.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"before and after must hold the same prompts, got {len(before)} and {len(after)}")
+    return bootstrap_interval(np.subtract(after, before, dtype=np.float64).tolist(), resamples, seed)
+
+
+def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """[resamples]: means of P values drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK_VALUES // len(values))
+    means = [values[rng.integers(len(values), size=(min(rows, resamples - start), len(values)))].mean(axis=1)
+             for start in range(0, resamples, rows)]
+    return np.concatenate(means)

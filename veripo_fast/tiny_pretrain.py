@@ -1,0 +1,181 @@
+"""How the shipped `tiny_policy` was made: `python -m veripo_fast.tiny_pretrain OUT`.
+
+A Qwen3-VL of three million parameters learns to see the synthetic clips (dense descriptions), and to answer questions in
+the mixture of manners that a pretrained model brings: it may look second by second and conclude, look and then state a
+conclusion that is not its answer, glance and guess, or miss the format. Which manner pays is left for the loop to find.
+Clips are rendered on the fly and never repeat; those of the demo come from other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from veripo_kernels import reference
+
+from veripo_fast import tiny
+from veripo_fast.data import INSTRUCTIONS
+from veripo_fast.encoding import PromptEncoder
+from veripo_fast.model import Policy, VisionFeatures
+from veripo_fast.packing import pack
+from veripo_fast.synth_questions import Question, describe, questions
+from veripo_fast.synth_world import Clip, random_clip, render
+from veripo_fast.types import EncodedPrompt, MediaInputs, Message, Prompt, Video
+
+FRAME_SECONDS = tuple(index / 2 for index in range(8))
+FRAME_SIDE = 96
+FIRST_SEED = 10_000_000
+"""Clips from here on; the corpus of `veripo synth` uses smaller seeds."""
+MANNERS = {"looks": 0.25, "looks_but_misstates": 0.25, "glances": 0.45, "no_format": 0.05}
+DESCRIBE = "Describe what is seen each second."
+
+
+def completion(question: Question, rng: random.Random, manners: dict[str, float]) -> str:
+    """One answer to a question, in a manner drawn from `manners`."""
+    manner = rng.choices(list(manners), list(manners.values()))[0]
+    answer = question.answer
+    if manner == "looks":
+        return f"<think>{question.reasoning(answer)}</think><answer>{question.tag(answer)}</answer>"
+    if manner == "looks_but_misstates":
+        other = rng.choice([candidate for candidate in question.candidates if candidate != answer])
+        return f"<think>{question.reasoning(other)}</think><answer>{question.tag(answer)}</answer>"
+    guess = rng.choice(question.candidates)
+    if manner == "glances":
+        return f"<think>At a glance. so {guess}.</think><answer>{question.tag(guess)}</answer>"
+    return f"The answer is {question.tag(guess)}."
+
+
+def user_prompt(prompt_id: str, text: str) -> Prompt:
+    """A prompt with one video and a text, as the data loader builds it."""
+    return Prompt(prompt_id, (Message("user", (Video(""), text)),), "text", "")
+
+
+def question_text(question: Question) -> str:
+    """The question as the data loader words it: options by letter, then the instruction."""
+    from veripo_fast.data import question_text as worded
+
+    return worded(question.text, question.options, question.problem_type)
+
+
+def clip_media(encoder: PromptEncoder, clip: Clip) -> MediaInputs:
+    """Tower inputs of a rendered clip: what decoding its mp4 under the demo's contract gives, less the codec."""
+    frames = torch.from_numpy(render(clip, list(FRAME_SECONDS))).permute(0, 3, 1, 2)
+    frames = F.interpolate(frames, (FRAME_SIDE, FRAME_SIDE), mode="bicubic", antialias=True)
+    return encoder.media_inputs([("video", frames, torch.tensor(FRAME_SECONDS, dtype=torch.float64))], "")
+
+
+def shared_prefix_row(encoder: PromptEncoder, media: MediaInputs, texts: list[tuple[str, str]]
+                      ) -> tuple[EncodedPrompt, list[list[int]], list[int]]:
+    """One clip with several (question, completion): the video as shared prefix, question and completion as branches.
+
+    Returns:
+        the prefix, the branches as token ids, and how many tokens at the end of each enter the loss.
+    """
+    branches, scored = [], []
+    for text, target in texts:
+        prompt = encoder.encode(user_prompt("", text), media)
+        cut = int((prompt.token_ids == encoder.config.vision_end_token_id).nonzero()[-1]) + 1
+        completion_ids = [*encoder.encode_completion(target), encoder.eos_id]
+        branches.append(prompt.token_ids[cut:].tolist() + completion_ids)
+        scored.append(len(completion_ids))
+    prefix = EncodedPrompt(prompt.token_ids[:cut], prompt.positions[:, :cut], int(prompt.positions[0, cut]), media)
+    return prefix, branches, scored
+
+
+def batch_loss(policy: Policy, seed: int, clips: int, per_clip: int, describe_share: float) -> torch.Tensor:
+    """Mean negative log-likelihood of the completions of `per_clip` questions on each of `clips` new clips."""
+    rng = random.Random(seed)
+    media, groups, scored = [], [], []
+    for number in range(clips):
+        clip = random_clip(FIRST_SEED + seed * clips + number)
+        pool = questions(clip, rng.randrange(1 << 30))
+        media.append(clip_media(policy.encoder, clip))
+        texts = []
+        for _ in range(per_clip):
+            question = rng.choice(pool)
+            texts.append((DESCRIBE, describe(clip)) if rng.random() < describe_share else
+                         (question_text(question), completion(question, rng, MANNERS)))
+        prefix, branches, tokens = shared_prefix_row(policy.encoder, media[-1], texts)
+        groups.append((prefix, branches))
+        scored += tokens
+    packed = pack(groups)
+    ends = packed.cu_seqlens[1:]
+    index = torch.cat([torch.arange(end - tokens, end) for end, tokens in zip(ends.tolist(), scored, strict=True)])
+    hidden = policy.hidden(packed, policy.vision_features_of(media))[packed.logit_index[index]]
+    return -reference.linear_logprobs(hidden, policy.model.lm_head.weight, packed.targets[index]).mean()
+
+
+@torch.no_grad()
+def seeing(policy: Policy, seed: int, clips: int) -> dict[str, float]:
+    """Per question kind: share of held-out questions whose careful reasoning is right token by token (teacher forced)."""
+    encoder, rng = policy.encoder, random.Random(seed)
+    right: dict[str, list[float]] = {}
+    for number in range(clips):
+        clip = random_clip(seed + number)
+        media = clip_media(encoder, clip)
+        features: list[VisionFeatures | None] = [policy.vision_features(media)]
+        for question in questions(clip, rng.randrange(1 << 30)):
+            text = completion(question, rng, {"looks": 1.0})
+            prompt = encoder.encode(user_prompt("", question_text(question)), media)
+            packed = pack([(prompt, [encoder.encode_completion(text)])])
+            logits = policy.head(policy.hidden(packed, features)[packed.logit_index])
+            written = encoder.encode_completion("<think>0s")
+            hits = (logits.argmax(-1) == packed.targets)[len(written):]
+            right.setdefault(question.kind, []).append(float(hits.all()))
+    return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 50 steps, then cosine to a twentieth."""
+    if step < 50:
+        return peak * (step + 1) / 50
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - 50) / max(steps - 50, 1))))
+
+
+def pretrain(out: Path, steps: int, seed: int, clips: int = 16, per_clip: int = 4, peak: float = 1e-3) -> None:
+    """Train from scratch and write the checkpoint (bfloat16) and its log into `out`."""
+    tokenizer = tiny.build_tokenizer()
+    model = tiny.build_model("qwen3_vl", seed, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    tiny.save_processor(out, "qwen3_vl", tokenizer)
+    model.config.save_pretrained(out)
+    policy = Policy(model, PromptEncoder(out), freeze_vision=False)
+    optimizer = torch.optim.AdamW([p for _, p in policy.parameters()], betas=(0.9, 0.98), weight_decay=0.01)
+    started = time.monotonic()
+    with (out / "pretrain.log").open("w") as log:
+        for step in range(steps):
+            describe_share = max(1.0 - step / (0.3 * steps), 0.15)
+            loss = batch_loss(policy, seed * steps + step, clips, per_clip, describe_share)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, peak)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step % 50 == 0 or step == steps - 1:
+                line: dict[str, Any] = {"step": step, "loss": round(loss.item(), 4),
+                                        "seconds": round(time.monotonic() - started)}
+                if step % 250 == 0 or step == steps - 1:
+                    line["seeing"] = {k: round(v, 2) for k, v in seeing(policy, 5_000_000, 40).items()}
+                print(json.dumps(line), file=log, flush=True)
+    model.to(torch.bfloat16).save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    pretrain(args.out, args.steps, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Reading which answer a reasoning text arrives at, by rules: no model, and never the gold answer.
+
+A conclusion is what follows a marker ("so", "therefore", "the answer is") up to the end of its sentence, when it names
+exactly one answer: an option's letter, an option's text, a number, or one of the answers that the group gave. Precision
+before recall: without a marker, or with several answers after it, there is no conclusion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from veripo_fast.answers import letters, normalise_text, plain
+from veripo_fast.answers_number import Number, find_numbers, read_number
+from veripo_fast.types import Prompt
+
+_WEAK = (r"(?<!\bif )(?<!\bor )(?<!\bnot )\bso\b(?!\s+(?:far|that|many|much|long|as|on)\b)"
+         r"|\b(?:therefore|thus|hence|consequently|accordingly|overall|altogether"
+         r"|in (?:conclusion|summary|total|short)|it follows|(?:i|we)(?: can)? conclude"
+         r"|(?:this|which|that|it) (?:means|implies|suggests|shows|indicates))\b")
+_STRONG = (r"\b(?:answer|choice|option|solution)\b(?:\s+(?:here|then))?\s*"
+           r"(?::|=|(?:is|would be|should be|must be|has to be)\b(?!\s+(?:not|wrong|incorrect|correct)\b))"
+           r"|\bi(?:'ll| will|'d| would)? (?:choose|pick|select|go with)\b")
+_MARKER = re.compile(rf"(?P<strong>{_STRONG})|(?P<weak>{_WEAK})", re.IGNORECASE)
+_LETTER_IS_RIGHT = re.compile(
+    r"(?:\b(?i:option|choice|answer)\s+)?\(?\b([A-Z])\)?\s+(?:is|must be|should be)\s+(?:the\s+)?"
+    r"(?:(?:correct|right|best)(?:\s+(?:answer|option|choice|one))?|answer)\b")
+_SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\n")
+_NEAR = 12
+"""Characters after a strong marker within which an answer is the one meant, whatever else the sentence mentions."""
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """One place where the text draws a conclusion."""
+
+    answer: str | None
+    """Letter, number or text; None when the sentence names several answers."""
+    start: int
+    """Where the marker stands, in the text without LaTeX wrappers."""
+
+
+@dataclass(frozen=True)
+class _Mention:
+    answer: str
+    start: int
+    end: int
+
+
+def conclusions(think: str, prompt: Prompt, given: Sequence[str] = ()) -> list[Conclusion]:
+    """Every conclusion of a reasoning text in order; `given` are the answers that open questions may end in."""
+    think = plain(think)
+    found = [Conclusion(match.group(1), match.start()) for match in _LETTER_IS_RIGHT.finditer(think)
+             if prompt.problem_type == "choice" and match.group(1) in letters(prompt.options)]
+    markers = list(_MARKER.finditer(think))
+    for marker, following in zip_longest(markers, markers[1:]):
+        sentence_end = _SENTENCE_END.search(think, _after_space(think, marker.end()))
+        end = min(sentence_end.start() if sentence_end else len(think), following.start() if following else len(think))
+        answers = _answers(think[marker.end():end], prompt, given, strong=bool(marker["strong"]))
+        if answers:
+            found.append(Conclusion(answers[0] if len(answers) == 1 else None, marker.start()))
+    return sorted(found, key=lambda conclusion: conclusion.start)
+
+
+def _after_space(text: str, index: int) -> int:
+    return len(text) - len(text[index:].lstrip())
+
+
+def supported_answer(think: str, prompt: Prompt, given: Sequence[str] = ()) -> str | None:
+    """The answer of the last conclusion, or None when the text draws none or its last one is ambiguous."""
+    found = conclusions(think, prompt, given)
+    return found[-1].answer if found else None
+
+
+def _answers(span: str, prompt: Prompt, given: Sequence[str], strong: bool) -> list[str]:
+    """The distinct answers that one concluding sentence names."""
+    if prompt.problem_type == "choice":
+        mentions = _choices(span, prompt.options)
+    elif prompt.problem_type in ("number", "estimate") or (given and all(read_number(text) for text in given)):
+        return _numbers(span, strong)
+    else:
+        mentions = _phrases(span, dict(zip(given, given, strict=True)))
+        if not mentions and strong and span.strip(" :.,"):
+            return [span.strip(" :.,")]
+    return _distinct(mentions, strong)
+
+
+def _distinct(mentions: list[_Mention], strong: bool) -> list[str]:
+    mentions = sorted(mentions, key=lambda mention: mention.start)
+    if strong and mentions and mentions[0].start <= _NEAR:
+        mentions = mentions[:1]
+    return list(dict.fromkeys(mention.answer for mention in mentions))
+
+
+# Choices
+
+_LETTER = re.compile(r"(?i:option|choice)\s+\(?([A-Z])\)?(?![\w'])|\(([A-Za-z])\)|(?<![\w'(])([B-HJ-Z])(?![\w'])"
+                     r"|(?<![\w'(])([AI])(?=\s*(?:$|[.,:!?)]|is\b|because\b|since\b))")
+
+
+def _choices(span: str, options: Sequence[str]) -> list[_Mention]:
+    """Options named by letter or by text; numeric options also by value (`three`)."""
+    allowed = letters(options)
+    lettered = [_Mention(letter, match.start(), match.end()) for match in _LETTER.finditer(span)
+                if (letter := next(group for group in match.groups() if group).upper()) in allowed]
+    values = {number.value: letter for option, letter in zip(options, allowed, strict=False)
+              if (number := read_number(option)) is not None}
+    if len(values) == len(options) > 0:
+        return _outermost(span, lettered) or [_Mention(values[value], 0, 0) for text in _numbers(span, strong=False)
+                                              if (value := float(text.rstrip("%"))) in values]
+    phrases = _phrases(span, dict(zip(options, allowed, strict=False)))
+    return _outermost(span, lettered + phrases) or _distinctive(span, options)
+
+
+def _phrases(span: str, answers: dict[str, str]) -> list[_Mention]:
+    """Where the texts (keys) stand in the span as whole words, articles aside; longer ones hide those inside them."""
+    found = []
+    for text, answer in answers.items():
+        said = re.findall(r"[^\W_]+", plain(text).casefold())
+        said = said[1:] if len(said) > 1 and said[0] in ("a", "an", "the") else said
+        pattern = r"(?<![\w.])" + r"(?:\W+(?:an?|the))?\W+".join(map(re.escape, said)) + r"(?!\w)(?!\.\d)"
+        found += [_Mention(answer, match.start(), match.end())
+                  for match in re.finditer(pattern, span, re.IGNORECASE) if said]
+    return _outermost(span, found)
+
+
+def _outermost(span: str, mentions: list[_Mention]) -> list[_Mention]:
+    """Drop mentions inside longer ones ("right" in "top right") and those that the text denies ("not left")."""
+    def hidden(mention: _Mention) -> bool:
+        return any(other.start <= mention.start and mention.end <= other.end
+                   and other.end - other.start > mention.end - mention.start for other in mentions)
+
+    return [mention for mention in mentions if not hidden(mention) and not _denied(span, mention)]
+
+
+_DENIAL = re.compile(
+    r"(?:\b(?:not|never|rather than|instead of|neither|nor|unlike|except)|n't)(?:\s+(?!but\b)[\w-]+){0,3}\s*\(?$",
+    re.IGNORECASE)
+_REFUTED = re.compile(
+    r"\W*(?:is|are|was|were|can be|must be)(?:\s+not|n't|\s+(?:wrong|incorrect|false|ruled|excluded))\b",
+    re.IGNORECASE)
+
+
+def _denied(span: str, mention: _Mention) -> bool:
+    return bool(_DENIAL.search(span[:mention.start]) or _REFUTED.match(span[mention.end:]))
+
+
+def _distinctive(span: str, options: Sequence[str]) -> list[_Mention]:
+    """Options whose distinguishing words all occur: "It moves to the right" is meant by "moving right"."""
+    said = set(normalise_text(span).split())
+    worded = [set(normalise_text(option).split()) for option in options]
+    shared = set.intersection(*worded) if worded else set()
+    return [_Mention(letter, 0, 0) for letter, words in zip(letters(options), worded, strict=False)
+            if words - shared and words - shared <= said and not said & {"not", "never", "isnt", "doesnt"}]
+
+
+# Numbers
+
+_TIME = frozenset(("s", "sec", "secs", "second", "seconds", "st", "nd", "rd", "th"))
+_NOT_A_RESULT = frozenset(("at", "from", "frame", "frames", "second", "seconds", "of", "between", "option", "after",
+                           "by"))
+_RESULT = frozenset(("is", "are", "was", "were", "be", "total", "equals", "gives", "only", "exactly", "about", "just",
+                     "count", "to", "has", "have", "see", "so"))
+
+
+def _numbers(span: str, strong: bool) -> list[str]:
+    """The number that a concluding sentence states, as text; several when it is unclear which one is meant."""
+    span = re.split(r"=|≈|\bequals\b", span)[-1]
+    found = [number for number in find_numbers(span) if not _is_pronoun(number, span)]
+    for wanted in (lambda number: number.unit not in _TIME, lambda number: number.before not in _NOT_A_RESULT,
+                   lambda number: number.before in _RESULT):
+        if len({number.value for number in found}) > 1:
+            found = [number for number in found if wanted(number)] or found
+    texts = list(dict.fromkeys(f"{number.value:.12g}{'%' if number.percent else ''}" for number in found))
+    return texts[:1] if strong else texts
+
+
+def _is_pronoun(number: Number, span: str) -> bool:
+    """`one` in "the red one": counted only at the start of the sentence or after a word such as "is"."""
+    return number.word == "one" and number.before not in _RESULT and not span.lower().lstrip(" :,").startswith("one")
+
+
+# Reflection
+
+_REFLECTION = re.compile(
+    r"\b(?:wait|actually|hold on|on second thought|correction|my mistake|i was wrong|double[- ]?check"
+    r"|re-?(?:check|examin|consider|evaluat)\w*|(?:look|check|think|count) again)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """Signs that a reasoning text looks back at itself."""
+
+    markers: int
+    """Occurrences of words such as "wait", "actually", "let me check again"."""
+    self_corrected: bool
+    """Whether it first concludes one answer and at last another."""
+
+    @property
+    def reflective(self) -> bool:
+        return self.markers > 0 and self.self_corrected
+
+
+def reflectiveness(think: str, prompt: Prompt, given: Sequence[str] = ()) -> Reflection:
+    """Read the signs of reflection in a think span."""
+    answers = [conclusion.answer for conclusion in conclusions(think, prompt, given) if conclusion.answer is not None]
+    return Reflection(len(_REFLECTION.findall(think)), len(answers) > 1 and answers[0] != answers[-1])

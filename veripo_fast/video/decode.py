@@ -1,0 +1,149 @@
+"""video file -> frames: uint8 RGB, already resized to what the policy sees, with their true times.
+
+torchcodec decodes; PyAV takes over where torchcodec refuses (said once per reason). Which frames are wanted is decided
+before, from the packets (timeline.py) under the contract (contract.py), so both decoders answer the same question.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image as PilImage
+from PIL import ImageOps
+
+from veripo_fast.config import VideoConfig
+from veripo_fast.errors import MediaError
+from veripo_fast.types import Frames, Image, Video
+from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
+from veripo_fast.video.ffmpeg import torchcodec_decoder
+from veripo_fast.video.pool import MediaPool, run_with_deadline
+from veripo_fast.video.readers import RefusedError, read_pyav, read_torchcodec
+from veripo_fast.video.timeline import Timeline, check_complete, check_file, scan_decoded, scan_packets
+
+__all__ = ["MediaPool", "decode", "decode_image"]
+
+_LOG = logging.getLogger(__name__)
+_LOCK = threading.Lock()
+_SAID: set[str] = set()
+
+
+def decode(video: Video, contract: VideoConfig, factor: int) -> Frames:
+    """Decode the frames that the contract takes from a video.
+
+    Args:
+        video: the file; `start_seconds` and `end_seconds` count from its first frame.
+        factor: frame sides are multiples of it, in pixels (patch size * merge size).
+
+    Returns:
+        Frames with pixels uint8 [T, 3, H, W] in RGB, upright.
+
+    Raises:
+        MediaError: the file is missing, damaged, no video, or took longer than `contract.timeout_seconds`.
+    """
+    decoder_class = torchcodec_decoder()  # before the clock starts: its first import takes seconds
+    return run_with_deadline(lambda deadline: _decode(video, contract, factor, decoder_class, deadline),
+                             video.path, contract.timeout_seconds)
+
+
+def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tensor:
+    """Decode an image (any format Pillow reads) as uint8 [2, 3, H, W]: the same picture fills the temporal patch.
+
+    EXIF orientation is applied, transparency is laid over white, and min_pixels and max_pixels bound its area.
+
+    Raises:
+        MediaError: the file is missing, damaged, no image, or took longer than `contract.timeout_seconds`.
+    """
+    pixels = run_with_deadline(lambda deadline: _load_image(image.path), image.path, contract.timeout_seconds)
+    return _resize(pixels, image.path, contract, factor).expand(TEMPORAL_PATCH, -1, -1, -1).contiguous()
+
+
+def _decode(video: Video, contract: VideoConfig, factor: int, decoder_class: Any, deadline: float) -> Frames:
+    timeline = scan_packets(video.path, deadline)
+    check_complete(video.path, timeline, video.end_seconds)
+    reason = "its packets carry no time stamps"
+    for name in ("torchcodec", "pyav") if timeline.has_stamps else ():
+        if name == "torchcodec" and decoder_class is None:
+            continue
+        try:
+            wanted = _wanted(video, timeline, contract)
+            chunks = (read_torchcodec(decoder_class, video.path, timeline, wanted, deadline) if name == "torchcodec"
+                      else read_pyav(video.path, timeline, wanted, deadline))
+            return _collect(chunks, video, timeline, wanted, contract, factor, name)
+        except RefusedError as refusal:
+            reason = str(refusal)
+            if name == "torchcodec":
+                _say_once(video.path, reason)
+    return _decode_as_it_comes(video, contract, factor, timeline, reason, deadline)
+
+
+def _decode_as_it_comes(video: Video, contract: VideoConfig, factor: int, promised: Timeline, reason: str,
+                        deadline: float) -> Frames:
+    """Take the frames that the decoder returns as the truth: MPEG-TS that starts mid-group, AVI without times."""
+    timeline = scan_decoded(video.path, deadline)
+    expected = {key for key in promised.keys if key >= timeline.keys[0]}
+    if promised.has_stamps and timeline.has_stamps and not expected <= set(timeline.keys):
+        raise MediaError(f"{video.path} is damaged: {reason}")
+    wanted = _wanted(video, timeline, contract)
+    try:
+        return _collect(read_pyav(video.path, timeline, wanted, deadline), video, timeline, wanted, contract, factor,
+                        "pyav")
+    except RefusedError as refusal:
+        raise MediaError(f"{video.path} is damaged: {refusal}") from refusal
+
+
+def _wanted(video: Video, timeline: Timeline, contract: VideoConfig) -> list[int]:
+    """Positions in the timeline of the frames to take."""
+    part = window(timeline.seconds, video.start_seconds, video.end_seconds)
+    if not part:
+        raise MediaError(f"{video.path} has no frame from {video.start_seconds or 0:g} s to "
+                         f"{'its end' if video.end_seconds is None else f'{video.end_seconds:g} s'}: "
+                         f"it is {timeline.length:.2f} s long")
+    return [part.start + index for index in frame_indices(timeline.seconds[part.start:part.stop], contract)]
+
+
+def _collect(chunks: Iterator[torch.Tensor], video: Video, timeline: Timeline, wanted: Sequence[int],
+             contract: VideoConfig, factor: int, decoder: str) -> Frames:
+    pixels = torch.cat([_resize(chunk, video.path, contract, factor) for chunk in chunks])
+    start = window(timeline.seconds, video.start_seconds, video.end_seconds).start
+    times = [timeline.seconds[position] - timeline.seconds[start] for position in wanted]
+    return Frames(pixels, torch.tensor(times, dtype=torch.float64), tuple(wanted), timeline.fps, decoder)
+
+
+def _resize(pixels: torch.Tensor, path: str, contract: VideoConfig, factor: int) -> torch.Tensor:
+    """uint8 [T, 3, H, W] to the size of the contract: antialiased bicubic in integers, as HF processors on tensors."""
+    try:
+        size = resized_size(pixels.shape[2], pixels.shape[3], factor, contract.min_pixels, contract.max_pixels)
+    except ValueError as error:
+        raise MediaError(f"{path} cannot be resized: {error}") from error
+    if size != tuple(pixels.shape[2:]):
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+    return pixels.contiguous()
+
+
+def _load_image(path: str) -> torch.Tensor:
+    """uint8 [1, 3, H, W]."""
+    check_file(path)
+    try:
+        with PilImage.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = PilImage.alpha_composite(PilImage.new("RGBA", picture.size, "white"), picture)
+            pixels = np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, PilImage.DecompressionBombError) as error:
+        raise MediaError(f"{path} is not an image that Pillow can read ({str(error).rstrip('.')})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _say_once(path: str, reason: str) -> None:
+    with _LOCK:
+        if reason in _SAID:
+            return
+        _SAID.add(reason)
+    _LOG.warning("torchcodec refuses %s (%s); PyAV decodes it and others like it, sequentially", path, reason)
