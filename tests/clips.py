@@ -60,14 +60,16 @@ def make_clip(
     rotation: int = 0,
     pixel_format: str = "yuv420p",
     audio: bool = False,
+    faststart: bool = True,
 ) -> Path:
     """Write a clip of height x width `size`. `times`: presentation time of each frame (variable frame rate).
 
     `rotation`: degrees that a player turns the picture by, counter-clockwise, written as a display matrix.
+    `faststart`: put the index of an mp4 in front, as files made for downloading have it.
     """
     moments = list(times) if times is not None else [index / fps for index in range(frames)]
     height, width = size
-    muxer = {"movflags": "faststart"} if path.suffix in {".mp4", ".mov"} else {}
+    muxer = {"movflags": "faststart"} if faststart and path.suffix in {".mp4", ".mov"} else {}
     with av.open(str(path), "w", options=muxer) as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream(codec, rate=rate, options=options if options is not None else closed_gop())

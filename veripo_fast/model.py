@@ -7,6 +7,7 @@ language-model head only where a completion token is predicted.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from veripo_fast.config import ModelConfig, VideoConfig
 from veripo_fast.encoding import PromptEncoder
 from veripo_fast.errors import CheckpointError
 from veripo_fast.packing import PackedBatch, pack
-from veripo_fast.types import EncodedPrompt, MediaInputs, Prompt
+from veripo_fast.types import MediaInputs, Prompt
 
 TINY_POLICY = Path(__file__).parent / "tiny_policy"
 
@@ -198,6 +199,13 @@ def answer_scorer(policy: Policy, contract: VideoConfig) -> Callable[[Prompt, li
     return score
 
 
-def encode_prompt(policy: Policy, prompt: Prompt, contract: VideoConfig) -> EncodedPrompt:
-    """Decode, patchify and tokenize one prompt."""
-    return policy.encoder.encode(prompt, policy.encoder.load_media(prompt, contract))
+_PROCESSOR_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+                    "*processor_config.json")
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with."""
+    policy.model.save_pretrained(folder)
+    for pattern in _PROCESSOR_FILES:
+        for file in policy.encoder.path.glob(pattern):
+            shutil.copyfile(file, folder / file.name)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from datetime import datetime
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from veripo_fast import report_curves, report_scores, report_verifier
+from veripo_fast.checkpoint import atomic_write_bytes
 from veripo_fast.errors import UserError
 from veripo_fast.report_data import Row, RunData, load_run, plural
 from veripo_fast.report_samples import collect
@@ -64,6 +64,7 @@ def _context(run: RunData) -> Row:
         "script_hash": f"sha256-{digest}",
         "figures": report_scores.headline(run),
         "evaluation": report_scores.evaluation_charts(run),
+        "scores": report_scores.by_stage(run),
         "modes": list(report_scores.by_mode(run)),
         "by_type": report_scores.type_table(run),
         "curves": report_curves.curves(run),
@@ -121,14 +122,8 @@ def _unfinished(name: str, done: int, asked: int | None, finished: bool) -> str:
 
 def _write(target: Path, text: str) -> None:
     """Write so that `target` holds either the whole report or what it held before."""
-    temporary = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        atomic_write_bytes(target, text.encode(errors="replace"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"the report cannot be written to {target}: {error.strerror or error}") from error

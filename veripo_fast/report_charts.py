@@ -15,6 +15,8 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
+from veripo_fast.report_axes import number, tick_labels, ticks, y_range
+
 WIDTH, HEIGHT = 360, 176
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 18, 22
 BAND_GAP = 8
@@ -52,38 +54,6 @@ class Chart:
     last: str = ""
 
 
-def number(value: float) -> str:
-    """A short plain number for axes and read-outs: `0.25`, `1,200`, `5e-7`."""
-    size = abs(value)
-    if size and (size < 1e-3 or size >= 1e6):
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    text = f"{value:,.{0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers from `low` to `high`, inclusive."""
-    rough = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def y_range(values: Sequence[float], fixed: tuple[float, float] | None) -> tuple[float, float]:
-    """The fixed range if all values lie in it; else from zero when nothing is negative, widened to round numbers."""
-    low, high = min(values), max(values)
-    if fixed and fixed[0] <= low and high <= fixed[1]:
-        return fixed
-    low = min(low, 0.0) if low >= 0 else low
-    if high == low:
-        low, high = low - abs(low) * 0.5, high + (abs(high) * 0.5 or 1.0)
-    marks = ticks(low, high, 4)
-    step = marks[1] - marks[0] if len(marks) > 1 else high - low
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-
-
 def smooth(values: Sequence[float | None], window: int) -> list[float | None]:
     """Centred mean over `window` (odd) points, narrower at the ends; gaps stay gaps."""
     half = window // 2
@@ -108,10 +78,10 @@ def line_chart(title: str, bands: Sequence[Band], fixed: tuple[float, float] | N
     low, high = y_range(known, fixed)
     window = smooth_window(max(len(band.steps) for band in bands))
     spans = _spans([len(band.steps) for band in bands])
-    parts = [_y_axis(low, high)]
+    parts = [_band_frame(band, left, right) for band, (left, right) in zip(bands, spans, strict=True)]
+    parts.append(_y_axis(low, high))
     points: list[list[object]] = []
     for band, (left, right) in zip(bands, spans, strict=True):
-        parts.append(_band_frame(band, left, right))
         xs = _positions(band.steps, left, right)
         parts.append(_lines(xs, band.values, smooth(band.values, window) if window else None, low, high))
         keep = _decimate(band.values)
@@ -173,13 +143,13 @@ def _compact(value: float | None) -> str:
 
 
 def _y_axis(low: float, high: float, percent: bool = False) -> str:
-    lines = []
-    for mark in ticks(low, high, 4):
+    lines, marks = [], ticks(low, high, 4)
+    labels = [f"{mark * 100:.0f} %" for mark in marks] if percent else tick_labels(marks)
+    for mark, label in zip(marks, labels, strict=True):
         y = _y(mark, low, high)
         base = " base" if abs(mark) < 1e-12 else ""
         lines.append(f'<line class="grid{base}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">'
-                     f'{f"{mark * 100:.0f} %" if percent else number(mark)}</text>')
+                     f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
     return "".join(lines)
 
 
@@ -210,8 +180,11 @@ def _band_frame(band: Band, left: float, right: float) -> str:
     text = (f'<rect class="band" x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{HEIGHT - TOP - BOTTOM}"/>'
             f'<text class="stage" x="{left:.1f}" y="{TOP - 6}">{escape(name)}</text>')
     xs = dict(zip(band.steps, _positions(band.steps, left, right), strict=True))
-    return text + "".join(f'<text class="tick" x="{xs[step]:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step:,}</text>'
-                          for step in _step_marks(band.steps, width))
+    marks = _step_marks(band.steps, width)
+    for place, step in enumerate(marks):
+        anchor = "end" if place == len(marks) - 1 else "middle" if place else "start"
+        text += f'<text class="tick" x="{xs[step]:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step:,}</text>'
+    return text
 
 
 def _step_marks(steps: Sequence[int], width: float) -> list[int]:

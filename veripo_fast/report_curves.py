@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from veripo_fast.report_charts import Band, Chart, line_chart, number, smooth_window
-from veripo_fast.report_data import RunData, Stage, finite, phases
+from veripo_fast.report_axes import number
+from veripo_fast.report_charts import Band, Chart, line_chart, smooth_window
+from veripo_fast.report_data import Row, RunData, Stage, finite, phases
 from veripo_fast.report_scores import UNIT, Table, duration
 
 METRICS: dict[str, tuple[str, str, tuple[float, float] | None]] = {
     "reward_mean": ("Reward", "mean per completion", None),
     "accuracy_mean": ("Accuracy", "mean of the rollouts, 0 to 1", UNIT),
     "format_mean": ("Format", "share of well-formed completions", UNIT),
-    "preference_accuracy": ("Preference accuracy", "share of pairs ranked right", UNIT),
+    "preference_accuracy": ("Preference accuracy", "pairs ranked right", UNIT),
     "margin": ("Margin", "implicit reward, chosen − rejected", None),
     "chosen_logprobs_mean": ("Chosen logprobs", "mean per pair, nats", None),
     "rejected_logprobs_mean": ("Rejected logprobs", "mean per pair, nats", None),
     "chosen_drift": ("Chosen drift", "policy − reference, nats", None),
     "length_mean": ("Length", "tokens per completion", None),
-    "zero_variance_share": ("Zero-variance groups", "share dropped before forward", UNIT),
+    "zero_variance_share": ("Zero-variance groups", "share of the groups", UNIT),
     "loss": ("Loss", "", None),
     "kl": ("KL to the reference", "nats per token", None),
     "grad_norm": ("Gradient norm", "before clipping", None),
@@ -70,15 +70,21 @@ def _curves_of(kind: str, stages: list[Stage]) -> Curves:
     result = Curves(kind, KINDS.get(kind, kind), smooth_window(max(len(stage.rows) for stage in stages)), [], [])
     for key in [k for k in METRICS if k in present] + [k for k in present if k not in METRICS]:
         title, note, fixed = METRICS.get(key, (key.replace("_", " ").capitalize(), "", None))
-        bands = [_band(stage, lambda row, key=key: finite(row.get(key))) for stage in stages]
+        bands = [_band(stage, [row for row in stage.rows if key in row], key) for stage in stages]
         _add_chart(result, title, note, [band for band in bands if any(v is not None for v in band.values)], fixed)
-    seconds = [_band(stage, lambda row: sum(phases(row).values())) for stage in stages]
+    seconds = [Band(stage.name, _steps(stage.rows), tuple(sum(phases(row).values()) for row in stage.rows))
+               for stage in stages]
     _add_chart(result, "Step time", "seconds, all phases", seconds, None)
     return result
 
 
-def _band(stage: Stage, value: Any) -> Band:
-    return Band(stage.name, tuple(row["global_step"] for row in stage.rows), tuple(value(row) for row in stage.rows))
+def _band(stage: Stage, rows: list[Row], key: str) -> Band:
+    """The rows that have the key: null where it was not finite, left out where it was not recorded."""
+    return Band(stage.name, _steps(rows), tuple(finite(row[key]) for row in rows))
+
+
+def _steps(rows: list[Row]) -> tuple[int, ...]:
+    return tuple(row["global_step"] for row in rows)
 
 
 def _add_chart(to: Curves, title: str, note: str, bands: list[Band], fixed: tuple[float, float] | None) -> None:
@@ -107,16 +113,17 @@ def time_bars(run: RunData) -> list[TimeBar]:
 
 
 def time_table(run: RunData) -> Table | None:
-    """Seconds per phase and stage, and the share of the whole."""
+    """Time per phase and stage, in one unit so that the columns compare, and the share of the whole."""
     ran = [stage for stage in run.stages if stage.seconds]
     total = sum(sum(stage.seconds.values()) for stage in ran)
     if not total:
         return None
-    rows = []
-    for phase in phase_order(run):
-        values = [stage.seconds.get(phase, 0.0) for stage in ran]
-        rows.append([phase, *(duration(v) if v else "–" for v in values), duration(sum(values)),
-                     f"{sum(values) / total * 100:.1f} %"])
-    sums = [sum(stage.seconds.values()) for stage in ran]
-    rows.append(["all", *(duration(v) for v in sums), duration(total), "100.0 %"])
-    return Table("", ["phase", *(stage.name for stage in ran), "total", "share"], rows)
+    title, unit = ("Minutes", 60.0) if total >= 2 * 3600 else ("Seconds", 1.0)
+
+    def line(name: str, values: list[float]) -> list[str]:
+        cells = [f"{value / unit:,.1f}" if value else "–" for value in (*values, sum(values))]
+        return [name, *cells, f"{sum(values) / total * 100:.1f} %"]
+
+    rows = [line(phase, [stage.seconds.get(phase, 0.0) for stage in ran]) for phase in phase_order(run)]
+    rows.append(line("all", [sum(stage.seconds.values()) for stage in ran]))
+    return Table(title, ["", *(stage.name for stage in ran), "total", "share"], rows)

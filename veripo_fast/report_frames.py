@@ -1,4 +1,4 @@
-"""Thumbnails of what the policy saw, as data URIs, and token text of masked pairs.
+"""Thumbnails of what the policy saw, as data URIs.
 
 Frames come from the same decoder under the same sampling contract as in training. A medium that cannot be shown becomes
 a sentence in its place: a report must not depend on videos that may have been moved since.
@@ -12,7 +12,6 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,27 +130,6 @@ def merge_factor(run: RunData) -> int:
         if "patch_size" in vision and "spatial_merge_size" in vision:
             return int(vision["patch_size"]) * int(vision["spatial_merge_size"])
     return DEFAULT_FACTOR
-
-
-class TokenText:
-    """Text of token runs, with the policy's own tokenizer where a checkpoint is at hand."""
-
-    def __init__(self, run: RunData) -> None:
-        found = [folder / "tokenizer.json" for folder in checkpoint_folders(run)]
-        self.path = next((path for path in found if path.exists()), None)
-        self._tokenizer: Any = None
-
-    def runs(self, token_ids: list[int], loss_mask: list[int]) -> list[tuple[bool, str]] | None:
-        """[(enters the loss, text)] in order; None without a tokenizer."""
-        if self.path is None:
-            return None
-        if self._tokenizer is None:
-            from tokenizers import Tokenizer
-
-            self._tokenizer = Tokenizer.from_file(str(self.path))
-        parts = groupby(zip(token_ids, loss_mask, strict=True), key=lambda pair: bool(pair[1]))
-        return [(used, self._tokenizer.decode([token for token, _ in tokens], skip_special_tokens=True))
-                for used, tokens in parts]
 
 
 def _json(path: Path) -> Row:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
-from veripo_fast.report_charts import Chart, Interval, interval_chart, number
+from veripo_fast.report_axes import number
+from veripo_fast.report_charts import Chart, Interval, interval_chart
 from veripo_fast.report_data import Row, RunData, Stage, finite, plural
 
 UNIT = (0.0, 1.0)
@@ -17,6 +19,7 @@ class Figure:
     label: str
     value: str
     detail: list[str]
+    change: str = ""
     tone: str = ""
     """`good` or `bad` where the direction has a meaning."""
 
@@ -58,8 +61,12 @@ def duration(seconds: float) -> str:
 
 
 def headline(run: RunData) -> list[Figure]:
-    """The four numbers that a reader came for."""
-    return [_accuracy_figure(run), _inconsistency_figure(run), _time_figure(run), _work_figure(run)]
+    """The three numbers that a reader came for."""
+    return [_accuracy_figure(run), _inconsistency_figure(run), _time_figure(run)]
+
+
+def _points(change: float) -> str:
+    return f"{change * 100:+.1f} points".replace("-", "−")
 
 
 def by_mode(run: RunData) -> dict[str, list[Row]]:
@@ -68,13 +75,20 @@ def by_mode(run: RunData) -> dict[str, list[Row]]:
     return {mode: [row for row in run.evals if str(row.get("mode", "")) == mode] for mode in modes}
 
 
+def by_stage(run: RunData) -> list[tuple[str, list[Row]]]:
+    """Evaluations by stage, in the order of the run."""
+    stages = dict.fromkeys(str(row.get("stage")) for row in run.evals)
+    return [(stage, [row for row in run.evals if str(row.get("stage")) == stage]) for stage in stages]
+
+
 def _with_interval(row: Row, key: str) -> str:
     low_high = interval(row.get(f"{key}_low"), row.get(f"{key}_high"))
     return f"{percent(row.get(key))} %" + (f" ({low_high})" if low_high else "")
 
 
 def _accuracy_figure(run: RunData) -> Figure:
-    modes = {mode: rows for mode, rows in by_mode(run).items() if finite(rows[-1].get("accuracy")) is not None}
+    modes = {mode: known for mode, rows in by_mode(run).items()
+             if (known := [row for row in rows if finite(row.get("accuracy")) is not None])}
     if not modes:
         return Figure("Held-out accuracy", "–", ["not evaluated yet"])
     mode, rows = next(iter(modes.items()))
@@ -83,13 +97,12 @@ def _accuracy_figure(run: RunData) -> Figure:
         return Figure(f"Held-out accuracy, {mode}", f"{percent(rows[0]['accuracy'])} %",
                       [only, "not evaluated again yet"])
     first, last = rows[0], rows[-1]
-    gain = (last["accuracy"] - (finite(first.get("accuracy")) or 0.0)) * 100
+    gain = last["accuracy"] - first["accuracy"]
     detail = [f"{row.get('stage')}: {_with_interval(row, 'accuracy')}" for row in (first, last)]
     for other, line in list(modes.items())[1:]:
         detail.append(f"{other}: {percent(line[0].get('accuracy'))} → {percent(line[-1].get('accuracy'))} %")
-    return Figure(f"Held-out accuracy, {mode}: {gain:+.1f} points".replace("-", "−"),
-                  f"{percent(first.get('accuracy'))} → {percent(last['accuracy'])} %", detail,
-                  "good" if gain > 0 else "bad" if gain < 0 else "")
+    return Figure(f"Held-out accuracy, {mode}", f"{percent(first['accuracy'])} → {percent(last['accuracy'])} %", detail,
+                  _points(gain), "good" if gain > 0 else "bad" if gain < 0 else "")
 
 
 def _around_dpo(run: RunData, rows: list[Row]) -> list[tuple[Row, Row]]:
@@ -103,18 +116,18 @@ def _around_dpo(run: RunData, rows: list[Row]) -> list[tuple[Row, Row]]:
 def _inconsistency_figure(run: RunData) -> Figure:
     modes = {mode: around for mode, rows in by_mode(run).items() if (around := _around_dpo(run, rows))}
     if not modes:
-        return Figure("Think/answer inconsistency around DPO", "–", ["no DPO stage evaluated yet"])
+        return Figure("Inconsistency before and after DPO", "–", ["no DPO stage evaluated yet"])
     mode, around = next(iter(modes.items()))
     before, after = around[0]
-    change = (after["inconsistency_rate"] - before["inconsistency_rate"]) * 100
+    change = after["inconsistency_rate"] - before["inconsistency_rate"]
     detail = [f"{row.get('stage')}: {_rate_with_interval(row)}" for row in (before, after)]
     detail += [f"{b.get('stage')} → {a.get('stage')}: {percent(b['inconsistency_rate'])} → "
                f"{percent(a['inconsistency_rate'])} %" for b, a in around[1:]]
     detail += [f"{other}: {percent(line[0][0]['inconsistency_rate'])} → {percent(line[0][1]['inconsistency_rate'])} %"
                for other, line in list(modes.items())[1:]]
-    return Figure(f"Inconsistency around DPO, {mode}: {change:+.1f} points".replace("-", "−"),
+    return Figure(f"Inconsistency before and after DPO, {mode}",
                   f"{percent(before['inconsistency_rate'])} → {percent(after['inconsistency_rate'])} %", detail,
-                  "good" if change < 0 else "bad" if change > 0 else "")
+                  _points(change), "good" if change < 0 else "bad" if change > 0 else "")
 
 
 def _rate_with_interval(row: Row) -> str:
@@ -123,21 +136,15 @@ def _rate_with_interval(row: Row) -> str:
 
 
 def _time_figure(run: RunData) -> Figure:
-    totals = [(stage.name, sum(stage.seconds.values())) for stage in run.stages if stage.rows]
-    if not any(seconds for _, seconds in totals):
+    spent: Counter[str] = Counter()
+    for stage in run.stages:
+        spent.update(stage.seconds)
+    total = sum(spent.values())
+    if not total:
         return Figure("Training time", "–", ["no step recorded yet"])
-    detail = [f"{name}: {duration(seconds)}" for name, seconds in totals[:4]]
-    return Figure("Training time, evaluation not counted", duration(sum(s for _, s in totals)), detail)
-
-
-def _work_figure(run: RunData) -> Figure:
-    steps = sum(len(stage.rows) for stage in run.stages)
-    return Figure("Steps", f"{steps:,}", [_progress(stage) for stage in run.stages[:4]])
-
-
-def _progress(stage: Stage) -> str:
-    done, asked = len(stage.rows), stage.expected_steps
-    return f"{stage.name}: {done:,}" + (f" of {asked:,}" if asked and asked != done else "")
+    steps = plural(sum(len(stage.rows) for stage in run.stages), "step")
+    shares = [f"{phase}: {seconds / total * 100:.0f} %" for phase, seconds in spent.most_common(3)]
+    return Figure("Training time", duration(total), [f"{steps}; evaluation is not counted", *shares])
 
 
 def stage_state(stage: Stage) -> str:
@@ -158,7 +165,7 @@ def stage_text(stage: Stage) -> str:
 
 def evaluation_charts(run: RunData) -> list[Chart]:
     """Accuracy, inconsistency and length after each stage."""
-    modes, stages = by_mode(run), list(dict.fromkeys(str(row.get("stage")) for row in run.evals))
+    modes, stages = by_mode(run), [stage for stage, _ in by_stage(run)]
     if not stages:
         return []
 

@@ -136,7 +136,7 @@ function startViewer(data) {
     if (!verdict) return [];
     const chips = [];
     for (const flag of verdict.flags) {
-      if (flag === "inconsistent") continue;
+      if (["inconsistent", "wrong", "format"].includes(flag)) continue; // said above or below
       chips.push(["bad", flag === "repetition" ? `repetition ${fixed(verdict.repetition * 100, 0)} %` : flag]);
     }
     const supported = verdict.supported === null ? "" : `: reasoning supports ${verdict.supported}`;
@@ -202,11 +202,12 @@ function startViewer(data) {
     const unique = (list) => [...new Set(list)];
     const inStage = groups.filter((g) => g.stage === group.stage);
     fill(stagePick, unique(groups.map((g) => g.stage)).map((s) => [s, s]), group.stage);
-    fill(stepPick, unique(inStage.map((g) => g.step)).map((s) => [String(s), String(s)]), String(group.step));
+    fill(stepPick, unique(inStage.map((g) => g.run_step)).map((s) => [String(s), String(s)]), String(group.run_step));
     fill(promptPick, groups.flatMap((g, i) => {
-      if (g.stage !== group.stage || g.step !== group.step) return [];
+      if (g.stage !== group.stage || g.run_step !== group.run_step) return [];
       const right = g.completions.filter((c) => c.accuracy === 1).length;
-      return [[String(i), `${g.prompt_id} (${right} of ${g.completions.length} right)`]];
+      const name = g.prompt_id.length > 36 ? `${g.prompt_id.slice(0, 35)}…` : g.prompt_id;
+      return [[String(i), `${name} (${right} of ${g.completions.length} right)`]];
     }), String(current));
   }
 
@@ -239,7 +240,7 @@ function startViewer(data) {
 
   const first = (test) => show(groups.findIndex(test));
   stagePick.addEventListener("change", () => first((g) => g.stage === stagePick.value));
-  stepPick.addEventListener("change", () => first((g) => g.stage === stagePick.value && String(g.step) === stepPick.value));
+  stepPick.addEventListener("change", () => first((g) => g.stage === stagePick.value && String(g.run_step) === stepPick.value));
   promptPick.addEventListener("change", () => show(Number(promptPick.value)));
   find("previous").addEventListener("click", () => move(-1));
   find("next").addEventListener("click", () => move(1));

@@ -20,7 +20,7 @@ AnswerLogprobs: TypeAlias = Callable[[Prompt, list[str], list[str]], list[float]
 
 
 class LikelihoodJudge:
-    """Consistent when the given answer beats every other candidate by `margin`, inconsistent when another one beats it so.
+    """Consistent when the given answer beats every other candidate by `margin`, inconsistent when another beats it so.
 
     Candidates: the letters of all options, or the distinct answers of the group. In between, and with fewer than two
     candidates, there is no verdict. The score is the given answer's log-probability minus the best other one's, in nats
@@ -57,7 +57,8 @@ class LikelihoodJudge:
 
     def _judgement(self, parsed: Parsed, prompt: Prompt, logprobs: dict[str, float]) -> Judgement:
         best = max(logprobs, key=lambda candidate: logprobs[candidate])
-        given = next((candidate for candidate in logprobs if answers_equal(candidate, parsed.answer or "", prompt)), None)
+        answer = parsed.answer or ""
+        given = next((candidate for candidate in logprobs if answers_equal(candidate, answer, prompt)), None)
         if any(math.isnan(value) for value in logprobs.values()):
             return NO_JUDGEMENT
         if given is None:

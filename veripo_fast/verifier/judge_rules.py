@@ -1,6 +1,6 @@
 """The rules judge: reads the reasoning's own conclusion (see conclusions.py) and compares it with the answer.
 
-It needs no model and judges about ten thousand completions per second. It is blind to conclusions without a marker word.
+It needs no model. It is blind to conclusions without a marker word, and says so: no verdict.
 """
 
 from __future__ import annotations

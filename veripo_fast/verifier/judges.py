@@ -54,13 +54,13 @@ def compare(supported: str | None, answer: str | None, prompt: Prompt, score: fl
 def given_answers(group: RolloutGroup) -> list[str]:
     """The distinct answers inside a group, in order, equal ones once; for choices the letters of all options."""
     prompt = group.prompt
-    answers = [parsed.answer for completion in group.completions if (parsed := parse_completion(completion.text)).answer]
+    answers = [parsed.answer for parsed in spans(group) if parsed.answer is not None]
     if prompt.problem_type == "choice":
-        named = {read_choice(answer, prompt.options) for answer in answers if answer}
+        named = {read_choice(answer, prompt.options) for answer in answers}
         return [letter for letter in letters(prompt.options) if prompt.options or letter in named]
     distinct: list[str] = []
     for answer in answers:
-        if answer and not any(answers_equal(answer, other, prompt) for other in distinct):
+        if not any(answers_equal(answer, other, prompt) for other in distinct):
             distinct.append(answer)
     return distinct
 

@@ -92,9 +92,11 @@ def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         container = av.open(path)
     except (av.FFmpegError, UnicodeError, ValueError) as error:
         if head[4:8] == b"ftyp":
-            raise MediaError(f"{path} is truncated: the index (moov atom) of its mp4 is missing") from error
+            raise MediaError(_no_index(path)) from error
         raise MediaError(f"{path} is not a video that FFmpeg can open ({_words(error)})") from error
     with container:
+        if head[4:8] == b"ftyp" and not container.streams:
+            raise MediaError(_no_index(path))
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
             kinds = ", ".join(sorted({str(other.type) for other in container.streams})) or "nothing"
@@ -186,6 +188,10 @@ def _promised(stream: VideoStream) -> float | None:
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
         return None
+
+
+def _no_index(path: str) -> str:
+    return f"{path} is truncated: the index (moov atom) of its mp4 is missing"
 
 
 def _words(error: Exception) -> str:

@@ -1,0 +1,37 @@
+"""Environment of every test, set before anything is imported, and the fixtures that several files share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when a kernel module is imported
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # xdist workers share the cores; torch reads it when imported
+    os.environ.setdefault(_name, "1")
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PYTHONPATH = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+
+
+def run_python(*arguments: str, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that finds this checkout first."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "PYTHONPATH": PYTHONPATH}, **options)
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a fresh interpreter: `python("-c", code)`."""
+    return run_python
+
+
+@pytest.fixture
+def veripo() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line in a subprocess: `veripo("train", "--config", path)`."""
+    return lambda *arguments, **options: run_python("-m", "veripo_fast.cli", *map(str, arguments), **options)

@@ -1,0 +1,51 @@
+"""The configuration tree itself: documented fields, refusals, names of stages."""
+
+import pytest
+
+from veripo_fast import config as module
+from veripo_fast.config import Config, DpoConfig, GrpoConfig, RolloutConfig, StageConfig, VerifierConfig, VideoConfig
+from veripo_fast.config_text import _docs, is_section, kinds
+from veripo_fast.errors import ConfigError
+
+SECTIONS = [value for value in vars(module).values() if isinstance(value, type) and is_section(value)]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_field_has_a_docstring(section):
+    undocumented = [name for name, kind in kinds(section).items()
+                    if not is_section(kind) and not _docs(section).get(name, "").endswith(".")]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize(("section", "options", "sentence"), [
+    (VideoConfig, {"num_frames": 8}, "exactly one of fps and num_frames must be set, got fps=2.0, num_frames=8"),
+    (VideoConfig, {"min_frames": 65}, "min_frames 65 is larger than max_frames 64"),
+    (GrpoConfig, {"prompts_per_step": 6, "updates_per_rollout": 4}, "must be divisible by updates_per_rollout 4"),
+    (GrpoConfig, {"learning_rate": 0.0}, "learning_rate must be greater than 0, got 0.0"),
+    (GrpoConfig, {"dual_clip": 1.0}, "dual_clip must be above 1, got 1.0"),
+    (RolloutConfig, {"group_size": 1}, "group_size must be at least 2, got 1"),
+    (DpoConfig, {"max_steps": 0}, "max_steps must be greater than 0, got 0"),
+    (VerifierConfig, {"judge": "endpoint"}, "needs endpoint_url and endpoint_model"),
+])
+def test_refusal_names_the_field_and_the_value(section, options, sentence):
+    with pytest.raises(ConfigError) as caught:
+        section(**options)
+    assert sentence in str(caught.value)
+
+
+def test_stages_are_named_and_linked():
+    stages = tuple(StageConfig(kind=kind) for kind in ("grpo", "dpo", "grpo", "dpo"))
+    assert [(stage.name, stage.rollouts_from) for stage in Config(stages=stages).stages] == [
+        ("grpo-1", ""), ("dpo-1", "grpo-1"), ("grpo-2", ""), ("dpo-2", "grpo-2")]
+
+
+@pytest.mark.parametrize(("stages", "sentence"), [
+    ([{"kind": "dpo"}], "no grpo stage comes before it"),
+    ([{}, {"kind": "dpo", "rollouts_from": "grpo-9"}], "'grpo-9', which is not an earlier grpo stage (grpo-1)"),
+    ([{"name": "a"}, {"name": "a"}], "two stages are named 'a'"),
+    ([{"rollouts_from": "x"}], "takes no rollouts_from"),
+])
+def test_stages_that_do_not_fit(stages, sentence):
+    with pytest.raises(ConfigError) as caught:
+        Config(stages=tuple(StageConfig(**stage) for stage in stages))
+    assert sentence in str(caught.value)

@@ -1,0 +1,85 @@
+"""Who imports whom: kernels <- trainer <- bench and tests, heavy engines in one lazy place, no torch at start-up."""
+
+import ast
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.config", "veripo_fast.config_io", "veripo_fast.config_text",
+         "veripo_fast.errors", "veripo_fast.rundir", "veripo_fast.cli", "veripo_fast.checkpoint", "veripo_fast.metrics",
+         "veripo_fast.statistics"]
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.level == 0:
+        return [node.module or ""]
+    return []
+
+
+def imports(folder: str) -> Iterator[tuple[Path, str]]:
+    """(file, dotted name) of every import statement below a folder."""
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            yield from ((path.relative_to(REPOSITORY), name) for name in imported(node))
+
+
+def imports_at_load(path: Path) -> Iterator[str]:
+    """Names that are imported when the module is: all but those inside functions or under TYPE_CHECKING."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        yield from imported(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        guarded = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        nodes.extend(node.orelse if guarded else ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize(("folder", "forbidden"), [
+    ("kernels/veripo_kernels", {"veripo_fast", "bench", "tests", "transformers"}),
+    ("veripo_fast", {"bench", "tests"}),
+])
+def test_direction(folder, forbidden):
+    assert list(imports(folder)), f"no import found below {folder}"
+    assert [(path, name) for path, name in imports(folder) if name.split(".")[0] in forbidden] == []
+
+
+@pytest.mark.parametrize("engine", ["vllm", "nvidia.dali", "deepspeed"])
+def test_heavy_engine_has_one_lazy_place(engine):
+    users = {path for path, name in imports("veripo_fast") if f"{name}.".startswith(f"{engine}.")}
+    assert len(users) <= 1
+    for path in users:
+        assert not [name for name in imports_at_load(REPOSITORY / path) if f"{name}.".startswith(f"{engine}.")]
+
+
+def test_kernels_is_no_package():
+    assert not (REPOSITORY / "kernels" / "__init__.py").exists()
+
+
+def test_light_modules_need_no_torch(python):
+    heavy = {"torch", "transformers", "av", "pyarrow"}
+    code = f"import sys, {', '.join(LIGHT)}; print(sorted({heavy} & set(sys.modules)))"
+    assert python("-c", code, check=True).stdout == "[]\n"
+
+
+def test_package_alone_needs_nothing(python):
+    code = "import sys; before = set(sys.modules); import veripo_fast; print(sorted(set(sys.modules) - before))"
+    assert python("-c", code, check=True).stdout == "['veripo_fast']\n"
+
+
+def test_help_answers_within_half_a_second_without_torch(python):
+    code = ("import sys\nfrom veripo_fast.cli import main\n"
+            "try: main(['--help'])\nexcept SystemExit: pass\n"
+            "heavy = {'torch', 'numpy', 'yaml'} & set(sys.modules)\nsys.exit(f'imported {heavy}' if heavy else 0)")
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = python("-c", code)
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0, result.stderr
+    assert min(seconds) < 0.5

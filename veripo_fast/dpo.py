@@ -1,0 +1,115 @@
+"""DPO on verified pairs (arXiv 2305.18290): a pair is a group of two completions that share their prompt.
+
+Reference log-probs are those of the policy at the start of the stage, computed once and stored beside the pairs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from veripo_kernels import reference
+
+from veripo_fast.config import Config
+from veripo_fast.grpo import group_features
+from veripo_fast.model import Policy
+from veripo_fast.optim import Optimizer
+from veripo_fast.packing import PackedBatch, micro_batches, pack, packed_length
+from veripo_fast.rollout import LoadedPrompt
+from veripo_fast.rollout.store import write_table
+from veripo_fast.seeding import derive_seed
+from veripo_fast.types import PreferencePair
+
+PairRow = tuple[LoadedPrompt, PreferencePair]
+
+
+def pair_logprobs(policy: Policy, rows: Sequence[PairRow]) -> tuple[torch.Tensor, PackedBatch]:
+    """Summed log-probs [2 * B] of (chosen, rejected, chosen, ...) over their loss masks, and the packed row."""
+    batch = pack([(prompt.encoded, [list(pair.chosen_ids), list(pair.rejected_ids)]) for prompt, pair in rows])
+    logprobs = policy.completion_logprobs(batch, group_features(policy, [prompt for prompt, _ in rows]))
+    mask = torch.tensor([bit for _, pair in rows for bit in (*pair.chosen_loss_mask, *pair.rejected_loss_mask)],
+                        dtype=torch.float32, device=policy.device)
+    return reference.sequence_sums(logprobs, mask, batch.cu_seqlens), batch
+
+
+def pair_length(row: PairRow) -> int:
+    """Packed tokens of a pair."""
+    return packed_length(row[0].encoded, [row[1].chosen_ids, row[1].rejected_ids])
+
+
+@torch.no_grad()
+def reference_logprobs(policy: Policy, pairs: Sequence[PreferencePair], load: Callable[[Sequence[PreferencePair]],
+                       list[PairRow]], config: Config, path: Path, advance: Callable[[int], object]) -> torch.Tensor:
+    """Log-probs [pairs, 2] of the policy at the start of the stage, read from `path` when it is there.
+
+    A pair whose media cannot be loaded any more gets NaN.
+    """
+    if path.is_file():
+        return torch.tensor(pq.read_table(path).column("ref_logprobs").to_pylist())
+    values = torch.full((len(pairs), 2), float("nan"))
+    for start in range(0, len(pairs), config.dpo.pairs_per_step):
+        part = pairs[start:start + config.dpo.pairs_per_step]
+        rows = load(part)
+        places = {id(pair): start + number for number, pair in enumerate(part)}
+        for run in micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens):
+            sums, _ = pair_logprobs(policy, [rows[i] for i in run])
+            for i, value in zip(run, sums.view(-1, 2).cpu(), strict=True):
+                values[places[id(rows[i][1])]] = value
+        advance(len(part))
+    write_table(pa.table({"ref_logprobs": values.tolist()}), path)
+    return values
+
+
+def step_order(pairs: int, config: Config, seed: int) -> list[list[int]]:
+    """Pair numbers of every optimizer step of the stage, reshuffled each epoch; the last step of an epoch may be short."""
+    steps: list[list[int]] = []
+    for epoch in range(config.dpo.epochs):
+        order = list(range(pairs))
+        random.Random(derive_seed(seed, "pairs", epoch)).shuffle(order)
+        size = config.dpo.pairs_per_step
+        steps += [order[start:start + size] for start in range(0, pairs, size)]
+    return steps[:config.dpo.max_steps]
+
+
+def dpo_update(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], ref_logprobs: torch.Tensor,
+               config: Config) -> dict[str, float]:
+    """One optimizer step over pairs with their reference log-probs [B, 2]; returns metrics, means over the pairs."""
+    metrics = {"loss": 0.0, "preference_accuracy": 0.0, "margin": 0.0, "chosen_logprobs_mean": 0.0,
+               "rejected_logprobs_mean": 0.0, "chosen_drift": 0.0}
+    for run in micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens):
+        part = _backward(policy, [rows[i] for i in run], ref_logprobs[run].to(policy.device), config, len(rows))
+        metrics = {name: value + part[name] for name, value in metrics.items()}
+    rate = optimizer.learning_rate()
+    norm = optimizer.step(metrics["loss"])
+    if norm is None:
+        return {"skipped_updates": 1.0, "pairs": float(len(rows))}
+    policy.version += 1
+    return metrics | {"grad_norm": norm, "learning_rate": rate, "skipped_updates": 0.0, "pairs": float(len(rows))}
+
+
+def _backward(policy: Policy, rows: Sequence[PairRow], ref: torch.Tensor, config: Config,
+              total: int) -> dict[str, float]:
+    """Forward and backward of one micro-batch; every metric is its share of the mean over `total` pairs.
+
+    chosen_drift is policy minus reference log-prob of the chosen completion, per token: strongly negative means that DPO
+    pushes both sides down and only widens the gap.
+    """
+    dpo = config.dpo
+    sums, _ = pair_logprobs(policy, rows)
+    chosen, rejected = sums.view(-1, 2).unbind(1)
+    lengths = torch.tensor([[sum(pair.chosen_loss_mask), sum(pair.rejected_loss_mask)] for _, pair in rows],
+                           dtype=sums.dtype, device=sums.device)
+    normalizers = {"chosen_lengths": lengths[:, 0], "rejected_lengths": lengths[:, 1]} if dpo.length_normalize else {}
+    losses, margin = reference.dpo_loss(chosen, rejected, ref[:, 0], ref[:, 1], dpo_beta=dpo.dpo_beta, loss=dpo.loss,
+                                        **normalizers)
+    if dpo.nll_coef:
+        losses = losses - dpo.nll_coef * chosen / lengths[:, 0]
+    (losses.sum() / total).backward()
+    values = {"loss": losses, "preference_accuracy": (margin > 0).float(), "margin": margin,
+              "chosen_logprobs_mean": chosen / lengths[:, 0], "rejected_logprobs_mean": rejected / lengths[:, 1],
+              "chosen_drift": (chosen - ref[:, 0]) / lengths[:, 0]}
+    return {name: float(value.detach().sum()) / total for name, value in values.items()}

@@ -1,0 +1,362 @@
+"""The loop: GRPO explores, the verifier turns its rollouts into pairs, DPO aligns on them, and it repeats.
+
+Each stage continues from the policy of the one before. Everything random comes from derived seeds, and the state is
+written after whole steps, so a run killed anywhere resumes to bitwise the same metrics (same machine and thread count).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from veripo_fast.checkpoint import atomic_write_text, latest_checkpoint, save_checkpoint
+from veripo_fast.config import Config, StageConfig
+from veripo_fast.config_io import apply_overrides, load_config, to_yaml
+from veripo_fast.data import PromptOrder, Skipped, SkippedLog, load_prompts
+from veripo_fast.dpo import PairRow, dpo_update, reference_logprobs, step_order
+from veripo_fast.errors import ConfigError, DataError
+from veripo_fast.evaluate import evaluate, summary
+from veripo_fast.grpo import GrpoUpdate, reward_groups, rollout_metrics
+from veripo_fast.metrics import MetricsLog, read_records
+from veripo_fast.model import Policy, answer_scorer, load_policy, resolve_path, save_policy
+from veripo_fast.optim import Optimizer
+from veripo_fast.rollout import Sampling
+from veripo_fast.rollout.store import read_groups, write_groups
+from veripo_fast.rollout.torch_engine import TorchEngine
+from veripo_fast.rundir import RunDir
+from veripo_fast.seeding import derive_seed
+from veripo_fast.types import PreferencePair, Prompt, RolloutGroup
+from veripo_fast.verifier import make_judge, read_pairs, verify, write_result
+from veripo_fast.vision_cache import PromptLoader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """Where a run stands; with the weights and the optimizer this is all that resuming needs."""
+
+    stage: int = 0
+    """Number of finished stages."""
+    step: int = 0
+    """Finished steps of the current stage."""
+    global_step: int = 0
+    """Finished steps of the run."""
+    position: int = 0
+    """Prompts taken from the data order of the current stage."""
+    policy_version: int = 0
+    """Optimizer steps behind the weights."""
+    stage_start: str = ""
+    """Checkpoint folder that the current stage began from; empty: the model of the configuration."""
+
+
+def train(config: Config, resume: bool = False) -> None:
+    """Run all stages of a configuration, or go on where its run folder stopped.
+
+    Raises:
+        UserError: anything a user can mend. KeyboardInterrupt: after Ctrl-C, with the state saved.
+    """
+    run = _open_run(config, resume)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    with _InterruptFlag() as flag, MetricsLog(run.metrics, run.tensorboard) as metrics:
+        trainer = Trainer(config, run, metrics, flag.check)
+        try:
+            trainer.run_stages()
+        finally:
+            trainer.loader.close()
+
+
+class Trainer:
+    """One run: a policy, its loader and engine, and the state that moves through the stages."""
+
+    def __init__(self, config: Config, run: RunDir, metrics: MetricsLog, check_interrupt: Callable[[], bool]) -> None:
+        self.config = config
+        self.run = run
+        self.metrics = metrics
+        self.interrupted = check_interrupt
+        self.skipped = SkippedLog(run.skipped)
+        self.checkpoint = latest_checkpoint(run.checkpoints)
+        self.state = _read_state(self.checkpoint)
+        metrics.truncate_after(self.state.global_step)
+        self.policy = load_policy(config.model, self.checkpoint)
+        self.policy.version = self.state.policy_version
+        self.engine = TorchEngine(self.policy)
+        self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self.skipped_prompt)
+
+    def run_stages(self) -> None:
+        """Every stage that is not finished, with evaluations between them."""
+        self.evaluate_stage(self.state.stage)
+        while self.state.stage < len(self.config.stages):
+            stage = self.config.stages[self.state.stage]
+            config = apply_overrides(self.config, stage.set)
+            run_stage = self.grpo_stage if stage.kind == "grpo" else self.dpo_stage
+            run_stage(stage, config)
+            self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step,
+                               policy_version=self.policy.version)
+            self.save(None)
+            self.evaluate_stage(self.state.stage)
+
+    # -- GRPO ---------------------------------------------------------------------------------------------------
+
+    def grpo_stage(self, stage: StageConfig, config: Config) -> None:
+        """Explore: rollout -> reward -> advantage -> update, `grpo.steps` times."""
+        prompts = self.stage_prompts(stage, config)
+        order = PromptOrder(len(prompts), derive_seed(config.seed, stage.name, "order"))
+        optimizer = self.stage_optimizer(config, config.grpo.learning_rate,
+                                         config.grpo.steps * config.grpo.updates_per_rollout)
+        update = GrpoUpdate(self.policy, optimizer, config, self.stage_reference() if config.grpo.kl_coef else None)
+        with tqdm(total=config.grpo.steps, initial=self.state.step, desc=stage.name, unit="step") as bar:
+            while self.state.step < config.grpo.steps:
+                seconds: dict[str, float] = {}
+                indices, self.state.position = order.take(self.state.position, config.grpo.prompts_per_step)
+                with timed(seconds, "decode"):
+                    loaded = self.loader.load([prompts[i] for i in indices])
+                if not loaded and len(self.loader.bad) >= len(prompts):
+                    raise DataError(f"none of the {len(prompts)} prompts of stage {stage.name} could be loaded; "
+                                    f"{self.run.skipped} says why for each")
+                with timed(seconds, "rollout"):
+                    groups = self.engine.generate(loaded, self.sampling(stage, config))
+                with timed(seconds, "reward"):
+                    reward_groups(groups, config)
+                    write_groups(self.run.rollouts(stage.name, self.state.step), groups, stage.name, self.state.step)
+                with timed(seconds, "update"):
+                    values = rollout_metrics(groups) | update.run(loaded, groups)
+                bar.set_postfix(reward=f"{values['reward_mean']:.3f}", accuracy=f"{values['accuracy_mean']:.3f}")
+                self.finish_step(stage, values, seconds, optimizer, bar)
+
+    def sampling(self, stage: StageConfig, config: Config) -> Sampling:
+        rollout = config.rollout
+        seed = derive_seed(config.seed, stage.name, "rollout", self.state.step)
+        return Sampling(rollout.group_size, rollout.temperature, rollout.max_new_tokens, seed, rollout.top_p,
+                        rollout.top_k)
+
+    def stage_prompts(self, stage: StageConfig, config: Config) -> list[Prompt]:
+        """The prompts of a GRPO stage, without the share of easy ones that it leaves out."""
+        prompts = self.load(stage.data or config.data.train)
+        names = [s.name for s in self.config.stages[:self.state.stage] if s.kind == "grpo"]
+        if not names or not config.grpo.drop_easy:
+            return prompts
+        easy = easy_prompts(self.stage_groups(names[-1]))
+        dropped = {p.prompt_id for p in prompts if p.prompt_id in easy and random.Random(derive_seed(
+            config.seed, stage.name, "drop", p.prompt_id)).random() < config.grpo.drop_easy}
+        log.info("%s: %d of %d prompts had group accuracy 1 in %s; %d of them are left out", stage.name, len(easy),
+                 len(prompts), names[-1], len(dropped))
+        kept = [p for p in prompts if p.prompt_id not in dropped]
+        if not kept:
+            raise DataError(f"stage {stage.name} would leave out all {len(prompts)} prompts; lower grpo.drop_easy")
+        return kept
+
+    def stage_reference(self) -> Policy:
+        """The policy at the start of the stage, frozen, for the KL term."""
+        start = Path(self.state.stage_start) if self.state.stage_start else None
+        reference = load_policy(self.config.model, start)
+        reference.model.requires_grad_(False)
+        return reference
+
+    # -- verifier and DPO -----------------------------------------------------------------------------------------
+
+    def dpo_stage(self, stage: StageConfig, config: Config) -> None:
+        """Verify the rollouts of an earlier stage, then align on the pairs."""
+        groups = self.stage_groups(stage.rollouts_from)
+        pairs = self.verified_pairs(stage, config, groups)
+        if not pairs:
+            log.warning("%s: the verifier built no pairs from %s, so there is nothing to align on (%s says why)",
+                        stage.name, stage.rollouts_from, self.run.verifier(stage.name) / "account.json")
+            return
+        prompts = {group.prompt.prompt_id: group.prompt for group in groups}
+        load = partial(self.load_pairs, prompts)
+        with tqdm(total=len(pairs), desc=f"{stage.name} reference", unit="pair") as bar:
+            ref_logprobs = reference_logprobs(self.policy, pairs, load, config,
+                                              self.run.verifier(stage.name) / "ref_logprobs.parquet", bar.update)
+        steps = step_order(len(pairs), config, derive_seed(config.seed, stage.name))
+        optimizer = self.stage_optimizer(config, config.dpo.learning_rate, len(steps))
+        with tqdm(total=len(steps), initial=self.state.step, desc=stage.name, unit="step") as bar:
+            for numbers in steps[self.state.step:]:
+                seconds: dict[str, float] = {}
+                numbers = [n for n in numbers if ref_logprobs[n].isfinite().all()]
+                with timed(seconds, "decode"):
+                    rows = load([pairs[n] for n in numbers])
+                place = {id(pairs[n]): n for n in numbers}
+                with timed(seconds, "update"):
+                    used = torch.tensor([place[id(pair)] for _, pair in rows], dtype=torch.long)
+                    values = dpo_update(self.policy, optimizer, rows, ref_logprobs[used], config) if rows else {}
+                if values:
+                    bar.set_postfix(loss=f"{values.get('loss', float('nan')):.3f}")
+                self.finish_step(stage, values, seconds, optimizer, bar)
+
+    def verified_pairs(self, stage: StageConfig, config: Config, groups: list[RolloutGroup]) -> list[PreferencePair]:
+        """Pairs of the stage, from disk when the verifier has finished before."""
+        folder = self.run.verifier(stage.name)
+        if not (folder / "pairs.parquet").is_file():
+            encoder = self.policy.encoder
+            judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
+                               lambda: answer_scorer(self.policy, config.video))
+            result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
+                            encoder.encode_completion, encoder.eos_id, derive_seed(config.seed, stage.name, "pairs"))
+            write_result(folder, result)
+        return read_pairs(folder)
+
+    def load_pairs(self, prompts: dict[str, Prompt], pairs: Sequence[PreferencePair]) -> list[PairRow]:
+        """Pairs with their loaded prompts; those whose media are gone are left out."""
+        wanted = {pair.prompt_id: prompts[pair.prompt_id] for pair in pairs}
+        loaded = {item.prompt.prompt_id: item for item in self.loader.load(list(wanted.values()))}
+        return [(loaded[pair.prompt_id], pair) for pair in pairs if pair.prompt_id in loaded]
+
+    def stage_groups(self, name: str) -> list[RolloutGroup]:
+        """All rollouts of an earlier stage, in the order they were made."""
+        return [group for path in self.run.rollout_files(name) for group in read_groups(path)]
+
+    # -- common -------------------------------------------------------------------------------------------------
+
+    def stage_optimizer(self, config: Config, peak: float, total_steps: int) -> Optimizer:
+        """A new optimizer, or the saved one inside a stage."""
+        optimizer = Optimizer(self.policy.parameters(), config.optimizer, peak, total_steps)
+        if self.state.step and self.checkpoint is not None:
+            optimizer.load(self.checkpoint / "trainer" / "optimizer.pt")
+        elif not self.state.step:
+            self.state.stage_start = str(self.checkpoint or "")
+        return optimizer
+
+    def finish_step(self, stage: StageConfig, values: dict[str, float], seconds: dict[str, float],
+                    optimizer: Optimizer, bar: Any) -> None:
+        """Count the step, save if it is time (or Ctrl-C was pressed), and write its metrics."""
+        self.state.step += 1
+        self.state.global_step += 1
+        self.state.policy_version = self.policy.version
+        last = self.state.step == bar.total
+        if not last and (self.state.global_step % self.config.checkpoint.every == 0 or self.interrupted()):
+            with timed(seconds, "checkpoint"):
+                self.save(optimizer)
+        self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
+                          "step": self.state.step - 1, **values, "seconds": seconds})
+        bar.update(1)
+        if not last:
+            self.stop_if_interrupted()
+
+    def save(self, optimizer: Optimizer | None) -> None:
+        """Write a checkpoint of the state as it is; without optimizer at the end of a stage."""
+
+        def write(folder: Path) -> None:
+            save_policy(self.policy, folder)
+            (folder / "trainer").mkdir()
+            (folder / "trainer" / "state.json").write_text(json.dumps(asdict(self.state), indent=2) + "\n")
+            if optimizer is not None:
+                optimizer.save(folder / "trainer" / "optimizer.pt")
+
+        protect = [Path(self.state.stage_start)] if self.state.stage_start else []
+        self.checkpoint = save_checkpoint(self.run.checkpoints, self.state.global_step, write,
+                                          self.config.checkpoint.keep, protect)
+
+    def evaluate_stage(self, finished: int) -> None:
+        """Evaluate the policy after `finished` stages, unless it is recorded already or not wanted."""
+        wanted = {"stages": True, "ends": finished in (0, len(self.config.stages)), "never": False}[self.config.eval.at]
+        name = self.config.stages[finished - 1].name if finished else "start"
+        done = read_records(self.run.evals)
+        order = ["start", *(stage.name for stage in self.config.stages)]
+        done = [record for record in done if order.index(record["stage"]) < finished or
+                (record["stage"] == name and self.state.step)]
+        if self.state.step or not wanted or not self.config.data.eval:
+            return
+        records = evaluate(self.engine, self.loader, self.load(self.config.data.eval), self.config, stage=name,
+                           rows=partial(self.run.eval_rows, name), check=self.stop_if_interrupted)
+        atomic_write_text(self.run.evals, "".join(json.dumps(record) + "\n" for record in [*done, *records]))
+        for record in records:
+            tqdm.write(summary(record))
+
+    def load(self, files: tuple[str, ...]) -> list[Prompt]:
+        """Prompts of data files; records that cannot be used are named in skipped.jsonl."""
+        prompts, skipped = load_prompts(files, self.config.data)
+        for item in skipped:
+            self.skipped.add(item)
+        return prompts
+
+    def skipped_prompt(self, prompt: Prompt, reason: str) -> None:
+        paths = ", ".join(medium.path for medium in prompt.media)
+        self.skipped.add(Skipped(record=prompt.prompt_id, path=paths, reason=reason))
+
+    def stop_if_interrupted(self) -> None:
+        if self.interrupted():
+            raise KeyboardInterrupt
+
+
+def easy_prompts(groups: Sequence[RolloutGroup]) -> set[str]:
+    """Prompts whose latest group was answered right by every completion (VerIPO: group accuracy 1)."""
+    latest = {group.prompt.prompt_id: group for group in groups}
+    return {name for name, group in latest.items() if all(c.accuracy == 1 for c in group.completions)}
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the wall time of a block to `seconds[phase]`."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+class _InterruptFlag:
+    """First Ctrl-C: finish the step, save, leave. Second: leave at once."""
+
+    def __enter__(self) -> _InterruptFlag:
+        self.raised = False
+        self.previous = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def check(self) -> bool:
+        return self.raised
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.raised:
+            raise KeyboardInterrupt
+        self.raised = True
+        log.warning("Ctrl-C: finishing this step, then saving; press again to leave at once")
+
+
+def _open_run(config: Config, resume: bool) -> RunDir:
+    """Make the run folder, or find the one to resume."""
+    run = RunDir(config.run_dir)
+    if not config.stages:
+        raise ConfigError("stages is empty: the configuration says nothing to train")
+    if resume:
+        if not run.config.is_file():
+            raise ConfigError(f"{run.root} is no run to resume: it has no config.yaml")
+        _warn_of_changes(load_config(run.config), config)
+    elif run.root.exists() and any(run.root.iterdir()):
+        raise ConfigError(f"run_dir {run.root} exists already; resume it with --resume or name another folder")
+    if not resolve_path(config.model.path).is_dir():
+        raise ConfigError(f"model.path {config.model.path} is not a folder")
+    if any(stage.kind == "grpo" and not stage.data for stage in config.stages) and not config.data.train:
+        raise ConfigError("data.train names no files")
+    run.root.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(run.config, to_yaml(config))
+    return run
+
+
+def _warn_of_changes(before: Config, now: Config) -> None:
+    for item in fields(Config):
+        if getattr(before, item.name) != getattr(now, item.name):
+            log.warning("%s differs from the run that is resumed: the result is no longer that of one configuration",
+                        item.name)
+
+
+def _read_state(checkpoint: Path | None) -> State:
+    if checkpoint is None:
+        return State()
+    return State(**json.loads((checkpoint / "trainer" / "state.json").read_text()))
