@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 
 BITS = 12
 TIME_BASE = Fraction(1, 90000)
@@ -104,6 +105,34 @@ def make_audio(path: Path) -> Path:
     """A file with sound only."""
     with av.open(str(path), "w") as container:
         _silence(container, container.add_stream("aac", rate=16000, layout="mono"))
+    return path
+
+
+def make_audio_with_cover(path: Path) -> Path:
+    """A file with sound and a cover picture, which is a video stream to FFmpeg."""
+    with av.open(str(path), "w", format="mp4") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        frame.pts = 0
+        container.mux(cover.encode(frame))
+        container.mux(cover.encode())
+        _silence(container, sound)
+    return path
+
+
+def cut_without_recoding(source: Path, path: Path, packets: range, start_seconds: float) -> Path:
+    """Copy some packets so that `start_seconds` becomes time 0: frames before it stay in the file, hidden by an edit
+    list, as cutting with `-c copy` leaves them."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(video=0)):
+            if packet.size and number in packets:
+                shift = round(start_seconds / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                new.mux(packet)
     return path
 
 

@@ -1,213 +1,28 @@
-"""The report of a synthetic run: what it says, what it survives, and how it behaves in a real browser.
-
-The run has three stages (grpo-1, dpo-1, grpo-2), H.264 clips made here, and hostile text wherever a model or a data set
-could put some. Browser tests talk to chromedriver over its HTTP interface.
-"""
+"""The report of a synthetic run (report_run.py): what it says, what it survives, how it behaves in a real browser."""
 
 from __future__ import annotations
 
-import base64
 import json
-import math
-import random
 import re
 import shutil
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
-import pyarrow as pa
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
 
+from tests.report_browser import Browser
+from tests.report_run import half_done, make_run
 from veripo_fast import report
 from veripo_fast.errors import UserError
-from veripo_fast.report_charts import Band, line_chart, number, smooth, ticks, y_range
+from veripo_fast.report_axes import number, ticks, y_range
+from veripo_fast.report_charts import Band, line_chart, smooth
 from veripo_fast.report_data import load_run
 from veripo_fast.report_samples import collect
-from veripo_fast.rollout.store import write_groups, write_table
-from veripo_fast.rundir import RunDir
-from veripo_fast.types import Completion, Message, PreferencePair, Prompt, RolloutGroup, Verdict, Video
-
-HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'"><b>&amp;'
-STAGES = (("grpo-1", "grpo", 24), ("dpo-1", "dpo", 8), ("grpo-2", "grpo", 16))
-COLOURS = {"red": (208, 68, 58), "blue": (58, 96, 200), "green": (64, 160, 92), "yellow": (226, 190, 70)}
-CONFIG = """\
-run_dir: {run}
-seed: 0
-video: {{fps: 2.0, num_frames: null, min_frames: 4, max_frames: 16, min_pixels: 3136, max_pixels: 12544, workers: 2}}
-data: {{train: [train.jsonl], eval: [eval.jsonl], media_root: ''}}
-grpo: {{steps: 24, prompts_per_step: 4, learning_rate: 1.0e-06, drop_easy: 0.0}}
-dpo: {{loss: sigmoid, dpo_beta: 0.1, learning_rate: 5.0e-07}}
-verifier: {{judge: rules, max_repetition: 0.3}}
-stages:
-- {{kind: grpo, name: grpo-1, data: [], rollouts_from: '', set: {{}}}}
-- {{kind: dpo, name: dpo-1, data: [], rollouts_from: grpo-1, set: {{}}}}
-- {{kind: grpo, name: grpo-2, data: [], rollouts_from: '', set: {{grpo.steps: 16, grpo.learning_rate: 5.0e-07}}}}
-"""
-
-
-# --- a synthetic run --------------------------------------------------------------------------------------------------
-
-def make_clip(path: Path, colour: str, seed: int) -> None:
-    """Four seconds of a coloured square that crosses a grey frame, and a second one that appears half-way."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
-        for index in range(40):
-            picture = np.full((96, 128, 3), 226, np.uint8)
-            left, top = 6 + index * 2, 18 + (seed * 13) % 40
-            picture[top: top + 22, left: left + 22] = COLOURS[colour]
-            if index >= 20:
-                picture[66:84, 96:114] = (90, 90, 98)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-def make_prompts(folder: Path) -> list[Prompt]:
-    folder.mkdir(parents=True)
-    prompts = []
-    for index, colour in enumerate(COLOURS):
-        path = folder / f"clip_{index:03d}.mp4"
-        make_clip(path, colour, index)
-        question = "Which colour has the square that moves from left to right?"
-        prompts.append(Prompt(f"colour-{index:03d}", (Message("user", (Video(str(path)), question)),), "choice",
-                              "ABCD"[index], tuple(COLOURS), "synth"))
-        prompts.append(Prompt(f"seconds-{index:03d}", (Message("user", (
-            Video(str(path), 1.0, 3.0), "After how many seconds does the grey square appear?")),), "number", "1.0"))
-    hostile = Message("user", (Video(str(folder / "moved_away.mp4")), f"What is shown? {HOSTILE}"))
-    return [*prompts, Prompt(f"hostile-{HOSTILE}", (hostile,), "text", HOSTILE, (HOSTILE, "nothing"))]
-
-
-def make_completion(rng: random.Random, prompt: Prompt, skill: float) -> Completion:
-    right = rng.random() < skill
-    answer = prompt.gold if right else rng.choice(["A", "B", "C", "D", "2.5"])
-    right = answer == prompt.gold
-    think = rng.choice([
-        "In the first frame the square stands near the left edge. In the last frame it has reached the right edge, "
-        "and its colour stays the same throughout.",
-        "I compare the frames one by one. The moving square keeps its colour; the grey one only appears in the second "
-        "half, so it cannot be the one that is asked for.",
-        "The square moves. The square moves. The square moves. The square moves. The square moves. The square moves."])
-    if rng.random() < 0.08:
-        think = " ".join([think] * 8)
-    finished = rng.random() < 0.93
-    text = f"<think>{think}</think>\n<answer>{answer}</answer>" if finished else f"<think>{think} And then"
-    if prompt.problem_type == "text":
-        text = f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"
-    tokens = [rng.randrange(50, 4000) for _ in range(len(text) // 5)]
-    accuracy = float(right and finished)
-    return Completion(tokens, text, [-0.4] * len(tokens), "stop" if finished else "length", 3, accuracy,
-                      float(finished), accuracy + 0.5 * finished)
-
-
-def make_group(rng: random.Random, prompt: Prompt, skill: float, size: int = 6) -> RolloutGroup:
-    group = RolloutGroup(prompt, [make_completion(rng, prompt, skill) for _ in range(size)])
-    rewards = np.array([completion.reward for completion in group.completions])
-    for completion, advantage in zip(group.completions, (rewards - rewards.mean()) / (rewards.std() + 1e-6), strict=True):
-        completion.advantage = float(advantage)
-    return group
-
-
-def make_verdict(prompt: Prompt, index: int, completion: Completion) -> Verdict:
-    repetitive = completion.text.count("The square moves.") > 3
-    consistent = None if completion.finish_reason == "length" else index != 2
-    flags = [name for name, failed in (("unfinished", completion.finish_reason == "length"), ("repetition", repetitive),
-                                       ("inconsistent", consistent is False), ("wrong", not completion.accuracy)) if failed]
-    return Verdict(prompt.prompt_id, index, completion.accuracy, completion.format > 0,
-                   completion.finish_reason == "stop", len(completion.token_ids) - 8, 0.72 if repetitive else 0.02,
-                   consistent, "B" if consistent is False else prompt.gold if consistent else None, None, tuple(flags))
-
-
-def make_pairs(group: RolloutGroup) -> list[PreferencePair]:
-    right = [i for i, c in enumerate(group.completions) if c.accuracy == 1]
-    wrong = [i for i, c in enumerate(group.completions) if c.accuracy == 0]
-    if not right or not wrong:
-        return []
-    chosen, rejected = group.completions[right[0]], group.completions[wrong[0]]
-    whole = tuple(1 for _ in chosen.token_ids)
-    return [PreferencePair(group.prompt.prompt_id, "accuracy", tuple(chosen.token_ids), tuple(rejected.token_ids), whole,
-                           tuple(1 for _ in rejected.token_ids), chosen.text, rejected.text, right[0], wrong[0],
-                           "The chosen completion is right and the rejected one is wrong."),
-            PreferencePair(group.prompt.prompt_id, "consistency", tuple(chosen.token_ids), tuple(chosen.token_ids[:-1]),
-                           whole, tuple(0 for _ in chosen.token_ids[:-1]), chosen.text, rejected.text, right[0], -1,
-                           "Same reasoning, but the rejected answer is not what it supports.")]
-
-
-def metrics_row(stage: str, kind: str, step: int, global_step: int, rng: random.Random) -> dict[str, Any]:
-    up = 1 - math.exp(-global_step / 14)
-    row: dict[str, Any] = {"global_step": global_step, "stage": stage, "kind": kind, "step": step}
-    if kind == "grpo":
-        accuracy = min(1.0, 0.28 + 0.42 * up + rng.gauss(0, 0.04))
-        row |= {"reward_mean": accuracy + 0.48, "accuracy_mean": accuracy, "format_mean": min(1.0, 0.86 + 0.13 * up),
-                "length_mean": 44 + 9 * up + rng.gauss(0, 2), "zero_variance_share": 0.1 + 0.3 * up * rng.random(),
-                "loss": rng.gauss(0, 0.01), "grad_norm": math.exp(rng.gauss(-0.4, 0.3)), "clip_share": 0.002 * rng.random(),
-                "kl": 0.0, "learning_rate": 1e-6 if stage == "grpo-1" else 5e-7, "ratio_max": 1 + rng.random() * 0.4}
-        row["seconds"] = {"decode": 0.4, "rollout": 5 + rng.random(), "reward": 0.03, "forward": 2.1, "update": 0.6,
-                          "checkpoint": 1.4 if step % 8 == 7 else 0.0}
-    else:
-        row |= {"loss": 0.69 - 0.03 * step, "preference_accuracy": min(1.0, 0.5 + 0.05 * step), "margin": 0.06 * step,
-                "chosen_logprobs_mean": -38 + 0.2 * step, "rejected_logprobs_mean": -41 - 0.6 * step,
-                "chosen_drift": 0.2 * step, "grad_norm": 0.9, "learning_rate": 5e-7, "own_metric": float(step)}
-        row["seconds"] = {"reference": 0.8, "forward": 3.0, "update": 0.7}
-    return row
-
-
-def eval_row(stage: str, mode: str, accuracy: float, inconsistency: float) -> dict[str, Any]:
-    count = 240 if mode == "greedy" else 960
-    reach = 1.96 * math.sqrt(0.25 / count)
-    return {"stage": stage, "mode": mode, "accuracy": accuracy, "accuracy_low": accuracy - reach,
-            "accuracy_high": accuracy + reach, "mra": None if stage == "start" else 0.412, "format_rate": 0.96,
-            "inconsistency_rate": inconsistency, "inconsistency_low": max(0.0, inconsistency - 0.03),
-            "inconsistency_high": inconsistency + 0.03, "length_mean": 48.3, "prompts": 240, "completions": count,
-            "by_type": {"choice": accuracy + 0.05, "number": accuracy - 0.1}}
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def make_run(root: Path) -> Path:
-    """A finished run of three stages."""
-    rng, run = random.Random(7), RunDir(root / "run-7b & <tiny>")
-    prompts = make_prompts(root / "media")
-    run.root.mkdir()
-    run.config.write_text(CONFIG.format(run=run.root.name.replace("&", "and")))
-    metrics: list[dict[str, Any]] = []
-    verified: list[RolloutGroup] = []
-    for stage, kind, steps in STAGES:
-        for step in range(steps):
-            metrics.append(metrics_row(stage, kind, step, len(metrics) + 1, rng))
-            if kind == "grpo":
-                chosen = [prompts[-1], *(prompts[(step * 3 + i) % 8] for i in range(3))]
-                groups = [make_group(rng, prompt, 0.2 + 0.6 * len(metrics) / 48) for prompt in chosen]
-                write_groups(run.rollouts(stage, step), groups, stage, step)
-                verified += groups if step == 23 else []
-    write_lines(run.metrics, metrics)
-    write_lines(run.evals, [eval_row(stage, mode, accuracy - 0.02 * (mode == "sampled"), inconsistency)
-                            for stage, accuracy, inconsistency in (("start", 0.312, 0.224), ("grpo-1", 0.533, 0.241),
-                                                                   ("dpo-1", 0.558, 0.083), ("grpo-2", 0.646, 0.096))
-                            for mode in ("greedy", "sampled")])
-    write_lines(run.skipped, [{"path": "media/broken_017.mp4", "reason": "moov atom not found", "record": 17},
-                              {"path": "media/<b>page</b>.mp4", "reason": "it is HTML, not a video", "record": 203}])
-    write_verifier(run.verifier("dpo-1"), verified)
-    return run.root
-
-
-def write_verifier(folder: Path, groups: list[RolloutGroup]) -> None:
-    verdicts = [asdict(make_verdict(g.prompt, i, c)) for g in groups for i, c in enumerate(g.completions)]
-    pairs = [asdict(pair) for group in groups for pair in make_pairs(group)]
-    write_table(pa.Table.from_pylist(verdicts), folder / "verdicts.parquet")
-    write_table(pa.Table.from_pylist(pairs), folder / "pairs.parquet")
-    (folder / "account.json").write_text(json.dumps({
-        "prompts": 96, "completions": 576, "pairs": len(pairs), "judge": "rules",
-        "not_kept": {"no contrast in the group": 41, "lengths differ too much": 12, "over the cap per prompt": 9}}))
+from veripo_fast.report_verifier import TokenText
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +35,226 @@ def page(run: Path) -> Path:
     return report.write_report(run)
 
 
-def test_throwaway(run, page):
-    shutil.copy(page, "/tmp/report_draft.html")
-    print(page.stat().st_size)
+# --- what the file says -----------------------------------------------------------------------------------------------
+
+def embedded(page: Path) -> dict[str, Any]:
+    """The data of the sample viewer."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_one_file_without_network(page: Path) -> None:
+    html = page.read_text()
+    assert page.stat().st_size < 8_000_000
+    assert set(re.findall(r'(?:src|href)\s*=\s*"([^"#][^":]*)', html)) <= {"data"}
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert [path for path in page.parent.iterdir() if "tmp" in path.name and path.is_file()] == []
+
+
+def test_headline_names_the_numbers(page: Path) -> None:
+    text = re.sub(r"<[^>]+>|\s+", " ", page.read_text())
+    assert "31.2 → 64.6 %" in text and "+33.4 points" in text
+    assert "24.1 → 8.3 %" in text and "−15.8 points" in text  # before and after DPO, not from start to end
+    assert "run-7b &amp; &lt;tiny&gt;" in text and "6 min" in text
+    assert "1 of 9 media could not be shown" in text
+
+
+def test_every_metric_is_drawn_or_named(page: Path) -> None:
+    html = page.read_text()
+    for title in ("Reward", "Zero-variance groups", "Largest ratio", "Chosen drift", "Own metric", "Step time"):
+        assert f"<b>{title}</b>" in html
+    assert "kl to the reference 0" in html  # constant: named, not drawn
+
+
+def test_account_of_the_verifier(page: Path) -> None:
+    html = page.read_text()
+    assert "96 groups, 576 completions, 141 pairs, 230 completions in a pair." in html
+    assert "accuracy: lengths differ" in html and "flag_rates" not in html and "moov atom not found" in html
+
+
+def test_samples_come_from_first_middle_and_last_steps(page: Path) -> None:
+    groups = embedded(page)["groups"]
+    assert sorted({g["step"] for g in groups if g["stage"] == "grpo-1"}) == [0, 6, 12, 17, 23]
+    assert [(g["stage"], g["run_step"]) for g in groups][-1] == ("grpo-2", 48)
+    shown = [strip for strip in embedded(page)["media"].values() if strip["frames"]]
+    sources = [frame["source"] for strip in shown for frame in strip["frames"]]
+    assert len(shown) == 8 and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert shown[0]["frames"][0]["seconds"] == 0.0 < shown[0]["frames"][1]["seconds"]
+
+
+def test_verdicts_belong_to_the_step_that_was_verified(page: Path) -> None:
+    """The hostile prompt comes up in every step, but only the last one was verified."""
+    groups = [g for g in embedded(page)["groups"] if g["stage"] == "grpo-1"]
+    judged = {g["step"] for g in groups if any(c["verdict"] for c in g["completions"])}
+    assert judged == {23}
+    assert {g["step"] for g in groups if g["pairs"]} <= {23}
+    pairs = [pair for g in groups for pair in g["pairs"]]
+    assert {pair["family"] for pair in pairs} == {"accuracy", "consistency"}
+    masked = next(pair for pair in pairs if pair["family"] == "consistency")
+    assert masked["rejected"]["index"] == -1 and masked["rejected"]["loss_tokens"] == 3
+
+
+def test_masked_tokens_are_told_apart(run: Path, tmp_path: Path) -> None:
+    """A pair's tokens outside the loss are marked once a checkpoint brings the tokenizer."""
+    shutil.copy(run / "config.yaml", tmp_path / "config.yaml")
+    data = load_run(tmp_path)
+    assert TokenText(data).runs([1, 2], [0, 1]) is None
+    vocabulary = {token: index for index, token in enumerate(("so", "Ġ<b>", "ĠB", "ĠC"))}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.decoder = ByteLevel()
+    folder = data.dir.checkpoints / "step_000008"
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert TokenText(data).runs([0, 1, 2, 3], [0, 0, 1, 1]) == [(False, "so <b>"), (True, " B C")]
+
+
+def test_samples_stop_at_the_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veripo_fast.report_samples.BUDGET_BYTES", 60_000)
+    samples = collect(load_run(run))
+    assert len(json.dumps(samples)) < 70_000
+    assert samples["left_out"] > 0 and {g["stage"] for g in samples["groups"]} == {"grpo-1", "grpo-2"}
+
+
+# --- what a run may lack ----------------------------------------------------------------------------------------------
+
+def test_not_a_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run folder .*nowhere does not exist"):
+        report.write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"is not a run folder: it holds neither config.yaml nor metrics.jsonl"):
+        report.write_report(tmp_path)
+
+
+def test_unwritable_target(run: Path) -> None:
+    with pytest.raises(UserError, match=r"the report cannot be written to /proc/"):
+        report.write_report(run, Path("/proc/nowhere/report.html"))
+
+
+def test_half_done_run(run: Path, tmp_path: Path) -> None:
+    html = report.write_report(half_done(run, tmp_path / "half")).read_text()
+    for sentence in ("dpo-1 has run 3 steps.", "grpo-2 has not started.", "No evaluation is recorded yet.",
+                     "The verifier left no account of dpo-1.", "1 line could not be read (the first is line 28).",
+                     "verifier/dpo-1/account.json could not be read",
+                     "rollouts/grpo-1/step_000000.parquet could not be read"):
+        assert sentence in html
+    assert 'class="broken"' in html  # the loss that was not finite
+    assert "dpo-1: " not in html.split("</header>")[0]
+
+
+@pytest.mark.parametrize("keep", ["config.yaml", "metrics.jsonl"])
+def test_bare_run(run: Path, tmp_path: Path, keep: str) -> None:
+    shutil.copy(run / keep, tmp_path / keep)
+    page = report.write_report(tmp_path, tmp_path / "elsewhere" / "page.html")
+    assert page == tmp_path / "elsewhere" / "page.html"
+    assert "There are no rollouts to show." in page.read_text()
+    assert ("No training step is recorded yet." in page.read_text()) == (keep == "config.yaml")
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+def test_axes_are_honest() -> None:
+    assert y_range([0.31, 0.64], (0.0, 1.0)) == (0.0, 1.0)
+    assert y_range([0.31, 1.2], (0.0, 1.0))[1] >= 1.2  # a value outside its range is never cut off
+    assert y_range([40.0, 44.0], None)[0] == 0.0
+    assert y_range([-3.0, -3.0], None)[0] < -3.0 < y_range([-3.0, -3.0], None)[1]
+    assert y_range([0.0, 0.0], None) == (0.0, 1.0)
+    shown = {0.0: "0", 5e-7: "5e-7", 0.0015: "0.0015", -2.5: "−2.5", 1234.6: "1,235", 1e9: "1e9"}
+    assert {value: number(value) for value in shown} == shown
+    assert ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_smoothing_keeps_ends_and_gaps() -> None:
+    assert smooth([1.0, 2.0, 3.0, None, 5.0], 3) == [1.0, 2.0, 2.5, None, 5.0]
+
+
+def test_long_series_keep_their_spikes() -> None:
+    values = [1.0] * 20_000
+    values[12_345] = 50.0
+    svg = line_chart("Loss", [Band("grpo-1", tuple(range(20_000)), tuple(values))], None)
+    assert len(svg) < 60_000 and "50" in svg and "highest 50" in svg
+
+
+# --- a real browser ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("Chromium is not installed: as root, `apt-get install chromium chromium-driver` "
+                    "(`make test` does it when it runs as root)")
+    started = Browser(tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()
+
+
+def test_browser_shows_charts_and_frames(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert browser.messages() == []
+    assert browser.run("document.querySelectorAll('svg.line').length") >= 15
+    assert browser.run("[...document.querySelectorAll('svg.line path')].every(path => path.getTotalLength() > 20)")
+    assert browser.run("document.querySelectorAll('svg.interval .whisker').length") >= 16
+    shown = """(async () => {
+      const seen = [];
+      for (let i = 0; i < 4; i++) {
+        await Promise.all([...document.querySelectorAll('#sample img')].map((image) => image.decode()));
+        seen.push([...document.querySelectorAll('#sample img')].map((image) => image.naturalWidth));
+        document.getElementById('next').click();
+      }
+      return seen;
+    })()"""
+    widths = browser.run(shown)
+    assert sum(map(len, widths)) >= 12 and min(w for row in widths for w in row) >= 56
+
+
+def test_browser_runs_no_text_of_a_model(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    count = browser.run("JSON.parse(document.getElementById('data').textContent).groups.length")
+    for _ in range(count):
+        browser.keys("j")
+    assert browser.run("document.getElementById('where').textContent") == f"{count} of {count}"
+    assert browser.run("document.title") == "run-7b & <tiny> – veripo report"
+    assert browser.run("document.querySelectorAll('script').length") == 2
+    assert browser.run("document.querySelectorAll('img:not([src^=data])').length") == 0
+    assert browser.messages() == []
+    browser.run("document.body.append(document.createRange().createContextualFragment("
+                "'<script>document.title=\"owned\"<\\/script>'))")
+    assert browser.run("document.title") != "owned"  # even markup that got in would not run
+
+
+def test_browser_keyboard_and_pickers(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    where = "document.getElementById('where').textContent.split(' ')[0]"
+    browser.keys("j", "j", "k")
+    assert browser.run(where) == "2"
+    browser.keys("\ue014")  # right arrow: scrolls nothing and moves only once the viewer has the focus
+    assert browser.run(where) == "2"
+    browser.run("document.getElementById('sample').focus()")
+    browser.keys("\ue014", "\ue014", "\ue012")
+    assert browser.run(where) == "3"
+    browser.run("(() => { const pick = document.getElementById('pick-stage'); pick.value = 'grpo-2';"
+                "pick.dispatchEvent(new Event('change')); })()")
+    assert browser.run("document.getElementById('pick-step').value") == "33"
+
+
+def test_browser_hover_reads_every_chart(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.run("""(() => {
+      const svg = document.querySelector('.charts.grpo svg'), box = svg.getBoundingClientRect();
+      svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 12, clientY: box.top + 20}));
+    })()""")
+    read = browser.run("[...document.querySelectorAll('.charts.grpo output')].map(o => o.textContent)")
+    assert len(read) >= 10 and all(text.startswith("step 48: ") for text in read)
+
+
+def test_browser_phone_has_no_sideways_scroll(browser: Browser, page: Path) -> None:
+    browser.open(page, width=400, height=800)
+    assert browser.run("document.documentElement.scrollWidth") == 400
+    light = browser.run("getComputedStyle(document.body).backgroundColor")
+    browser.open(page, width=400, height=800, dark=True)
+    assert browser.run("getComputedStyle(document.body).backgroundColor") != light
+
+
+def test_browser_half_done_run(browser: Browser, run: Path, tmp_path: Path) -> None:
+    browser.open(report.write_report(half_done(run, tmp_path / "half")))
+    assert browser.messages() == []
+    assert browser.run("document.querySelectorAll('.completion').length") == 6
+    assert browser.run("document.querySelectorAll('.strip .waiting').length") == 1

@@ -36,6 +36,7 @@ CLIPS = {
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
     "sound.mkv": {"audio": True},
     "stream.ts": {},
+    "no-times.h264": {"options": clips.open_gop()},
     "one-frame.mp4": {"frames": 1},
 }
 
@@ -63,11 +64,12 @@ def test_the_frames_asked_for_come_back(folder: Path, decoder: str, name: str) -
     assert len(frames.indices) == min(16, CLIPS[name].get("frames", 60))
     assert frames.pixels.dtype == torch.uint8
     assert tuple(frames.pixels.shape[1:]) == (3, 112, 196)
-    times = CLIPS[name].get("times", [index / 30 for index in range(60)])
+    rate = 25 if name == "no-times.h264" else 30  # a bare stream has no times: FFmpeg takes 25 frames a second
+    times = CLIPS[name].get("times", [index / rate for index in range(60)])
     expected = [times[index] - times[0] for index in frames.indices]
     assert frames.pts_seconds.dtype == torch.float64
     assert frames.pts_seconds.tolist() == pytest.approx(expected, abs=0.0011)  # Matroska keeps milliseconds
-    if name != "stream.ts":
+    if name not in ("stream.ts", "no-times.h264"):
         assert frames.decoder == decoder
 
 
@@ -88,6 +90,15 @@ def test_variable_rate_is_sampled_evenly_in_time(folder: Path, decoder: str) -> 
     gaps = frames.pts_seconds.diff()
     assert gaps.max() <= 1.5 + 0.5  # half a step on either side, and no frame lies closer than the longest gap of 0.5 s
     assert frames.source_fps == pytest.approx(59 / IRREGULAR[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [clips.closed_gop(), clips.open_gop()])
+def test_frames_hidden_by_an_edit_list_stay_hidden(tmp_path: Path, decoder: str, options: dict[str, str]) -> None:
+    whole = clips.make_clip(tmp_path / "whole.mp4", frames=84, options=options)
+    cut = clips.cut_without_recoding(whole, tmp_path / "cut.mp4", range(24, 84), 30 / 30)
+    frames = decode(Video(str(cut)), VideoConfig(fps=None, num_frames=10), 28)
+    assert clips.read_indices(frames.pixels) == [30 + index for index in frames.indices]
+    assert (frames.indices[0], frames.indices[-1]) == (0, 53)
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
@@ -157,6 +168,9 @@ def bad_file(folder: Path, kind: str, path: Path) -> str:
     if kind == "audio":
         clips.make_audio(path)
         return "has no video stream (it holds audio)"
+    if kind == "cover":
+        clips.make_audio_with_cover(path)
+        return "has no video stream (it holds a cover picture, audio)"
     if kind == "noise":
         path.write_bytes(bytes(range(256)) * 40)
         return "is not a video that FFmpeg can open (invalid data found when processing input)"
@@ -189,8 +203,8 @@ def no_frames(path: Path) -> None:
         container.start_encoding()
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "page", "directory", "audio", "noise", "half", "no index",
-                                  "head only", "tail", "hole", "zero frames"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "page", "directory", "audio", "cover", "noise", "half",
+                                  "no index", "head only", "tail", "hole", "zero frames"])
 def test_a_bad_file_is_one_clear_sentence(folder: Path, tmp_path: Path, decoder: str, kind: str) -> None:
     path = tmp_path / "bad.mp4"
     reason = bad_file(folder, kind, path)

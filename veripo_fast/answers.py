@@ -12,7 +12,6 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _LETTERS_WITHOUT_OPTIONS = 10
 
 
@@ -36,7 +35,7 @@ def parse_completion(text: str) -> Parsed:
     and after </answer> (it is never scored). Two answer spans are no answer at all: hedging does not pay.
     """
     think, answer = _span(text, "<think>", "</think>"), _span(text, "<answer>", "</answer>")
-    if think is None or answer is None or any(text.count(tag) != 1 for tag in _TAGS):
+    if think is None or answer is None:
         return Parsed(think, answer, False)
     between = text[text.index("</think>") + len("</think>"):text.index("<answer>")]
     adjoining = text.index("</think>") < text.index("<answer>") and not between.strip()

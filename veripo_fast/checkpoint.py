@@ -5,7 +5,7 @@
     ROOT/.tmp-*                unfinished or half deleted; removed by the next save
     ROOT/.replaced-step_000050 the old one while a second save of the same step takes its name
 
-One process writes to a ROOT at a time. Readers change nothing. CRC-32 finds truncation and rot, not tampering.
+One process works in a ROOT at a time. CRC-32 finds truncation and rot, not tampering.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from veripo_fast.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
+_REPLACED = ".replaced-"
 _STEP = re.compile(r"(?:\.replaced-)?step_(\d+)")
 _log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: 
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest complete checkpoint, or None when there is none at all.
 
-    The one that `latest` names comes first. A damaged one is named in the log and the one before it is taken; raises
-    CheckpointError when all are damaged.
+    The one that `latest` names comes first. A damaged one is named in the log and the one before it is taken; one that
+    a crash left under its `.replaced-` name gets its own back. Raises CheckpointError when all are damaged.
     """
     problems: list[str] = []
     for path in _candidates(root):
@@ -72,7 +73,7 @@ def latest_checkpoint(root: Path) -> Path | None:
             continue
         if problems:
             _log.warning("falling back to %s", path)
-        return path
+        return path.rename(_own_name(path)) if path != _own_name(path) else path
     if problems:
         raise CheckpointError(f"no complete checkpoint in {root}: {'; '.join(problems)}")
     return None
@@ -140,7 +141,7 @@ def _seal(folder: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    replaced = final.with_name(f".replaced-{final.name}")
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
@@ -151,12 +152,11 @@ def _publish(temporary: Path, final: Path) -> None:
 
 def _tidy(root: Path) -> None:
     """Clear what a crash left: an interrupted replacement is undone or finished, temporaries are deleted."""
-    for replaced in root.glob(".replaced-*"):
-        final = root / replaced.name.removeprefix(".replaced-")
-        if final.exists():
+    for replaced in root.glob(f"{_REPLACED}*"):
+        if _own_name(replaced).exists():
             shutil.rmtree(replaced)
         else:
-            replaced.rename(final)
+            replaced.rename(_own_name(replaced))
     for leftover in root.glob(".tmp-*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -203,7 +203,8 @@ def _folders(root: Path) -> list[Path]:
 
 def _candidates(root: Path) -> Iterator[Path]:
     """The one that `latest` names, then the earlier ones from new to old, then those after it (see _prune)."""
-    replaced = [path for path in root.glob(".replaced-step_*") if _STEP.fullmatch(path.name)]
+    replaced = [path for path in root.glob(f"{_REPLACED}step_*")
+                if _STEP.fullmatch(path.name) and not _own_name(path).exists()]
     paths = sorted(_folders(root) + replaced, key=checkpoint_step, reverse=True)
     named = _named(root)
     if named is None:
@@ -214,11 +215,15 @@ def _candidates(root: Path) -> Iterator[Path]:
     yield from sorted(others, key=lambda path: checkpoint_step(path) > checkpoint_step(named))
 
 
+def _own_name(path: Path) -> Path:
+    return path.with_name(path.name.removeprefix(_REPLACED))
+
+
 def _named(root: Path) -> Path | None:
     """What the file `latest` names, whether it is there or not."""
     try:
-        name = (root / "latest").read_text("utf-8").strip()
-    except FileNotFoundError:
+        name = (root / "latest").read_text("utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if _STEP.fullmatch(name):
         return root / name

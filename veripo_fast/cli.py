@@ -173,11 +173,11 @@ COMMANDS: dict[str, Command] = {
     ), takes_overrides=True),
     "eval": Command(_eval, "score a policy on the held-out files, greedy and sampled", (
         _CONFIG_NEEDED,
-        ("--out", {"type": Path, "metavar": "DIR", "help": "folder of the results (default: the run's)"}),
+        ("--out", {"type": Path, "metavar": "DIR", "help": "also write scores and completions there"}),
     ), takes_overrides=True),
     "verify": Command(_verify, "check stored rollouts and build preference pairs from them", (
-        ("rollouts", {"type": Path, "nargs": "+", "metavar": "ROLLOUTS", "help": "Parquet files of rollouts"}),
-        ("--out", {"type": Path, "metavar": "DIR", "help": "folder of verdicts, pairs and account"}),
+        ("rollouts", {"type": Path, "nargs": "+", "metavar": "ROLLOUTS", "help": "Parquet files, or folders of them"}),
+        ("--out", {"type": Path, "metavar": "DIR", "help": "folder of the result (default verifier, beside them)"}),
         _CONFIG,
     ), takes_overrides=True),
     "report": Command(_report, "write one self-contained HTML file about a run", (

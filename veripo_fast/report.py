@@ -46,8 +46,8 @@ def _render(run: RunData) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
     environment.filters |= {"percent": report_scores.percent, "tidy": report_scores.tidy}
-    environment.globals |= {"interval": report_scores.interval, "stage_state": report_scores.stage_state,
-                            "stage_text": report_scores.stage_text}
+    environment.globals |= {"interval": report_scores.interval, "other_score": report_scores.other_score,
+                            "stage_state": report_scores.stage_state, "stage_text": report_scores.stage_text}
     return environment.get_template("report.html").render(_context(run))
 
 
@@ -65,6 +65,7 @@ def _context(run: RunData) -> Row:
         "figures": report_scores.headline(run),
         "evaluation": report_scores.evaluation_charts(run),
         "scores": report_scores.by_stage(run),
+        "other_scores": report_scores.other_scores(run),
         "modes": list(report_scores.by_mode(run)),
         "by_type": report_scores.type_table(run),
         "curves": report_curves.curves(run),
@@ -101,7 +102,7 @@ def _absent(run: RunData, samples: Row, verifications: list[report_verifier.Veri
     if not samples["groups"]:
         said.append("There are no rollouts to show.")
     verified = {item.stage for item in verifications}
-    said += [f"The verifier left no files for {stage.name}." for stage in run.of_kind("dpo")
+    said += [f"The verifier left no account of {stage.name}." for stage in run.of_kind("dpo")
              if stage.name not in verified]
     hidden = sum(bool(strip["error"]) for strip in samples["media"].values())
     if hidden:

@@ -11,16 +11,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from markupsafe import Markup, escape
 
 from veripo_fast.report_axes import number, tick_labels, ticks, y_range
 
-WIDTH, HEIGHT = 360, 176
+WIDTH, HEIGHT = 360, 192
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 18, 22
 BAND_GAP = 8
-MAX_POINTS = 600
+MAX_POINTS = 500
 """Points drawn per line; a longer series keeps the lowest and highest value of each bucket, so no spike is lost."""
 SMOOTH_FROM = 12
 """Fewer points than this are drawn raw only."""
@@ -56,12 +56,13 @@ class Chart:
 
 def smooth(values: Sequence[float | None], window: int) -> list[float | None]:
     """Centred mean over `window` (odd) points, narrower at the ends; gaps stay gaps."""
-    half = window // 2
+    sums = list(accumulate((v or 0.0 for v in values), initial=0.0))
+    counts = list(accumulate((v is not None for v in values), initial=0))
     result: list[float | None] = []
     for index, value in enumerate(values):
-        reach = min(half, index, len(values) - 1 - index)
-        near = [v for v in values[index - reach: index + reach + 1] if v is not None]
-        result.append(None if value is None else sum(near) / len(near))
+        reach = max(min(window // 2, index, len(values) - 1 - index), window // 8)
+        left, right = max(0, index - reach), min(len(values), index + reach + 1)
+        result.append(None if value is None else (sums[right] - sums[left]) / (counts[right] - counts[left]))
     return result
 
 
@@ -188,19 +189,21 @@ def _band_frame(band: Band, left: float, right: float) -> str:
 
 
 def _step_marks(steps: Sequence[int], width: float) -> list[int]:
-    room = max(1, int(width / (len(str(steps[-1])) * 7 + 22)))
-    if room == 1 or len(steps) == 1:
+    label = len(f"{steps[-1]:,}") * 6 + 6
+    if len(steps) == 1 or width < 2 * label:
         return [steps[-1]]
-    inner = [int(m) for m in ticks(steps[0], steps[-1], room) if m == int(m) and int(m) in set(steps)]
-    space = (steps[-1] - steps[0]) / room * 0.6
-    return [steps[0], *[m for m in inner if m - steps[0] > space and steps[-1] - m > space], steps[-1]]
+    first, last = steps[0], steps[-1]
+    apart = 1.5 * label * (last - first) / width  # the outer labels stand inside the band, the inner ones are centred
+    inner = [int(mark) for mark in ticks(first, last, int(width / (label + 12))) if mark == int(mark)]
+    return [first, *(mark for mark in inner if mark in set(steps) and first + apart < mark < last - apart), last]
 
 
 def _lines(xs: Sequence[float], values: Sequence[float | None], smoothed: Sequence[float | None] | None,
            low: float, high: float) -> str:
     keep = _decimate(values)
     ys = [None if v is None else _y(v, low, high) for v in values]
-    text = f'<path class="{"raw" if smoothed else "main"}" d="{_path([xs[i] for i in keep], [ys[i] for i in keep])}"/>'
+    style = "main" if not smoothed else "raw dense" if len(keep) > 200 else "raw"
+    text = f'<path class="{style}" d="{_path([xs[i] for i in keep], [ys[i] for i in keep])}"/>'
     if smoothed:
         every = max(1, len(xs) // MAX_POINTS)
         curve = [None if v is None else _y(v, low, high) for v in smoothed[::every]]
@@ -249,7 +252,7 @@ def _interval_line(name: str, index: int, xs: Sequence[float], line: Sequence[In
         foot = _y(point.low, low, high) if point.low is not None else y
         text += (f'<g class="s{index}"><title>{escape(name)} {_score(point.value, percent)}</title>'
                  f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{foot:.1f}"/>'
-                 f'<circle class="point" r="3.5" cx="{x:.1f}" cy="{y:.1f}"/></g>')
+                 f'<circle class="point" r="2.8" cx="{x:.1f}" cy="{y:.1f}"/></g>')
         if index == 0 and labelled:
             above = top - 6 if top - 6 > TOP - 8 else foot + 13
             text += (f'<text class="value" x="{x:.1f}" y="{above:.1f}" text-anchor="middle">'

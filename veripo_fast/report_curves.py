@@ -15,17 +15,20 @@ METRICS: dict[str, tuple[str, str, tuple[float, float] | None]] = {
     "format_mean": ("Format", "share of well-formed completions", UNIT),
     "preference_accuracy": ("Preference accuracy", "pairs ranked right", UNIT),
     "margin": ("Margin", "implicit reward, chosen − rejected", None),
-    "chosen_logprobs_mean": ("Chosen logprobs", "mean per pair, nats", None),
-    "rejected_logprobs_mean": ("Rejected logprobs", "mean per pair, nats", None),
-    "chosen_drift": ("Chosen drift", "policy − reference, nats", None),
+    "chosen_logprobs_mean": ("Chosen logprobs", "mean per token, nats", None),
+    "rejected_logprobs_mean": ("Rejected logprobs", "mean per token, nats", None),
+    "chosen_drift": ("Chosen drift", "policy − reference, per token", None),
     "length_mean": ("Length", "tokens per completion", None),
+    "finished_share": ("Finished", "share that ended by itself", UNIT),
     "zero_variance_share": ("Zero-variance groups", "share of the groups", UNIT),
     "loss": ("Loss", "", None),
     "kl": ("KL to the reference", "nats per token", None),
     "grad_norm": ("Gradient norm", "before clipping", None),
     "clip_share": ("Clipped tokens", "share of tokens", None),
     "ratio_max": ("Largest ratio", "policy / old", None),
+    "parity_max": ("Parity", "largest |trainer − engine|, nats", None),
     "learning_rate": ("Learning rate", "", None),
+    "packed_tokens": ("Packed tokens", "per optimizer step", None),
 }
 """Known metrics in drawing order: title, what the axis shows, fixed range. Other numeric keys are drawn after them."""
 NO_METRIC = {"global_step", "step", "seconds"}

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Stage:
     """Lines of metrics.jsonl, in order."""
     finished: bool = False
 
-    @property
+    @cached_property
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase, summed over the stage."""
         total: dict[str, float] = {}
@@ -201,7 +202,7 @@ def _mark_finished(stages: list[Stage], evals: list[Row]) -> None:
     later_began = False
     for stage in reversed(stages):
         all_steps = stage.expected_steps is not None and len(stage.rows) >= stage.expected_steps
-        stage.finished = bool(stage.rows) and (later_began or all_steps or stage.name in evaluated)
+        stage.finished = later_began or all_steps or stage.name in evaluated
         later_began = later_began or bool(stage.rows)
 
 

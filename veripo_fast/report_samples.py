@@ -95,8 +95,8 @@ def _telling(group: RolloutGroup, paired: set[str]) -> tuple[bool, bool, float]:
 def _groups(run: RunData, path: Path) -> list[RolloutGroup]:
     try:
         return read_groups(path)
-    except (DataError, OSError, ValueError) as error:
-        run.notes.append(f"{path.relative_to(run.dir.root)} could not be read: {str(error).splitlines()[0]}.")
+    except (DataError, OSError, ValueError):
+        run.notes.append(f"{path.relative_to(run.dir.root)} could not be read: it is damaged or no rollout file.")
         return []
 
 
@@ -106,9 +106,9 @@ def _step_of(path: Path) -> int:
 
 def _record(pick: Pick, verifier: GroupVerdicts, strips: FrameStrips, run_step: int) -> Row:
     prompt, completions = pick.group.prompt, pick.group.completions
-    return {"stage": pick.stage, "step": pick.step, "run_step": run_step, "number": pick.number, "prompt_id": prompt.prompt_id,
-            "problem_type": prompt.problem_type, "question": cut(prompt.text), "gold": prompt.gold,
-            "options": list(prompt.options), "data_source": prompt.data_source,
+    return {"stage": pick.stage, "step": pick.step, "run_step": run_step, "number": pick.number,
+            "prompt_id": prompt.prompt_id, "problem_type": prompt.problem_type, "question": cut(prompt.text),
+            "gold": prompt.gold, "options": list(prompt.options), "data_source": prompt.data_source,
             "media": [strips.key(media) for media in prompt.media],
             "completions": [_completion(c, verdict) for c, verdict in zip(
                 completions, verifier.verdicts_of(pick.group, pick.step, pick.number), strict=True)],

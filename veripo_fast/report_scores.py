@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from veripo_fast.report_axes import number
 from veripo_fast.report_charts import Chart, Interval, interval_chart
-from veripo_fast.report_data import Row, RunData, Stage, finite, plural
+from veripo_fast.report_data import Row, RunData, Stage, finite, plural, read_columns
+from veripo_fast.statistics import paired_difference
 
 UNIT = (0.0, 1.0)
+_COLUMNS = ("accuracy", "mra", "format_rate", "inconsistency_rate", "length_mean", "prompts", "completions")
 
 
 @dataclass
@@ -81,6 +83,17 @@ def by_stage(run: RunData) -> list[tuple[str, list[Row]]]:
     return [(stage, [row for row in run.evals if str(row.get("stage")) == stage]) for stage in stages]
 
 
+def other_scores(run: RunData) -> list[str]:
+    """Numeric keys of the evaluations that the table has no column of its own for."""
+    keys = dict.fromkeys(key for row in run.evals for key in row if finite(row[key]) is not None)
+    return [key for key in keys if key not in _COLUMNS and not key.endswith(("_low", "_high"))]
+
+
+def other_score(key: str, value: object) -> str:
+    """A rate in percent, any other number as it is."""
+    return percent(value) if key.endswith(("_rate", "_share")) else tidy(value)
+
+
 def _with_interval(row: Row, key: str) -> str:
     low_high = interval(row.get(f"{key}_low"), row.get(f"{key}_high"))
     return f"{percent(row.get(key))} %" + (f" ({low_high})" if low_high else "")
@@ -99,10 +112,29 @@ def _accuracy_figure(run: RunData) -> Figure:
     first, last = rows[0], rows[-1]
     gain = last["accuracy"] - first["accuracy"]
     detail = [f"{row.get('stage')}: {_with_interval(row, 'accuracy')}" for row in (first, last)]
+    detail += _change_interval(run, str(first.get("stage")), str(last.get("stage")), mode)
     for other, line in list(modes.items())[1:]:
         detail.append(f"{other}: {percent(line[0].get('accuracy'))} → {percent(line[-1].get('accuracy'))} %")
     return Figure(f"Held-out accuracy, {mode}", f"{percent(first['accuracy'])} → {percent(last['accuracy'])} %", detail,
                   _points(gain), "good" if gain > 0 else "bad" if gain < 0 else "")
+
+
+def _change_interval(run: RunData, first: str, last: str, mode: str) -> list[str]:
+    """The interval of the change over the same prompts, where both evaluations kept their completions."""
+    before, after = (_prompt_accuracy(run, stage, mode) for stage in (first, last))
+    if not before or before.keys() != after.keys():
+        return []
+    change = paired_difference(list(before.values()), [after[name] for name in before])
+    low, high = (f"{value * 100:+.1f}".replace("-", "−") for value in (change.low, change.high))
+    return [f"change on the same prompts: {low} to {high} points"]
+
+
+def _prompt_accuracy(run: RunData, stage: str, mode: str) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    name = str(run.dir.eval_rows(stage, mode).relative_to(run.dir.root))
+    for row in read_columns(run, name, ["prompt_id", "accuracy"]):
+        found.setdefault(row["prompt_id"], []).append(row["accuracy"])
+    return {prompt_id: sum(values) / len(values) for prompt_id, values in found.items()}
 
 
 def _around_dpo(run: RunData, rows: list[Row]) -> list[tuple[Row, Row]]:
@@ -144,7 +176,7 @@ def _time_figure(run: RunData) -> Figure:
         return Figure("Training time", "–", ["no step recorded yet"])
     steps = plural(sum(len(stage.rows) for stage in run.stages), "step")
     shares = [f"{phase}: {seconds / total * 100:.0f} %" for phase, seconds in spent.most_common(3)]
-    return Figure("Training time", duration(total), [f"{steps}; evaluation is not counted", *shares])
+    return Figure("Training time", duration(total), [f"inside {steps}; evaluation and verifier come on top", *shares])
 
 
 def stage_state(stage: Stage) -> str:
@@ -155,7 +187,7 @@ def stage_state(stage: Stage) -> str:
 def stage_text(stage: Stage) -> str:
     """One line under the stage's name in the strip at the top."""
     if not stage.rows:
-        return "not started"
+        return "no steps" if stage.finished else "not started"
     asked = stage.expected_steps
     steps = f"{len(stage.rows):,} of {plural(asked, 'step')}" if asked and not stage.finished else plural(
         len(stage.rows), "step")

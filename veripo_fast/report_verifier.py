@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
@@ -25,75 +24,67 @@ _VERDICT_FIELDS = ("prompt_id", "index", "accuracy", "finished", "length_tokens"
 _PAIR_FIELDS = tuple(pair_field.name for pair_field in fields(PreferencePair))
 
 
+_TITLES = {"flags": "Checks failed, completions", "verdicts": "Think/answer, completions",
+           "unused": "Completions in no pair", "groups_without": "Groups without a candidate",
+           "dropped": "Candidates not kept"}
+"""Titles of the account's tables, in order; other tables follow under their own name."""
+_NOUNS = {"used": "completions in a pair"}
+
+
 @dataclass
 class Verification:
     """What the verifier did before one DPO stage."""
 
     stage: str
-    summary: list[str]
+    summary: str
     tables: list[Table] = field(default_factory=list)
 
 
 def verifications(run: RunData) -> list[Verification]:
-    """What the verifier kept and what not, for every dpo stage that has files."""
-    names = [stage.name for stage in run.stages if stage.kind == "dpo"]
+    """What the verifier kept and what not, for every dpo stage that has an account."""
     folder = run.dir.root / "verifier"
-    names += sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in names) if folder.is_dir() else []
-    found = (_verification(run, name) for name in names if run.dir.verifier(name).is_dir())
-    return [item for item in found if item.tables or item.summary]
+    found = sorted(path.parent.name for path in folder.glob("*/account.json"))
+    known = [stage.name for stage in run.stages]
+    found.sort(key=lambda name: known.index(name) if name in known else len(known))
+    accounts = ((name, _account(run, run.dir.verifier(name) / "account.json")) for name in found)
+    return [_verification(name, account) for name, account in accounts if account]
 
 
-def _verification(run: RunData, stage: str) -> Verification:
-    folder = run.dir.verifier(stage)
-    result = Verification(stage, [])
-    verdicts = read_columns(run, f"verifier/{stage}/verdicts.parquet", ["prompt_id", "consistent", "flags"])
-    if verdicts:
-        result.summary.append(_verdict_sentence(verdicts))
-        flags = Counter(flag for row in verdicts for flag in row["flags"] or ())
-        clean = sum(not row["flags"] for row in verdicts)
-        result.tables.append(_share_table("Checks failed", [*flags.most_common(), ("none", clean)], len(verdicts)))
-    pairs = read_columns(run, f"verifier/{stage}/pairs.parquet", ["prompt_id", "family"])
-    if pairs:
-        prompts = len({row["prompt_id"] for row in pairs})
-        result.summary.append(f"{plural(len(pairs), 'pair')} from {plural(prompts, 'prompt')}.")
-        families = Counter(row["family"] for row in pairs)
-        result.tables.append(_share_table("Pairs by family", families.most_common(), len(pairs)))
-    result.tables += _account_tables(run, folder / "account.json")
-    return result
-
-
-def _verdict_sentence(verdicts: list[Row]) -> str:
-    said = [row["consistent"] for row in verdicts if row["consistent"] is not None]
-    prompts = len({row["prompt_id"] for row in verdicts})
-    return (f"{plural(len(verdicts), 'completion')} of {plural(prompts, 'prompt')} judged: {said.count(True):,} "
-            f"consistent, {said.count(False):,} inconsistent, {len(verdicts) - len(said):,} undecided.")
-
-
-def _share_table(title: str, counts: list[tuple[str, int]], whole: int) -> Table:
-    return Table(title, ["", "count", "share"],
-                 [[name, f"{count:,}", f"{count / whole * 100:.1f} %"] for name, count in counts])
-
-
-def _account_tables(run: RunData, path: Path) -> list[Table]:
-    """account.json as tables: its numbers, then one table for each object in it."""
-    if not path.exists():
-        return []
+def _account(run: RunData, path: Path) -> Row:
+    """account.json (verifier/account.py says what it holds); empty, with a note, when it cannot be read."""
     try:
         account = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        run.notes.append(f"{path.parent.name}/account.json could not be read: {error.msg}.")
-        return []
-    if not isinstance(account, dict):
-        return []
-    tables = [_object_table("Account", {k: v for k, v in account.items() if not isinstance(v, dict)})]
-    tables += [_object_table(str(key).replace("_", " ").capitalize(), value)
-               for key, value in account.items() if isinstance(value, dict)]
-    return [table for table in tables if table.rows]
+    except (OSError, ValueError) as error:
+        run.notes.append(f"verifier/{path.parent.name}/account.json could not be read: {error}.")
+        return {}
+    return account if isinstance(account, dict) else {}
 
 
-def _object_table(title: str, values: Row) -> Table:
-    rows = [[str(key).replace("_", " "), _plain(value)] for key, value in values.items()]
-    return Table(title, ["", ""], rows)
+def _verification(stage: str, account: Row) -> Verification:
+    plain = {key: value for key, value in account.items() if not isinstance(value, dict)}
+    counts = {key: value for key, value in account.items() if isinstance(value, dict)}
+    counts.pop("flag_rates", None)
+    tables = [_family_table(counts.pop("candidates", {}), counts.pop("kept", {}))]
+    whole = finite(plain.get("completions"))
+    for key in [*(k for k in _TITLES if k in counts), *(k for k in counts if k not in _TITLES)]:
+        title = _TITLES.get(key, key.replace("_", " ").capitalize())
+        tables.append(_count_table(title, counts[key], whole if "ompletions" in title else None))
+    said = [f"{_plain(value)} {_NOUNS.get(key, key.replace('_', ' '))}" for key, value in plain.items()]
+    return Verification(stage, ", ".join(said), [table for table in tables if table.rows])
+
+
+def _family_table(candidates: Row, kept: Row) -> Table:
+    families = dict.fromkeys([*candidates, *kept])
+    return Table("Pairs by family", ["", "candidates", "kept"],
+                 [[name, _plain(candidates.get(name, "–")), _plain(kept.get(name, "–"))] for name in families])
+
+
+def _count_table(title: str, counts: Row, whole: float | None) -> Table:
+    """Counts, and their share of the completions where they count completions."""
+    if not whole:
+        return Table(title, [], [[name, _plain(count)] for name, count in counts.items()])
+    return Table(title, [], [[name, _plain(count), f"{(finite(count) or 0.0) / whole * 100:.1f} %"]
+                             for name, count in counts.items()])
 
 
 def _plain(value: object) -> str:
@@ -227,5 +218,5 @@ class TokenText:
 
             self._tokenizer = Tokenizer.from_file(str(self.path))
         parts = groupby(zip(token_ids, loss_mask, strict=True), key=lambda pair: bool(pair[1]))
-        return [(used, self._tokenizer.decode([token for token, _ in tokens], skip_special_tokens=True))
+        return [(used, self._tokenizer.decode([token for token, _ in tokens], skip_special_tokens=False))
                 for used, tokens in parts]

@@ -124,7 +124,7 @@ def describe(clip: Clip) -> str:
     """Dense description, second by second: what a captioner would write. Used to teach the tiny policy to see."""
     lines = []
     for second in range(SECONDS):
-        seen = [f"{shape.name} {clip.cell(shape, second)} at {round(shape.along(second))}"
+        seen = [f"{shape.name} {clip.cell(shape, second)}"
                 for shape in sorted(clip.shapes, key=lambda s: s.lane) if shape.visible(second)]
         lines.append(f"{second}s {', '.join(seen) or 'none'}.")
     return " ".join(lines)

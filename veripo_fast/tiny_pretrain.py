@@ -31,8 +31,9 @@ from veripo_fast.types import EncodedPrompt, MediaInputs, Message, Prompt, Video
 
 FRAME_SECONDS = tuple(index / 2 for index in range(8))
 FRAME_SIDE = 96
-FIRST_SEED = 10_000_000
-"""Clips from here on; the corpus of `veripo synth` uses smaller seeds."""
+FIRST_SEED = 1 << 40
+"""Clips from here on; the corpora of `veripo synth` use smaller seeds."""
+CAREFUL = {"looks": 1.0}
 MANNERS = {"looks": 0.25, "looks_but_misstates": 0.25, "glances": 0.45, "no_format": 0.05}
 DESCRIBE = "Describe what is seen each second."
 
@@ -89,7 +90,8 @@ def shared_prefix_row(encoder: PromptEncoder, media: MediaInputs, texts: list[tu
     return prefix, branches, scored
 
 
-def batch_loss(policy: Policy, seed: int, clips: int, per_clip: int, describe_share: float) -> torch.Tensor:
+def batch_loss(policy: Policy, seed: int, describe_share: float, manners: dict[str, float], clips: int = 16,
+               per_clip: int = 4) -> torch.Tensor:
     """Mean negative log-likelihood of the completions of `per_clip` questions on each of `clips` new clips."""
     rng = random.Random(seed)
     media, groups, scored = [], [], []
@@ -101,7 +103,7 @@ def batch_loss(policy: Policy, seed: int, clips: int, per_clip: int, describe_sh
         for _ in range(per_clip):
             question = rng.choice(pool)
             texts.append((DESCRIBE, describe(clip)) if rng.random() < describe_share else
-                         (question_text(question), completion(question, rng, MANNERS)))
+                         (question_text(question), completion(question, rng, manners)))
         prefix, branches, tokens = shared_prefix_row(policy.encoder, media[-1], texts)
         groups.append((prefix, branches))
         scored += tokens
@@ -122,7 +124,7 @@ def seeing(policy: Policy, seed: int, clips: int) -> dict[str, float]:
         media = clip_media(encoder, clip)
         features: list[VisionFeatures | None] = [policy.vision_features(media)]
         for question in questions(clip, rng.randrange(1 << 30)):
-            text = completion(question, rng, {"looks": 1.0})
+            text = completion(question, rng, CAREFUL)
             prompt = encoder.encode(user_prompt("", question_text(question)), media)
             packed = pack([(prompt, [encoder.encode_completion(text)])])
             logits = policy.head(policy.hidden(packed, features)[packed.logit_index])
@@ -132,14 +134,30 @@ def seeing(policy: Policy, seed: int, clips: int) -> dict[str, float]:
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 50 steps, then cosine to a twentieth."""
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up over 50 steps, then cosine to a twentieth."""
     if step < 50:
-        return peak * (step + 1) / 50
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - 50) / max(steps - 50, 1))))
+        return (step + 1) / 50
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - 50) / max(steps - 50, 1)))
 
 
-def pretrain(out: Path, steps: int, seed: int, clips: int = 16, per_clip: int = 4, peak: float = 1e-3) -> None:
+def curriculum(done: float) -> tuple[float, dict[str, float]]:
+    """Share of descriptions among the tasks, and the manners of answering, after a share of the steps.
+
+    Seeing comes first: descriptions and careful answers. The mixture of manners is learned in the last quarter.
+    """
+    return max(0.7 - 1.4 * done, 0.15), CAREFUL if done < 0.75 else MANNERS
+
+
+def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for everything else."""
+    layers = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [torch.optim.Muon(layers, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def pretrain(out: Path, steps: int, seed: int) -> None:
     """Train from scratch and write the checkpoint (bfloat16) and its log into `out`."""
     tokenizer = tiny.build_tokenizer()
     model = tiny.build_model("qwen3_vl", seed, tokenizer)
@@ -147,23 +165,23 @@ def pretrain(out: Path, steps: int, seed: int, clips: int = 16, per_clip: int = 
     tiny.save_processor(out, "qwen3_vl", tokenizer)
     model.config.save_pretrained(out)
     policy = Policy(model, PromptEncoder(out), freeze_vision=False)
-    optimizer = torch.optim.AdamW([p for _, p in policy.parameters()], betas=(0.9, 0.98), weight_decay=0.01)
+    both = optimizers(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in both]
     started = time.monotonic()
     with (out / "pretrain.log").open("w") as log:
         for step in range(steps):
-            describe_share = max(1.0 - step / (0.3 * steps), 0.15)
-            loss = batch_loss(policy, seed * steps + step, clips, per_clip, describe_share)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
-            optimizer.zero_grad()
+            loss = batch_loss(policy, seed * steps + step, *curriculum(step / steps))
+            model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer, peak in zip(both, peaks, strict=True):
+                optimizer.param_groups[0]["lr"] = peak * rate(step, steps)
+                optimizer.step()
             if step % 50 == 0 or step == steps - 1:
                 line: dict[str, Any] = {"step": step, "loss": round(loss.item(), 4),
                                         "seconds": round(time.monotonic() - started)}
-                if step % 250 == 0 or step == steps - 1:
-                    line["seeing"] = {k: round(v, 2) for k, v in seeing(policy, 5_000_000, 40).items()}
+                if step % 200 == 0 or step == steps - 1:
+                    line["seeing"] = {k: round(v, 2) for k, v in seeing(policy, FIRST_SEED // 2, 40).items()}
                 print(json.dumps(line), file=log, flush=True)
     model.to(torch.bfloat16).save_pretrained(out)
 
@@ -171,7 +189,7 @@ def pretrain(out: Path, steps: int, seed: int, clips: int = 16, per_clip: int = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pretrain(args.out, args.steps, args.seed)

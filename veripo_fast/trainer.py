@@ -60,7 +60,7 @@ class State:
     policy_version: int = 0
     """Optimizer steps behind the weights."""
     stage_start: str = ""
-    """Checkpoint folder that the current stage began from; empty: the model of the configuration."""
+    """Name of the checkpoint that the current stage began from; empty: the model of the configuration."""
 
 
 def train(config: Config, resume: bool = False) -> None:
@@ -88,6 +88,7 @@ class Trainer:
         self.metrics = metrics
         self.interrupted = check_interrupt
         self.skipped = SkippedLog(run.skipped)
+        self.save_seconds: dict[str, float] = {}
         self.checkpoint = latest_checkpoint(run.checkpoints)
         self.state = _read_state(self.checkpoint)
         metrics.truncate_after(self.state.global_step)
@@ -161,7 +162,7 @@ class Trainer:
 
     def stage_reference(self) -> Policy:
         """The policy at the start of the stage, frozen, for the KL term."""
-        start = Path(self.state.stage_start) if self.state.stage_start else None
+        start = self.run.checkpoints / self.state.stage_start if self.state.stage_start else None
         reference = load_policy(self.config.model, start)
         reference.model.requires_grad_(False)
         return reference
@@ -202,12 +203,11 @@ class Trainer:
         folder = self.run.verifier(stage.name)
         if not (folder / "pairs.parquet").is_file():
             encoder = self.policy.encoder
-            judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
-                               lambda: answer_scorer(self.policy, config.video))
+            judge = make_judge(config.verifier, answer_scorer(self.policy, config.video), folder / "judge_cache.jsonl")
             result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
                             encoder.encode_completion, encoder.eos_id, derive_seed(config.seed, stage.name, "pairs"))
             write_result(folder, result)
-        return read_pairs(folder)
+        return read_pairs(folder / "pairs.parquet")
 
     def load_pairs(self, prompts: dict[str, Prompt], pairs: Sequence[PreferencePair]) -> list[PairRow]:
         """Pairs with their loaded prompts; those whose media are gone are left out."""
@@ -227,24 +227,28 @@ class Trainer:
         if self.state.step and self.checkpoint is not None:
             optimizer.load(self.checkpoint / "trainer" / "optimizer.pt")
         elif not self.state.step:
-            self.state.stage_start = str(self.checkpoint or "")
+            self.state.stage_start = self.checkpoint.name if self.checkpoint else ""
         return optimizer
 
     def finish_step(self, stage: StageConfig, values: dict[str, float], seconds: dict[str, float],
                     optimizer: Optimizer, bar: Any) -> None:
-        """Count the step, save if it is time (or Ctrl-C was pressed), and write its metrics."""
+        """Count the step, write its metrics, then save if it is time or Ctrl-C was pressed.
+
+        In this order a run killed in between resumes before the step and writes the same line again.
+        """
         self.state.step += 1
         self.state.global_step += 1
         self.state.policy_version = self.policy.version
-        last = self.state.step == bar.total
-        if not last and (self.state.global_step % self.config.checkpoint.every == 0 or self.interrupted()):
-            with timed(seconds, "checkpoint"):
-                self.save(optimizer)
         self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
-                          "step": self.state.step - 1, **values, "seconds": seconds})
+                          "step": self.state.step - 1, **values, "seconds": seconds | self.save_seconds})
+        self.save_seconds = {}
         bar.update(1)
-        if not last:
-            self.stop_if_interrupted()
+        if self.state.step == bar.total:
+            return
+        if self.state.global_step % self.config.checkpoint.every == 0 or self.interrupted():
+            with timed(self.save_seconds, "checkpoint"):
+                self.save(optimizer)
+        self.stop_if_interrupted()
 
     def save(self, optimizer: Optimizer | None) -> None:
         """Write a checkpoint of the state as it is; without optimizer at the end of a stage."""
@@ -256,25 +260,27 @@ class Trainer:
             if optimizer is not None:
                 optimizer.save(folder / "trainer" / "optimizer.pt")
 
-        protect = [Path(self.state.stage_start)] if self.state.stage_start else []
+        protect = [self.run.checkpoints / self.state.stage_start] if self.state.stage_start else []
         self.checkpoint = save_checkpoint(self.run.checkpoints, self.state.global_step, write,
                                           self.config.checkpoint.keep, protect)
 
     def evaluate_stage(self, finished: int) -> None:
         """Evaluate the policy after `finished` stages, unless it is recorded already or not wanted."""
-        wanted = {"stages": True, "ends": finished in (0, len(self.config.stages)), "never": False}[self.config.eval.at]
-        name = self.config.stages[finished - 1].name if finished else "start"
-        done = read_records(self.run.evals)
-        order = ["start", *(stage.name for stage in self.config.stages)]
-        done = [record for record in done if order.index(record["stage"]) < finished or
-                (record["stage"] == name and self.state.step)]
-        if self.state.step or not wanted or not self.config.data.eval:
+        if not self.config.data.eval or not self._evaluation_due(finished):
             return
-        records = evaluate(self.engine, self.loader, self.load(self.config.data.eval), self.config, stage=name,
-                           rows=partial(self.run.eval_rows, name), check=self.stop_if_interrupted)
+        names = ["start", *(stage.name for stage in self.config.stages[:finished])]
+        done = [record for record in read_records(self.run.evals) if record["stage"] in names]
+        if any(record["stage"] == names[-1] for record in done):
+            return
+        records = evaluate(self.engine, self.loader, self.load(self.config.data.eval), self.config, stage=names[-1],
+                           rows=partial(self.run.eval_rows, names[-1]), check=self.stop_if_interrupted)
         atomic_write_text(self.run.evals, "".join(json.dumps(record) + "\n" for record in [*done, *records]))
         for record in records:
             tqdm.write(summary(record))
+
+    def _evaluation_due(self, finished: int) -> bool:
+        at = self.config.eval.at
+        return at == "stages" or (at == "ends" and finished in (0, len(self.config.stages)))
 
     def load(self, files: tuple[str, ...]) -> list[Prompt]:
         """Prompts of data files; records that cannot be used are named in skipped.jsonl."""

@@ -112,7 +112,7 @@ function startViewer(data) {
 
   function said(text) {
     const box = node("div", "said", ...marked(text));
-    if (text.length < 900) return [box];
+    if (text.length < 700) return [box];
     box.classList.add("folded");
     const more = node("button", "more", "Show all of it");
     more.addEventListener("click", () => {
@@ -127,9 +127,7 @@ function startViewer(data) {
     bar.style.width = `${(Math.abs(value) / scale) * 50}%`;
     const axis = node("span", "axis", bar);
     axis.setAttribute("aria-hidden", "true");
-    const shown = node("span", "advantage", axis, node("b", "", signed(value)));
-    shown.title = "Advantage within the group";
-    return shown;
+    return node("span", "advantage", node("span", "soft", "advantage"), axis, node("b", "", signed(value)));
   }
 
   function verdictChips(verdict) {
@@ -163,7 +161,7 @@ function startViewer(data) {
     const unfinished = item.finish === "stop" ? null : "unfinished";
     const facts = node("div", "facts", node("span", "index", String(index)), scoreWord(item.accuracy),
       node("span", "soft", item.format > 0 ? "format ✓" : "format ✗"), reward,
-      node("span", "soft tokens", `${item.tokens} tokens`), advantageBar(item.advantage, scale));
+      node("span", "soft tokens", `${item.tokens.toLocaleString("en")} tokens`), advantageBar(item.advantage, scale));
     const chips = [...verdictChips(item.verdict), ...pairChips(group, index)];
     if (unfinished && !chips.some((chip) => chip[1] === unfinished)) chips.unshift(["bad", unfinished]);
     const list = chips.length ? node("ul", "chips", ...chips.map(([tone, text]) => node("li", tone, text))) : null;

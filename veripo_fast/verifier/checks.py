@@ -11,7 +11,7 @@ from statistics import median
 
 from veripo_fast.answers import words
 from veripo_fast.config import VerifierConfig
-from veripo_fast.types import Completion, RolloutGroup, Verdict
+from veripo_fast.types import RolloutGroup, Verdict
 from veripo_fast.verifier.judges import Judgement, spans
 
 ACCURATE = 0.7
@@ -85,8 +85,3 @@ def is_well_formed(verdict: Verdict) -> bool:
 def is_clean(verdict: Verdict) -> bool:
     """No check failed: right, well formed, neither repetitive nor of odd length, and not found inconsistent."""
     return not verdict.flags
-
-
-def total_tokens(completion: Completion) -> int:
-    """Tokens of the whole completion, as sampled."""
-    return len(completion.token_ids)

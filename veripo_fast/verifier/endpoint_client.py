@@ -108,7 +108,7 @@ class EndpointClient:
 
 
 def pause_seconds(attempt: int, retry_after: str | None, backoff_seconds: float) -> float:
-    """Seconds before the next attempt, with jitter: what Retry-After says (seconds or a date), or backoff * 2^attempt."""
+    """Seconds before the next attempt: what Retry-After says (seconds or a date), or backoff * 2^attempt; jittered."""
     asked = _retry_after_seconds(retry_after)
     if asked is not None:
         return min(asked, _LONGEST_RETRY_AFTER_SECONDS) + random.uniform(0, backoff_seconds)

@@ -99,8 +99,8 @@ def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise MediaError(_no_index(path))
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-            kinds = ", ".join(sorted({str(other.type) for other in container.streams})) or "nothing"
-            raise MediaError(f"{path} has no video stream (it holds {kinds})")
+            kinds = {"a cover picture" if other is stream else str(other.type) for other in container.streams}
+            raise MediaError(f"{path} has no video stream (it holds {', '.join(sorted(kinds)) or 'nothing'})")
         stream.codec_context.thread_count = 1
         yield container, stream
 
@@ -172,7 +172,7 @@ def _timeline(path: str, stream: VideoStream, shown: list[tuple[int | None, int]
         end = max(stamp + (duration or spread) for stamp, duration in shown if stamp is not None)
         return Timeline(tuple(stamp * numerator / denominator for stamp in stamps), tuple(stamps), True,
                         end * numerator / denominator, _promised(stream), stream.index)
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    rate = float(stream.guessed_rate or stream.average_rate or 25)
     numbers = tuple(range(len(shown)))
     return Timeline(tuple(number / rate for number in numbers), numbers, False, len(shown) / rate,
                     _promised(stream), stream.index)

@@ -1,0 +1,193 @@
+"""One training step (forward + backward) of a GRPO group: shared prefix against the repeated prompt, same model, same run.
+
+    python bench/bench_step.py [--prompt 1000] [--completion 64] [--group 8] [--family qwen2_5_vl]
+
+The sibling is Hugging Face's forward on G copies of the prompt (SDPA attention, logits at completion positions only, the
+vision tower's output repeated, not recomputed, so that the ratio is that of the language model alone; `--train-vision`
+runs the tower in both, once per group against once per copy). Losses and gradients are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import recipe
+import torch
+import transformers
+from veripo_kernels import reference
+
+from veripo_fast import shared_prefix
+from veripo_fast.packing import PackedBatch, pack
+from veripo_fast.positions import GridSpan, TextSpan, mrope_positions
+from veripo_fast.types import EncodedPrompt
+
+VOCABULARY, HIDDEN, VIDEO_PAD = 2048, 512, 11
+
+
+def build_model(family: str) -> torch.nn.Module:
+    """About 30 million parameters, random weights."""
+    torch.manual_seed(0)
+    text = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 1408, "num_hidden_layers": 8,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [12, 10, 10], "rope_theta": 1e4}}
+    vision = {"depth": 6, "hidden_size": 256, "intermediate_size": 768, "num_heads": 4, "out_hidden_size": HIDDEN,
+              "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+    media = {"image_token_id": 10, "video_token_id": VIDEO_PAD, "vision_start_token_id": 12, "vision_end_token_id": 13,
+             "tie_word_embeddings": True}
+    if family == "qwen2_5_vl":
+        vision |= {"window_size": 112, "fullatt_block_indexes": [2, 5], "tokens_per_second": 2}
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **media)
+        return transformers.Qwen2_5_VLForConditionalGeneration(config)
+    text |= {"head_dim": 64}
+    vision |= {"num_position_embeddings": 256, "deepstack_visual_indexes": []}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **media)
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def video_prompt(tokens: int) -> tuple[EncodedPrompt, torch.Tensor, torch.Tensor]:
+    """A prompt of `tokens` tokens, a video of 8 x 8 merged patches per grid and a question; with pixels and grid."""
+    grids = (tokens - 40) // 64
+    question = tokens - grids * 64 - 2
+    ids = torch.cat([torch.tensor([12]), torch.full((grids * 64,), VIDEO_PAD), torch.tensor([13]),
+                     torch.randint(20, VOCABULARY, (question,))])
+    positions, following = mrope_positions([TextSpan(1), GridSpan(tuple(range(0, 2 * grids, 2)), 8, 8),
+                                            TextSpan(1 + question)])
+    pixels = torch.randn(grids * 256, 3 * 2 * 14 * 14)
+    return EncodedPrompt(ids, positions, following), pixels, torch.tensor([[grids, 16, 16]])
+
+
+class Step:
+    """Both ways of one step on the same group."""
+
+    def __init__(self, model: torch.nn.Module, prompt: int, completion: int, group: int, train_vision: bool) -> None:
+        self.model = model
+        self.train_vision = train_vision
+        model.model.visual.requires_grad_(train_vision)
+        self.prompt, self.pixels, self.grid = video_prompt(prompt)
+        self.completions = torch.randint(20, VOCABULARY, (group, completion))
+        self.weights = torch.randn(group * completion) / (group * completion)
+        with torch.no_grad():
+            self.features = self.tower(1)
+
+    def tower(self, copies: int) -> torch.Tensor:
+        return self.model.model.visual(self.pixels.repeat(copies, 1), grid_thw=self.grid.repeat(copies, 1),
+                                       return_dict=True).pooler_output
+
+    def embeddings(self, ids: torch.Tensor, copies: int) -> torch.Tensor:
+        features = self.tower(copies) if self.train_vision else self.features.repeat(copies, 1)
+        return self.model.get_input_embeddings()(ids).masked_scatter((ids == VIDEO_PAD)[..., None], features)
+
+    def packed(self) -> PackedBatch:
+        return pack([(self.prompt, self.completions.tolist())])
+
+    def shared(self) -> torch.Tensor:
+        """Shared prefix: the prompt once."""
+        self.model.model.language_model.set_attn_implementation(shared_prefix.NAME)
+        batch = self.packed()
+        hidden = self.model.model.language_model(
+            inputs_embeds=self.embeddings(batch.token_ids[None], 1), position_ids=batch.positions[:, None],
+            attention_mask=None, use_cache=False, groups=batch.groups).last_hidden_state[0]
+        return self.backward(hidden[batch.logit_index])
+
+    def repeated(self) -> torch.Tensor:
+        """The sibling: G copies of the prompt."""
+        self.model.model.language_model.set_attn_implementation("sdpa")
+        group, length = self.completions.shape
+        ids = torch.cat([self.prompt.token_ids.expand(group, -1), self.completions], 1)
+        tail = (torch.arange(length) + self.prompt.next_position).expand(3, -1)
+        positions = torch.cat([self.prompt.positions, tail], 1)[:, None].expand(-1, group, -1)
+        hidden = self.model.model.language_model(
+            inputs_embeds=self.embeddings(ids, group), position_ids=positions, attention_mask=torch.ones_like(ids),
+            use_cache=False).last_hidden_state
+        return self.backward(hidden[:, len(self.prompt.token_ids) - 1:-1].flatten(0, 1))
+
+    def backward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logprobs = reference.linear_logprobs(hidden, self.model.lm_head.weight, self.completions.flatten())
+        loss = -(self.weights * logprobs).sum()
+        loss.backward()
+        return loss.detach()
+
+    def gradients(self) -> torch.Tensor:
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Peak memory of a call above what was in use before it: CUDA's allocator, or resident memory on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_bytes("VmRSS")
+    run()
+    return status_bytes("VmHWM") - before
+
+
+def status_bytes(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def timed(run: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--prompt", type=int, default=1000)
+    parser.add_argument("--completion", type=int, default=64)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--family", choices=("qwen2_5_vl", "qwen3_vl"), default="qwen2_5_vl")
+    parser.add_argument("--train-vision", action="store_true")
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    step = Step(build_model(args.family), args.prompt, args.completion, args.group, args.train_vision)
+    ways = {"shared": step.shared, "repeated": step.repeated}
+    gradients, losses = {}, {}
+    for name, run in ways.items():
+        step.model.zero_grad()
+        losses[name] = run().item()
+        gradients[name] = step.gradients()
+    difference = float((gradients["shared"] - gradients["repeated"]).norm() / gradients["repeated"].norm())
+    assert difference < 1e-4, f"the two ways disagree: relative gradient difference {difference}"
+    del gradients
+    memory = {}
+    for name, run in ways.items():
+        step.model.zero_grad()
+        memory[name] = peak_bytes(run)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.runs):
+        for name, run in ways.items():
+            step.model.zero_grad()
+            seconds[name].append(timed(run))
+    ratios = [b / a for a, b in zip(seconds["shared"], seconds["repeated"], strict=True)]
+    row = {"bench": "step", "family": args.family, "prompt": args.prompt, "completion": args.completion,
+           "group": args.group, "train_vision": args.train_vision,
+           "parameters": sum(p.numel() for p in step.model.parameters()),
+           "speedup_median": round(statistics.median(ratios), 2), "speedup_min": round(min(ratios), 2),
+           "speedup_max": round(max(ratios), 2),
+           "shared_seconds": [round(s, 3) for s in seconds["shared"]],
+           "repeated_seconds": [round(s, 3) for s in seconds["repeated"]],
+           "shared_peak_mib": memory["shared"] >> 20, "repeated_peak_mib": memory["repeated"] >> 20,
+           "peak_memory_ratio": round(memory["repeated"] / memory["shared"], 2),
+           "gradient_relative_difference": difference}
+    path = recipe.append("step", row)
+    print(f"shared prefix against repeated prompt: {row['speedup_median']}x faster "
+          f"({row['speedup_min']} to {row['speedup_max']} over {args.runs} pairs), "
+          f"{row['peak_memory_ratio']}x less peak memory, gradients differ by {difference:.1e}; {path}")
+
+
+if __name__ == "__main__":
+    main()
