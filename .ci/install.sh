@@ -61,11 +61,11 @@ oracle)
     install --no-deps --upgrade --target .venv/oracle "$release"
     ;;
 browser)
-    if command -v chromium >/dev/null || command -v google-chrome >/dev/null; then exit 0; fi
+    if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         say "Chromium"
         export DEBIAN_FRONTEND=noninteractive
-        if apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; then exit 0; fi
+        if apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core; then exit 0; fi
     fi
     say "left out: the report's tests in a browser (no Chromium, and it takes root and apt to install one)"
     ;;

@@ -1,10 +1,10 @@
-"""One training step (forward + backward) of a GRPO group: shared prefix against the repeated prompt, same model, same run.
+"""One training step (forward, backward) of a GRPO group: shared prefix against the repeated prompt, same model and run.
 
     python bench/bench_step.py [--prompt 1000] [--completion 64] [--group 8] [--family qwen2_5_vl]
 
-The sibling is Hugging Face's forward on G copies of the prompt (SDPA attention, logits at completion positions only, the
-vision tower's output repeated, not recomputed, so that the ratio is that of the language model alone; `--train-vision`
-runs the tower in both, once per group against once per copy). Losses and gradients are compared before anything is timed.
+The sibling is Hugging Face's forward on G copies of the prompt (SDPA attention, logits at completion positions only).
+The vision tower is frozen: its output is given to both, so the ratio is that of the language model; `--train-vision`
+runs the tower in both, once per group against once per copy. Gradients are compared before anything is timed.
 """
 
 from __future__ import annotations

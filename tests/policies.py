@@ -1,4 +1,4 @@
-"""Tiny random policies and prompts for tests: real architectures, both families, without a file on disk to start from."""
+"""Tiny random policies and prompts for tests: real architectures, both families, made on the spot."""
 
 from __future__ import annotations
 

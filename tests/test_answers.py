@@ -1,5 +1,6 @@
 import math
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -166,6 +167,15 @@ def test_reading_numbers_never_fails(text):
 
 def test_numbers_in_order_with_their_units():
     assert [(n.value, n.unit) for n in find_numbers("3 red at 2s, then four")] == [(3, "red"), (2, "s"), (4, "")]
+
+
+@pytest.mark.parametrize("text", ["9" * 30_000, "1 " * 15_000, "1,000," * 5_000, r"\text{" * 3_000 + "5" + "}" * 3_000,
+                                  r"\frac{1}{2}" * 3_000, "one " * 8_000])
+def test_no_text_takes_long(text):
+    started = time.monotonic()
+    find_numbers(text)
+    assert read_number(text) is None and read_choice(text, CHAIRS) is None
+    assert time.monotonic() - started < 3  # the first pattern for fractions took 25 s for the digits
 
 
 # Text

@@ -56,6 +56,7 @@ def test_headline_names_the_numbers(page: Path) -> None:
     text = re.sub(r"<[^>]+>|\s+", " ", page.read_text())
     assert "31.2 → 64.6 %" in text and "+33.4 points" in text
     assert "24.1 → 8.3 %" in text and "−15.8 points" in text  # before and after DPO, not from start to end
+    assert "change on the same prompts: +" in text and "no verdict: 2.1 → 2.1 %" in text
     assert "run-7b &amp; &lt;tiny&gt;" in text and "6 min" in text
     assert "1 of 9 media could not be shown" in text
 

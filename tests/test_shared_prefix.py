@@ -1,4 +1,4 @@
-"""The packed group against its sibling, the plain Hugging Face forward on the repeated prompt: logprobs and gradients."""
+"""The packed group against its sibling, the plain Hugging Face forward on repeated prompts: logprobs and gradients."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The rules judge, the likelihood judge, and what every judge shares."""
 
+import time
+
 import pytest
 from verifier_groups import completion, group, prompt, written
 
@@ -71,6 +73,13 @@ def test_open_conclusions_are_looked_up_among_the_answers_given():
     assert supported_answer("the answer is green", to, ("red ball", "blue ball")) == "green"
     roots = (r"$2\sqrt{3}$", r"$\sqrt{2}$")
     assert supported_answer(r"so x = 2\sqrt{3}.", prompt("math", "x"), roots) == roots[0]
+
+
+@pytest.mark.parametrize("think", ["so " + "B " * 10_000, "so it " * 3_000, "so " + "not " * 8_000 + "left"])
+def test_no_reasoning_takes_long(think):
+    started = time.monotonic()
+    supported_answer(think, prompt())
+    assert time.monotonic() - started < 3  # comparing all mentions with each other took 33 s for the letters
 
 
 def test_reflectiveness():

@@ -12,7 +12,10 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LONGEST_ANSWER = 2000
+"""Characters; a longer answer names no choice and no number."""
 _LETTERS_WITHOUT_OPTIONS = 10
+_DEEPEST_NESTING = 4
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ _MARKS = re.compile(r"\\?\$|\\[()\[\]]|\*\*|`")
 
 def plain(text: str) -> str:
     r"""Text without LaTeX wrappers (`$B$`, `\text{B}`, `\boxed{B}`, `\(B\)`) and Markdown marks (`**B**`)."""
-    while (unwrapped := _WRAPPER.sub(r"\1", text)) != text:
-        text = unwrapped
+    for _ in range(_DEEPEST_NESTING):
+        text = _WRAPPER.sub(r"\1", text)
     return _MARKS.sub("", text).strip()
 
 
@@ -90,6 +93,8 @@ def read_choice(text: str, options: Sequence[str] = ()) -> str | None:
     Accepted: `B`, `b`, `(B)`, `B.`, `B. Chair`, `Option B`, `The answer is B`, `$B$`, `\text{B}`, `\boxed{B}`, and
     the option's own text. A letter with the text of another option is no answer.
     """
+    if len(text) > LONGEST_ANSWER:
+        return None
     text = unicodedata.normalize("NFKC", plain(text)).strip(" \t\r\n\"'“”‘’")
     lead_in = _LEAD_IN.match(text)
     attempts = [text] if lead_in is None else [text, text[lead_in.end():].strip()]

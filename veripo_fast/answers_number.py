@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from veripo_fast.answers import plain
+from veripo_fast.answers import LONGEST_ANSWER, plain
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Number:
     """The word before it, lower case, or empty."""
 
 
-_FRAC = re.compile(r"(\d+)?\s*\\[dt]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
+_FRAC = re.compile(r"(?:(?<!\d)(\d+)\s*)?\\[dt]?frac\s*\{\s*([-+]?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
 _POWER_OF_TEN = re.compile(r"(?:(?<=\d)\s*(?:\\times|\\cdot|×|\*|x)\s*|(?<![\w.]))10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*\{?\s*-?\d\s*\}?")
 _SPACING = re.compile(r"\\[,;:! ]|\\q?quad\b|\\(?:approx|sim|left|right)\b|~|\^?\s*\{?\\(?:circ|degree)\b\}?")
@@ -54,6 +54,8 @@ def _find(text: str) -> list[Number]:
 
 def read_number(text: str) -> Number | None:
     """The one number that an answer states, or None when it states none or several; of `a = b` it is b."""
+    if len(text) > LONGEST_ANSWER:
+        return None
     text = _clean(text)
     text = re.split(r"[=≈]", text)[-1]
     if _ALGEBRA.search(text):

@@ -7,6 +7,7 @@ before and after every stage.
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from veripo_fast.config import (
@@ -93,11 +94,12 @@ def headline(run: RunDir) -> list[str]:
         if len(rows) < 2:
             continue
         names = list(rows)
-        change = paired_difference(*(prompt_accuracy(run, name, mode) for name in (names[0], names[-1])))
-        lines.append(f"held-out accuracy, {mode}: {rows[names[0]]['accuracy']:.1%} -> {rows[names[-1]]['accuracy']:.1%} "
+        first, last = names[0], names[-1]
+        change = paired_difference(prompt_accuracy(run, first, mode), prompt_accuracy(run, last, mode))
+        lines.append(f"held-out accuracy, {mode}: {rows[first]['accuracy']:.1%} -> {rows[last]['accuracy']:.1%} "
                      f"({100 * change.mean:+.1f} points, 95 % interval {100 * change.low:+.1f} to "
                      f"{100 * change.high:+.1f})")
-        for before, after in zip(names, names[1:], strict=False):
+        for before, after in pairwise(names):
             if after.startswith("dpo"):
                 lines.append(f"think/answer inconsistency over {after}, {mode}: "
                              f"{rows[before]['inconsistency_rate']:.1%} -> {rows[after]['inconsistency_rate']:.1%}")

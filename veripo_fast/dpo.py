@@ -65,7 +65,7 @@ def reference_logprobs(policy: Policy, pairs: Sequence[PreferencePair], load: Ca
 
 
 def step_order(pairs: int, config: Config, seed: int) -> list[list[int]]:
-    """Pair numbers of every optimizer step of the stage, reshuffled each epoch; the last step of an epoch may be short."""
+    """Pair numbers of every optimizer step, reshuffled each epoch; the last step of an epoch may be short."""
     steps: list[list[int]] = []
     for epoch in range(config.dpo.epochs):
         order = list(range(pairs))
@@ -95,8 +95,8 @@ def _backward(policy: Policy, rows: Sequence[PairRow], ref: torch.Tensor, config
               total: int) -> dict[str, float]:
     """Forward and backward of one micro-batch; every metric is its share of the mean over `total` pairs.
 
-    chosen_drift is policy minus reference log-prob of the chosen completion, per token: strongly negative means that DPO
-    pushes both sides down and only widens the gap.
+    chosen_drift is policy minus reference log-prob of the chosen completion, per token: strongly negative means that
+    DPO pushes both sides down and only widens the gap.
     """
     dpo = config.dpo
     sums, _ = pair_logprobs(policy, rows)

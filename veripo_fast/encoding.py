@@ -56,12 +56,12 @@ class PromptEncoder:
         if self.config.model_type not in FAMILIES:
             raise CheckpointError(f"{self.path} is a {self.config.model_type!r} checkpoint; "
                                   f"veripo trains {' and '.join(FAMILIES)}")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
         self.vision = _vision_spec(self.path, self.config)
-        ids = self.tokenizer.convert_tokens_to_ids
         self.pad_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        self.pads = {kind: self.tokenizer.convert_ids_to_tokens(value) for kind, value in self.pad_ids.items()}
-        self.eos_id: int = ids("<|im_end|>")
+        self.pads: dict[str, str] = {
+            kind: self.tokenizer.convert_ids_to_tokens(value) for kind, value in self.pad_ids.items()}
+        self.eos_id: int = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.banned_ids = sorted({*self.pad_ids.values(), self.config.vision_start_token_id,
                                   self.config.vision_end_token_id})
         """Tokens that the policy may never write: they would be read as media."""
@@ -80,7 +80,8 @@ class PromptEncoder:
             if pad in prompt.text:
                 raise DataError(f"prompt {prompt.prompt_id!r} holds the special token {pad} in its text")
         messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in prompt.messages]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
 
     def encode(self, prompt: Prompt, media: MediaInputs | None) -> EncodedPrompt:
         """Token ids and positions; `media` None for a text-only prompt."""
@@ -101,11 +102,13 @@ class PromptEncoder:
 
     def encode_completion(self, text: str) -> list[int]:
         """Token ids of a completion text, without the end of turn."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def decode_completion(self, token_ids: list[int]) -> str:
         """Text of a completion, the end of turn left out."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
 
     def _placeholder(self) -> str:
         start, end = self.tokenizer.convert_ids_to_tokens(

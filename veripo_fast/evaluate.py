@@ -36,7 +36,7 @@ def modes(config: Config) -> dict[str, tuple[int, float]]:
 
 def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prompt], config: Config, *, stage: str,
              rows: Callable[[str], Path], check: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """Evaluate a policy in every mode; `rows(mode)` is where the completions are stored, `check` may stop between batches.
+    """Evaluate a policy in every mode; completions are stored at `rows(mode)`, `check` may stop between batches.
 
     Returns:
         one record per mode, as evals.jsonl holds them.

@@ -1,8 +1,8 @@
 """One GRPO step: rollout -> reward -> advantage -> update (arXiv 2402.03300).
 
-Groups whose advantages are all zero are dropped before any forward pass is paid. While the policy has taken no step since
-the rollout, its own log-probs are the old ones; for later updates of the same rollout batch the engine's are, so no pass
-is ever run for them.
+Groups whose advantages are all zero are dropped before any forward pass is paid. While the policy has taken no step
+since the rollout, its own log-probs are the old ones; for later updates of the same rollout batch the engine's are, so
+no pass is ever run for them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The policy: a Hugging Face Qwen2.5-VL or Qwen3-VL checkpoint, run on packed groups.
 
-The vision tower runs once per prompt (or not at all when its cached output is given), the prompt once per group, and the
-language-model head only where a completion token is predicted.
+The vision tower runs once per prompt (or not at all when its cached output is given), the prompt once per group, and
+the language-model head only where a completion token is predicted.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Policy:
 
     def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
                cache: shared_prefix.PromptCache | None = None) -> torch.Tensor:
-        """Last hidden states [T, D] of a packed row; `features` are those of each group's prompt, None without media."""
+        """Last hidden states [T, D] of a packed row; `features` of each group's prompt, None without media."""
         ids = batch.token_ids.to(self.device)
         return self._language_model(ids[None], batch.positions.to(self.device)[:, None],
                                     [f for f in features if f is not None], groups=batch.groups, cache=cache)[0]
@@ -152,7 +152,7 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
             folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa")
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
-    model.to(resolve_device(config.device))
+    torch.nn.Module.to(model, resolve_device(config.device))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

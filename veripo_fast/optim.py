@@ -28,7 +28,8 @@ class Optimizer:
         self.total_steps = total_steps
         self.steps = self.bad_steps = 0
         self.parameters = [p for _, p in parameters]
-        self.masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for p in self.parameters]
+        self.masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
+                        for p in self.parameters]
         self.adamw = torch.optim.AdamW(self.masters, lr=peak, betas=config.betas, weight_decay=config.weight_decay)
 
     def learning_rate(self) -> float:

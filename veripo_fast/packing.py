@@ -80,7 +80,7 @@ def pack(groups: Sequence[tuple[EncodedPrompt, Sequence[Sequence[int]]]]) -> Pac
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split groups of `lengths` packed tokens, in order, into runs of at most `max_tokens`; a larger group runs alone."""
+    """Split groups of `lengths` packed tokens, in order, into runs of at most `max_tokens`; a larger one runs alone."""
     runs: list[list[int]] = []
     total = 0
     for number, length in enumerate(lengths):

@@ -51,8 +51,8 @@ def mrope_positions(spans: list[TextSpan | GridSpan]) -> tuple[torch.Tensor, int
         if isinstance(span, TextSpan):
             block = torch.arange(span.length).expand(3, -1)
         else:
-            block = torch.stack(torch.meshgrid(
-                torch.tensor(span.times), torch.arange(span.height), torch.arange(span.width), indexing="ij")).flatten(1)
+            axes = torch.tensor(span.times), torch.arange(span.height), torch.arange(span.width)
+            block = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
         if span.length:
             parts.append(block + start)
             start = int(parts[-1].max()) + 1

@@ -153,6 +153,8 @@ def _inconsistency_figure(run: RunData) -> Figure:
     before, after = around[0]
     change = after["inconsistency_rate"] - before["inconsistency_rate"]
     detail = [f"{row.get('stage')}: {_rate_with_interval(row)}" for row in (before, after)]
+    if finite(after.get("no_verdict_rate")) is not None:
+        detail.append(f"no verdict: {percent(before.get('no_verdict_rate'))} → {percent(after['no_verdict_rate'])} %")
     detail += [f"{b.get('stage')} → {a.get('stage')}: {percent(b['inconsistency_rate'])} → "
                f"{percent(a['inconsistency_rate'])} %" for b, a in around[1:]]
     detail += [f"{other}: {percent(line[0][0]['inconsistency_rate'])} → {percent(line[0][1]['inconsistency_rate'])} %"
@@ -176,7 +178,7 @@ def _time_figure(run: RunData) -> Figure:
         return Figure("Training time", "–", ["no step recorded yet"])
     steps = plural(sum(len(stage.rows) for stage in run.stages), "step")
     shares = [f"{phase}: {seconds / total * 100:.0f} %" for phase, seconds in spent.most_common(3)]
-    return Figure("Training time", duration(total), [f"inside {steps}; evaluation and verifier come on top", *shares])
+    return Figure("Training time", duration(total), [f"{steps}, without evaluation and verifier", *shares])
 
 
 def stage_state(stage: Stage) -> str:

@@ -162,7 +162,7 @@ def check_gold(prompt: Prompt) -> None:
         "choice": lambda gold: read_choice(gold, prompt.options) is not None,
         "number": lambda gold: read_number(gold) is not None,
         "estimate": lambda gold: read_number(gold) is not None,
-        "math": math_parses,
+        "math": lambda gold: bool(_PLAIN_NUMBER.fullmatch(gold)) or math_parses(gold),
         "text": lambda gold: normalise_text(gold) != "",
     }
     if not readable[prompt.problem_type](prompt.gold):

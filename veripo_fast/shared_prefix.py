@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -165,11 +165,12 @@ def shared_prefix_attention(
     Returns:
         [rows, T, H, d] and None, as transformers expects.
     """
+    layer = cast(int, module.layer_idx)
     if groups is None:
         assert cache is not None
-        out = _attend_decode(query, key, value, cache, module.layer_idx, scaling or query.shape[-1] ** -0.5)
+        out = _attend_decode(query, key, value, cache, layer, scaling or query.shape[-1] ** -0.5)
         return out.transpose(1, 2), None
-    store = None if cache is None else cache.prompts[module.layer_idx]
+    store = None if cache is None else cache.prompts[layer]
     return _attend_packed(query, key, value, groups, scaling, store).transpose(1, 2).contiguous(), None
 
 

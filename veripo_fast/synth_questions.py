@@ -1,8 +1,8 @@
 """Questions about a synthetic clip, their gold answers, and the reasoning that reaches them second by second.
 
 Six kinds, each needing several frames: which way a shape moves, which shape appears last, where one is last seen
-(choices), how many are seen (a number), for how many seconds one is visible, and how far one moves (estimates, scored by
-mean relative accuracy).
+(choices), how many are seen (a number), for how many seconds one is visible, and how far one moves (estimates, scored
+by mean relative accuracy).
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def _seconds(shape: Shape) -> Question:
 def _place(clip: Clip, shape: Shape, rng: random.Random) -> Question:
     answer = clip.cell(shape, shape.appears)
     others = rng.sample([cell for cell in CELLS if cell != answer], 3)
-    return Question("place", f"Where is the {shape.name} last seen?", "choice", _shuffled(rng, [answer, *others]), answer,
-                    _by_second([clip.cell(shape, second) if shape.visible(second) else "no"
-                                for second in range(SECONDS)]))
+    seen = [clip.cell(shape, second) if shape.visible(second) else "no" for second in range(SECONDS)]
+    return Question("place", f"Where is the {shape.name} last seen?", "choice", _shuffled(rng, [answer, *others]),
+                    answer, _by_second(seen))
 
 
 def _new_shapes(clip: Clip) -> tuple[str, ...]:

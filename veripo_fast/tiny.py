@@ -56,7 +56,7 @@ def build_tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
-        additional_special_tokens=SPECIAL_TOKENS[3:] + ["<|im_start|>"], model_max_length=4096)
+        additional_special_tokens=[*SPECIAL_TOKENS[3:], "<|im_start|>"], model_max_length=4096)
 
 
 def _texts() -> list[str]:
@@ -82,12 +82,14 @@ def build_model(family: Family, seed: int, tokenizer: Any) -> Any:
     import transformers
 
     ids = tokenizer.convert_tokens_to_ids
-    text = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    text: dict[str, Any] = {
+            "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
             "initializer_range": TEXT_STD, "tie_word_embeddings": True, "eos_token_id": ids("<|im_end|>"),
             "pad_token_id": ids("<|endoftext|>"), "bos_token_id": None,
             "rope_parameters": {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 10000.0}}
-    vision = {"depth": 4, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128,
+    vision: dict[str, Any] = {
+              "depth": 4, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128,
               "patch_size": _PATCH[family], "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
               "initializer_range": VISION_STD}
     media = {"image_token_id": ids("<|image_pad|>"), "video_token_id": ids("<|video_pad|>"),
@@ -112,16 +114,16 @@ def build_model(family: Family, seed: int, tokenizer: Any) -> Any:
 
 
 def save_processor(out: Path, family: Family, tokenizer: Any) -> None:
-    """Tokenizer, chat template, image and video processor files, so that Hugging Face's AutoProcessor loads them too."""
+    """Tokenizer, chat template, image and video processor files, so that Hugging Face's AutoProcessor loads too."""
     tokenizer.save_pretrained(out)
     qwen3 = family == "qwen3_vl"
     geometry: dict[str, Any] = {"patch_size": _PATCH[family], "merge_size": 2, "temporal_patch_size": 2,
                                 "size": {"shortest_edge": 1024, "longest_edge": 10_000 * (8 if qwen3 else 1)}}
     if qwen3:
         geometry |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    names = ({"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"},
-             {"video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor"}) if qwen3 else (
-             {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"},
-             {"video_processor_type": "Qwen2VLVideoProcessor", "processor_class": "Qwen2_5_VLProcessor"})
-    for file, name in zip(("preprocessor_config.json", "video_preprocessor_config.json"), names, strict=True):
-        (out / file).write_text(json.dumps(geometry | name, indent=2) + "\n")
+    processor = "Qwen3VLProcessor" if qwen3 else "Qwen2_5_VLProcessor"
+    video = "Qwen3VLVideoProcessor" if qwen3 else "Qwen2VLVideoProcessor"
+    for file, kind in (("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor"}),
+                       ("video_preprocessor_config.json", {"video_processor_type": video})):
+        stored = geometry | kind | {"processor_class": processor}
+        (out / file).write_text(json.dumps(stored, indent=2) + "\n")

@@ -1,8 +1,9 @@
 """How the shipped `tiny_policy` was made: `python -m veripo_fast.tiny_pretrain OUT`.
 
-A Qwen3-VL of three million parameters learns to see the synthetic clips (dense descriptions), and to answer questions in
-the mixture of manners that a pretrained model brings: it may look second by second and conclude, look and then state a
-conclusion that is not its answer, glance and guess, or miss the format. Which manner pays is left for the loop to find.
+A Qwen3-VL of two million parameters learns to see the synthetic clips (dense descriptions, careful answers), and then
+to answer in the mixture of manners that a pretrained model brings: it may look second by second and conclude, look and
+state a conclusion that is not its answer, glance and guess, or miss the format. Which manner pays is for the loop to
+find.
 Clips are rendered on the fly and never repeat; those of the demo come from other seeds.
 """
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from veripo_kernels import reference
 
 from veripo_fast import tiny
-from veripo_fast.data import INSTRUCTIONS
+from veripo_fast.data import question_text
 from veripo_fast.encoding import PromptEncoder
 from veripo_fast.model import Policy, VisionFeatures
 from veripo_fast.packing import pack
@@ -31,6 +32,7 @@ from veripo_fast.types import EncodedPrompt, MediaInputs, Message, Prompt, Video
 
 FRAME_SECONDS = tuple(index / 2 for index in range(8))
 FRAME_SIDE = 96
+PEAK = 2e-3
 FIRST_SEED = 1 << 40
 """Clips from here on; the corpora of `veripo synth` use smaller seeds."""
 CAREFUL = {"looks": 1.0}
@@ -58,11 +60,9 @@ def user_prompt(prompt_id: str, text: str) -> Prompt:
     return Prompt(prompt_id, (Message("user", (Video(""), text)),), "text", "")
 
 
-def question_text(question: Question) -> str:
-    """The question as the data loader words it: options by letter, then the instruction."""
-    from veripo_fast.data import question_text as worded
-
-    return worded(question.text, question.options, question.problem_type)
+def worded(question: Question) -> str:
+    """The question as the data loader words it."""
+    return question_text(question.text, question.options, question.problem_type)
 
 
 def clip_media(encoder: PromptEncoder, clip: Clip) -> MediaInputs:
@@ -103,7 +103,7 @@ def batch_loss(policy: Policy, seed: int, describe_share: float, manners: dict[s
         for _ in range(per_clip):
             question = rng.choice(pool)
             texts.append((DESCRIBE, describe(clip)) if rng.random() < describe_share else
-                         (question_text(question), completion(question, rng, manners)))
+                         (worded(question), completion(question, rng, manners)))
         prefix, branches, tokens = shared_prefix_row(policy.encoder, media[-1], texts)
         groups.append((prefix, branches))
         scored += tokens
@@ -116,7 +116,7 @@ def batch_loss(policy: Policy, seed: int, describe_share: float, manners: dict[s
 
 @torch.no_grad()
 def seeing(policy: Policy, seed: int, clips: int) -> dict[str, float]:
-    """Per question kind: share of held-out questions whose careful reasoning is right token by token (teacher forced)."""
+    """Per question kind: share of new questions whose careful answer is right token by token (teacher forced)."""
     encoder, rng = policy.encoder, random.Random(seed)
     right: dict[str, list[float]] = {}
     for number in range(clips):
@@ -125,7 +125,7 @@ def seeing(policy: Policy, seed: int, clips: int) -> dict[str, float]:
         features: list[VisionFeatures | None] = [policy.vision_features(media)]
         for question in questions(clip, rng.randrange(1 << 30)):
             text = completion(question, rng, CAREFUL)
-            prompt = encoder.encode(user_prompt("", question_text(question)), media)
+            prompt = encoder.encode(user_prompt("", worded(question)), media)
             packed = pack([(prompt, [encoder.encode_completion(text)])])
             logits = policy.head(policy.hidden(packed, features)[packed.logit_index])
             written = encoder.encode_completion("<think>0s")
@@ -149,14 +149,6 @@ def curriculum(done: float) -> tuple[float, dict[str, float]]:
     return max(0.7 - 1.4 * done, 0.15), CAREFUL if done < 0.75 else MANNERS
 
 
-def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for everything else."""
-    layers = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [torch.optim.Muon(layers, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-
-
 def pretrain(out: Path, steps: int, seed: int) -> None:
     """Train from scratch and write the checkpoint (bfloat16) and its log into `out`."""
     tokenizer = tiny.build_tokenizer()
@@ -165,8 +157,7 @@ def pretrain(out: Path, steps: int, seed: int) -> None:
     tiny.save_processor(out, "qwen3_vl", tokenizer)
     model.config.save_pretrained(out)
     policy = Policy(model, PromptEncoder(out), freeze_vision=False)
-    both = optimizers(model)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in both]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     started = time.monotonic()
     with (out / "pretrain.log").open("w") as log:
         for step in range(steps):
@@ -174,9 +165,8 @@ def pretrain(out: Path, steps: int, seed: int) -> None:
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, peak in zip(both, peaks, strict=True):
-                optimizer.param_groups[0]["lr"] = peak * rate(step, steps)
-                optimizer.step()
+            optimizer.param_groups[0]["lr"] = PEAK * rate(step, steps)
+            optimizer.step()
             if step % 50 == 0 or step == steps - 1:
                 line: dict[str, Any] = {"step": step, "loss": round(loss.item(), 4),
                                         "seconds": round(time.monotonic() - started)}
@@ -189,7 +179,7 @@ def pretrain(out: Path, steps: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pretrain(args.out, args.steps, args.seed)

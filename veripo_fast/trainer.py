@@ -203,7 +203,8 @@ class Trainer:
         folder = self.run.verifier(stage.name)
         if not (folder / "pairs.parquet").is_file():
             encoder = self.policy.encoder
-            judge = make_judge(config.verifier, answer_scorer(self.policy, config.video), folder / "judge_cache.jsonl")
+            judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
+                               lambda: answer_scorer(self.policy, config.video))
             result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
                             encoder.encode_completion, encoder.eos_id, derive_seed(config.seed, stage.name, "pairs"))
             write_result(folder, result)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from veripo_fast.model import VisionFeatures
 from veripo_fast.types import EncodedPrompt, Prompt, RolloutGroup
+
+if TYPE_CHECKING:
+    from veripo_fast.model import VisionFeatures
 
 
 @dataclass(frozen=True)

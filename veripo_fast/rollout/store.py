@@ -1,7 +1,8 @@
 """Rollouts on disk: one Parquet file per GRPO step, one row per completion, written atomically.
 
 Columns: stage, step, policy_version, prompt_id, problem_type, gold, group (index in the step), index (in the group),
-prompt (JSON of the whole Prompt), token_ids, text, rollout_logprobs, finish_reason, accuracy, format, reward, advantage.
+prompt (JSON of the whole Prompt), token_ids, text, rollout_logprobs, finish_reason, accuracy, format, reward,
+advantage.
 """
 
 from __future__ import annotations

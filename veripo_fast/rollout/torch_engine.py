@@ -37,7 +37,8 @@ class TorchEngine:
         cache.start_decoding([group.prompt for group in batch.groups], sampling.group_size, sampling.max_new_tokens)
         ends = torch.tensor([group.completion_start - 1 for group in batch.groups], device=hidden.device)
         following = torch.tensor([item.encoded.next_position for item in prompts], device=hidden.device)
-        tokens, logprobs, lengths = self._decode(self.policy.head(hidden[ends]), following, cache, sampling, on_progress)
+        logits = self.policy.head(hidden[ends])
+        tokens, logprobs, lengths = self._decode(logits, following, cache, sampling, on_progress)
         return [self._group(item, tokens[rows], logprobs[rows], lengths[rows])
                 for item, rows in zip(prompts, torch.arange(len(tokens)).split(sampling.group_size), strict=True)]
 

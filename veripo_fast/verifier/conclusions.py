@@ -28,6 +28,9 @@ _LETTER_IS_RIGHT = re.compile(
     r"(?:\b(?i:option|choice|answer)\s+)?\(?\b([A-Z])\)?\s+(?:is|must be|should be)\s+(?:the\s+)?"
     r"(?:(?:correct|right|best)(?:\s+(?:answer|option|choice|one))?|answer)\b")
 _SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\n")
+_BEGIN = re.compile(r"\S")
+_LONGEST_SENTENCE = 500
+"""Characters after a marker that are read, so that no text takes long."""
 _NEAR = 12
 """Characters after a strong marker within which an answer is the one meant, whatever else the sentence mentions."""
 
@@ -56,16 +59,14 @@ def conclusions(think: str, prompt: Prompt, given: Sequence[str] = ()) -> list[C
              if prompt.problem_type == "choice" and match.group(1) in letters(prompt.options)]
     markers = list(_MARKER.finditer(think))
     for marker, following in zip_longest(markers, markers[1:]):
-        sentence_end = _SENTENCE_END.search(think, _after_space(think, marker.end()))
-        end = min(sentence_end.start() if sentence_end else len(think), following.start() if following else len(think))
-        answers = _answers(think[marker.end():end], prompt, given, strong=bool(marker["strong"]))
+        end = min(following.start() if following else len(think), marker.end() + _LONGEST_SENTENCE)
+        begin = _BEGIN.search(think, marker.end(), end)
+        sentence_end = _SENTENCE_END.search(think, begin.start() if begin else end, end)
+        span = think[marker.end():sentence_end.start() if sentence_end else end]
+        answers = _answers(span, prompt, given, strong=bool(marker["strong"]))
         if answers:
             found.append(Conclusion(answers[0] if len(answers) == 1 else None, marker.start()))
     return sorted(found, key=lambda conclusion: conclusion.start)
-
-
-def _after_space(text: str, index: int) -> int:
-    return len(text) - len(text[index:].lstrip())
 
 
 def supported_answer(think: str, prompt: Prompt, given: Sequence[str] = ()) -> str | None:
