@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -56,7 +56,7 @@ class PromptEncoder:
         if self.config.model_type not in FAMILIES:
             raise CheckpointError(f"{self.path} is a {self.config.model_type!r} checkpoint; "
                                   f"veripo trains {' and '.join(FAMILIES)}")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
+        self.tokenizer = cast(Any, AutoTokenizer.from_pretrained(self.path))
         self.vision = _vision_spec(self.path, self.config)
         self.pad_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         self.pads: dict[str, str] = {
