@@ -40,7 +40,7 @@ def demo_config(out: Path, seed: int, quick: bool) -> Config:
     return check_stages(Config(
         run_dir=str(out / "run"), seed=seed,
         model=ModelConfig(path="tiny"),
-        video=VideoConfig(fps=2.0, min_frames=4, max_frames=8, min_pixels=32 * 32, max_pixels=10_000),
+        video=VideoConfig(fps=None, num_frames=8, min_pixels=32 * 32, max_pixels=10_000),
         data=DataConfig(train=(str(corpus / "train.jsonl"),), eval=(str(corpus / "heldout.jsonl"),)),
         rollout=RolloutConfig(group_size=8, temperature=1.0, max_new_tokens=80),
         grpo=GrpoConfig(steps=2 if quick else 40, prompts_per_step=8 if quick else 24, learning_rate=3e-4,

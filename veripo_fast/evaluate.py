@@ -6,6 +6,7 @@ One library scores training and evaluation (`reward.py`, `verifier/`). Intervals
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
     prompts = prompts[:config.eval.limit]
     records = []
     for mode, (samples, temperature) in modes(config).items():
+        started = time.perf_counter()
         groups: list[RolloutGroup] = []
         with tqdm(total=len(prompts), desc=f"eval {stage} {mode}", unit="prompt") as bar:
             for start in range(0, len(prompts), config.eval.prompts_per_batch):
@@ -57,7 +59,8 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
             raise DataError("no evaluation prompt could be loaded; skipped.jsonl says why for each")
         reward_groups(groups, config)
         write_groups(rows(mode), groups, stage, 0)
-        records.append({"stage": stage, "mode": mode, **scores(groups, config)})
+        records.append({"stage": stage, "mode": mode, **scores(groups, config),
+                        "seconds": time.perf_counter() - started})
     return records
 
 

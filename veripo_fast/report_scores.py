@@ -178,7 +178,7 @@ def _time_figure(run: RunData) -> Figure:
         return Figure("Training time", "–", ["no step recorded yet"])
     steps = plural(sum(len(stage.rows) for stage in run.stages), "step")
     shares = [f"{phase}: {seconds / total * 100:.0f} %" for phase, seconds in spent.most_common(3)]
-    return Figure("Training time", duration(total), [f"{steps}, without evaluation and verifier", *shares])
+    return Figure("Training time", duration(total), [f"{steps}, without evaluation", *shares])
 
 
 def stage_state(stage: Stage) -> str:

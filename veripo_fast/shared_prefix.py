@@ -146,7 +146,7 @@ def _attend_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     to_prompt = weights[..., :length].view(prompts, -1, key_heads, repeat, length).transpose(1, 2)
     out = (to_prompt.reshape(prompts, key_heads, -1, length) @ prompt_values).view(
         prompts, key_heads, -1, repeat, size).transpose(1, 2).reshape(rows, key_heads, repeat, size)
-    return (out + weights[..., length:] @ values).view(rows, heads, 1, size)
+    return (out + weights[..., length:] @ values).reshape(rows, heads, 1, size)
 
 
 def shared_prefix_attention(

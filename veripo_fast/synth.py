@@ -1,6 +1,6 @@
 """`veripo synth`: the embedded corpus as real files: H.264 mp4 clips and questions in the Video-R1 layout.
 
-    OUT/clips/000000.mp4 ...   128 x 128, 8 frames per second, 4 seconds
+    OUT/clips/000000.mp4 ...   128 x 128, 8 frames per second, from 0 to 3.5 seconds
     OUT/train.jsonl            questions on the first clips
     OUT/heldout.jsonl          questions on other clips
 """
@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from veripo_fast.errors import DataError
 from veripo_fast.synth_questions import LETTERS, Question, questions
-from veripo_fast.synth_world import SECONDS, Clip, random_clip, render
+from veripo_fast.synth_world import Clip, random_clip, render
 
 FPS = 8
+FRAMES = 29
+"""Up to 3.5 seconds, so that eight frames evenly spread fall on every half second."""
 QUESTIONS_PER_CLIP = 2
 _DECLARED = {"choice": "multiple choice", "number": "numerical", "estimate": "regression"}
 _SEEDS_PER_CORPUS = 1 << 20
@@ -73,7 +75,7 @@ def record(question: Question, path: str, problem_id: str) -> dict[str, Any]:
 
 def write_clip(path: Path, clip: Clip) -> None:
     """Encode a clip as H.264 in mp4."""
-    frames = render(clip, [index / FPS for index in range(SECONDS * FPS)])
+    frames = render(clip, [index / FPS for index in range(FRAMES)])
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast", "threads": "1"})
         stream.height, stream.width = frames.shape[1:3]

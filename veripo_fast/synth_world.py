@@ -1,4 +1,4 @@
-"""The embedded corpus' world: coloured shapes that move, appear and vanish on a dark ground for four seconds.
+"""The embedded corpus' world: coloured shapes that move, appear and vanish on a dark ground, second by second.
 
 Each shape keeps to a lane of its own (rows in one clip, columns in another), so none hides another. Times of appearing
 and vanishing are whole seconds; positions are percent of the frame. Nothing here knows about questions or files.

@@ -88,18 +88,22 @@ class Trainer:
         self.metrics = metrics
         self.interrupted = check_interrupt
         self.skipped = SkippedLog(run.skipped)
-        self.save_seconds: dict[str, float] = {}
+        self.carried: dict[str, float] = {}
+        """Seconds spent between two steps (verifier, reference pass, checkpoint); the next step reports them."""
         self.checkpoint = latest_checkpoint(run.checkpoints)
         self.state = _read_state(self.checkpoint)
         metrics.truncate_after(self.state.global_step)
         self.policy = load_policy(config.model, self.checkpoint)
         self.policy.version = self.state.policy_version
+        # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
+        self.policy.encoder.path = resolve_path(config.model.path)
         self.engine = TorchEngine(self.policy)
         self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self.skipped_prompt)
 
     def run_stages(self) -> None:
         """Every stage that is not finished, with evaluations between them."""
-        self.evaluate_stage(self.state.stage)
+        if not self.state.step:  # inside a stage the policy is no longer the one that this evaluation is about
+            self.evaluate_stage(self.state.stage)
         while self.state.stage < len(self.config.stages):
             stage = self.config.stages[self.state.stage]
             config = apply_overrides(self.config, stage.set)
@@ -108,6 +112,7 @@ class Trainer:
             self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step,
                                policy_version=self.policy.version)
             self.save(None)
+            self.stop_if_interrupted()
             self.evaluate_stage(self.state.stage)
 
     # -- GRPO ---------------------------------------------------------------------------------------------------
@@ -125,7 +130,7 @@ class Trainer:
                 indices, self.state.position = order.take(self.state.position, config.grpo.prompts_per_step)
                 with timed(seconds, "decode"):
                     loaded = self.loader.load([prompts[i] for i in indices])
-                if not loaded and len(self.loader.bad) >= len(prompts):
+                if not loaded and all(prompt.prompt_id in self.loader.bad for prompt in prompts):
                     raise DataError(f"none of the {len(prompts)} prompts of stage {stage.name} could be loaded; "
                                     f"{self.run.skipped} says why for each")
                 with timed(seconds, "rollout"):
@@ -151,11 +156,11 @@ class Trainer:
         if not names or not config.grpo.drop_easy:
             return prompts
         easy = easy_prompts(self.stage_groups(names[-1]))
-        dropped = {p.prompt_id for p in prompts if p.prompt_id in easy and random.Random(derive_seed(
+        dropped = {p for p in prompts if p in easy and random.Random(derive_seed(
             config.seed, stage.name, "drop", p.prompt_id)).random() < config.grpo.drop_easy}
         log.info("%s: %d of %d prompts had group accuracy 1 in %s; %d of them are left out", stage.name, len(easy),
                  len(prompts), names[-1], len(dropped))
-        kept = [p for p in prompts if p.prompt_id not in dropped]
+        kept = [p for p in prompts if p not in dropped]
         if not kept:
             raise DataError(f"stage {stage.name} would leave out all {len(prompts)} prompts; lower grpo.drop_easy")
         return kept
@@ -172,14 +177,16 @@ class Trainer:
     def dpo_stage(self, stage: StageConfig, config: Config) -> None:
         """Verify the rollouts of an earlier stage, then align on the pairs."""
         groups = self.stage_groups(stage.rollouts_from)
-        pairs = self.verified_pairs(stage, config, groups)
+        with timed(self.carried, "verify"):
+            pairs = self.verified_pairs(stage, config, groups)
         if not pairs:
             log.warning("%s: the verifier built no pairs from %s, so there is nothing to align on (%s says why)",
                         stage.name, stage.rollouts_from, self.run.verifier(stage.name) / "account.json")
             return
         prompts = {group.prompt.prompt_id: group.prompt for group in groups}
         load = partial(self.load_pairs, prompts)
-        with tqdm(total=len(pairs), desc=f"{stage.name} reference", unit="pair") as bar:
+        with timed(self.carried, "reference"), tqdm(
+                total=len(pairs), desc=f"{stage.name} reference", unit="pair") as bar:
             ref_logprobs = reference_logprobs(self.policy, pairs, load, config,
                                               self.run.verifier(stage.name) / "ref_logprobs.parquet", bar.update)
         steps = step_order(len(pairs), config, derive_seed(config.seed, stage.name))
@@ -202,6 +209,7 @@ class Trainer:
         """Pairs of the stage, from disk when the verifier has finished before."""
         folder = self.run.verifier(stage.name)
         if not (folder / "pairs.parquet").is_file():
+            (folder / "ref_logprobs.parquet").unlink(missing_ok=True)  # of other pairs
             encoder = self.policy.encoder
             judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
                                lambda: answer_scorer(self.policy, config.video))
@@ -241,13 +249,13 @@ class Trainer:
         self.state.global_step += 1
         self.state.policy_version = self.policy.version
         self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
-                          "step": self.state.step - 1, **values, "seconds": seconds | self.save_seconds})
-        self.save_seconds = {}
+                          "step": self.state.step - 1, **values, "seconds": seconds | self.carried})
+        self.carried = {}
         bar.update(1)
         if self.state.step == bar.total:
             return
         if self.state.global_step % self.config.checkpoint.every == 0 or self.interrupted():
-            with timed(self.save_seconds, "checkpoint"):
+            with timed(self.carried, "checkpoint"):
                 self.save(optimizer)
         self.stop_if_interrupted()
 
@@ -299,10 +307,10 @@ class Trainer:
             raise KeyboardInterrupt
 
 
-def easy_prompts(groups: Sequence[RolloutGroup]) -> set[str]:
+def easy_prompts(groups: Sequence[RolloutGroup]) -> set[Prompt]:
     """Prompts whose latest group was answered right by every completion (VerIPO: group accuracy 1)."""
-    latest = {group.prompt.prompt_id: group for group in groups}
-    return {name for name, group in latest.items() if all(c.accuracy == 1 for c in group.completions)}
+    latest = {group.prompt: group for group in groups}
+    return {prompt for prompt, group in latest.items() if all(c.accuracy == 1 for c in group.completions)}
 
 
 @contextmanager
@@ -345,7 +353,7 @@ def _open_run(config: Config, resume: bool) -> RunDir:
         if not run.config.is_file():
             raise ConfigError(f"{run.root} is no run to resume: it has no config.yaml")
         _warn_of_changes(load_config(run.config), config)
-    elif run.root.exists() and any(run.root.iterdir()):
+    elif not _is_free(run.root):
         raise ConfigError(f"run_dir {run.root} exists already; resume it with --resume or name another folder")
     if not resolve_path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path} is not a folder")
@@ -354,6 +362,11 @@ def _open_run(config: Config, resume: bool) -> RunDir:
     run.root.mkdir(parents=True, exist_ok=True)
     atomic_write_text(run.config, to_yaml(config))
     return run
+
+
+def _is_free(root: Path) -> bool:
+    """Whether nothing is there, or at most what a kill leaves before config.yaml has its name."""
+    return not root.exists() or (root.is_dir() and all(entry.name.startswith(".tmp-") for entry in root.iterdir()))
 
 
 def _warn_of_changes(before: Config, now: Config) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from veripo_fast.errors import TrainingError
 from veripo_fast.model import Policy
 from veripo_fast.packing import pack
 from veripo_fast.rollout import LoadedPrompt, Sampling
@@ -38,6 +39,10 @@ class TorchEngine:
         ends = torch.tensor([group.completion_start - 1 for group in batch.groups], device=hidden.device)
         following = torch.tensor([item.encoded.next_position for item in prompts], device=hidden.device)
         logits = self.policy.head(hidden[ends])
+        if not logits.isfinite().all():
+            raise TrainingError(f"the policy after {self.policy.version} optimizer steps gives logits that are not finite: "
+                                "its weights hold NaN or infinity; go back to an earlier checkpoint and lower the "
+                                "learning rate")
         tokens, logprobs, lengths = self._decode(logits, following, cache, sampling, on_progress)
         return [self._group(item, tokens[rows], logprobs[rows], lengths[rows])
                 for item, rows in zip(prompts, torch.arange(len(tokens)).split(sampling.group_size), strict=True)]
@@ -59,10 +64,10 @@ class TorchEngine:
             stops = (token == self.policy.encoder.eos_id) & ~ended
             lengths[rows[stops]] = step + 1
             ended |= stops
-            done = ended.view(-1, size).all(1)
+            done = ended.view(-1, size).all(1) | (step + 1 == sampling.max_new_tokens)
             if on_progress is not None and done.any():
                 on_progress(int(done.sum()))
-            if done.all() or step + 1 == sampling.max_new_tokens:
+            if done.all():
                 break
             if done.any():
                 keep = (~done).nonzero()[:, 0]

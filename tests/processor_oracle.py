@@ -1,0 +1,39 @@
+"""The Hugging Face processors, in a process of their own: `python processor_oracle.py CASES ANSWERS`.
+
+Needs torchvision, which has no CPU build (see test_patches.py, which says where it comes from). CASES is a torch file
+with a list of (checkpoint folder, chat messages, images, videos, video metadata); ANSWERS gets (chat text, inputs) each.
+
+Qwen3-VL was published with a processor (transformers 4.57) that puts the time-stamped frames in place of the template's
+<|vision_start|><|video_pad|><|vision_end|>. Since 5.10 only the pad is replaced, and the outer pair stays around them
+all (vllm-project/vllm#46817). We write what the model was trained on, so the oracle is given the bare pad.
+"""
+
+import os
+import sys
+from functools import cache
+
+import torch
+
+if side := os.environ["VERIPO_TEST_ORACLE"]:
+    sys.path.append(side)
+    library = torch.library.Library("torchvision", "DEF")  # the CUDA build cannot load its own operators here
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    from transformers import AutoProcessor
+
+    load = cache(AutoProcessor.from_pretrained)
+    answers = []
+    for folder, messages, images, videos, metadata in torch.load(sys.argv[1]):
+        processor = load(folder)
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if type(processor).__name__ == "Qwen3VLProcessor":
+            text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
+        media = {"images": images} if images else {}
+        if videos:
+            media |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
+        inputs = processor(text=[text], do_resize=False, return_tensors="pt", **media)
+        answers.append((text, {name: torch.as_tensor(value) for name, value in inputs.items()}))
+    torch.save(answers, sys.argv[2])

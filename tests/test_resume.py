@@ -1,0 +1,153 @@
+"""kill -9 anywhere, Ctrl-C, and `--resume`: bitwise what an uninterrupted run gives. Everything goes through the CLI.
+
+The moment of a kill is the moment before a named change in the run folder, so it is the same one in every test run.
+"""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import runs
+
+from veripo_fast.config_io import to_yaml
+from veripo_fast.model import load_policy
+from veripo_fast.rundir import RunDir
+
+
+@pytest.fixture(scope="module")
+def forks():
+    with runs.Forks() as forks:
+        yield forks
+
+
+def written(config, folder):
+    """The configuration as a file; its run folder is `folder`/run."""
+    path = Path(folder) / "run.yaml"
+    path.write_text(to_yaml(config))
+    return path
+
+
+def records(path):
+    """Without wall times."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def assert_same(run, other):
+    """Everything that a run leaves, bitwise, but wall times and TensorBoard's files."""
+    run, other = RunDir(run), RunDir(other)
+    assert records(run.metrics) == records(other.metrics)
+    assert records(run.evals) == records(other.evals)
+    for folder in ("rollouts", "verifier", "eval"):
+        assert tree(run.root / folder) == tree(other.root / folder)
+        for path in (run.root / folder).rglob("*.parquet"):
+            assert pq.read_table(path).equals(pq.read_table(other.root / path.relative_to(run.root))), path
+    assert tree(run.checkpoints) == tree(other.checkpoints)
+    for weights in run.checkpoints.glob("*/model.safetensors"):
+        assert weights.read_bytes() == (other.checkpoints / weights.relative_to(run.checkpoints)).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(forks, tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = forks.run("train", "--config", written(runs.config(folder / "run"), folder))
+    assert ended.code == 0, ended.output
+    return folder / "run"
+
+
+MOMENTS = (
+    "open .*rollouts/grpo-1/step_000000",  # before there is a checkpoint
+    r"mkdir .*\.tmp-step_000001$",  # a metrics line is written, its step not saved
+    "open .*step_000001/trainer/state.json",  # half a checkpoint
+    "rename .*tmp-latest",  # a checkpoint that `latest` does not name yet
+    "rename .*eval/grpo-1_sampled",
+    "rename .*tmp-evals.jsonl",
+    "rename .*verifier/dpo-1/pairs",
+    "rename .*ref_logprobs",
+    r"mkdir .*\.tmp-step_000003$",  # inside DPO
+    "rename .*tmp-step_000004",  # between the stages
+    "rename .*rollouts/grpo-2/step_000001",
+    "rename .*tmp-delete",  # while an old checkpoint is deleted
+    "rename .*eval/grpo-2_greedy",  # everything is trained
+)
+
+
+def test_killed_at_every_stage(forks, whole, tmp_path):
+    """One run, killed thirteen times."""
+    config = written(runs.config(tmp_path / "run"), tmp_path)
+    for moment in MOMENTS:
+        resume = ["--resume"] if (tmp_path / "run" / "config.yaml").exists() else []
+        ended = forks.run("train", "--config", config, *resume, at=moment)
+        assert ended.code == -signal.SIGKILL, (moment, ended.output)
+    ended = forks.run("train", "--config", config, "--resume")
+    assert ended.code == 0, ended.output
+    assert_same(tmp_path / "run", whole)
+    assert forks.run("train", "--config", config, "--resume").code == 0  # there is nothing left to do
+    assert_same(tmp_path / "run", whole)
+
+
+def test_killed_between_two_checkpoints(forks, tmp_path):
+    """bfloat16 weights with float32 masters, a trained tower, a reference model, two updates per rollout, and one
+    checkpoint kept, which is not the one that the run was resumed from."""
+    options = {"checkpoint__every": 2, "checkpoint__keep": 1, "grpo__steps": 5, "grpo__updates_per_rollout": 2,
+               "grpo__kl_coef": 0.05, "model__dtype": "bfloat16", "model__freeze_vision": False, "eval__at": "never",
+               "optimizer__schedule": "cosine", "stages": [{"kind": "grpo"}]}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    configs = {name: written(runs.config(tmp_path / name / "run", **options), tmp_path / name)
+               for name in ("whole", "killed")}
+    assert forks.run("train", "--config", configs["whole"]).code == 0
+    for moment, resume in ((r"mkdir .*\.tmp-step_000004$", []), ("open .*step_000004.parquet", ["--resume"])):
+        assert forks.run("train", "--config", configs["killed"], *resume, at=moment).code == -signal.SIGKILL
+    assert forks.run("train", "--config", configs["killed"], "--resume").code == 0
+    assert_same(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
+    [last] = (tmp_path / "killed" / "run" / "checkpoints").glob("step_*")
+    assert load_policy(runs.config(tmp_path).model, last).encoder.encode_completion("so 3.")
+
+
+@pytest.mark.parametrize(("moment", "saved"), [
+    ("open .*rollouts/grpo-1/step_000000", "step_000001"),  # inside a stage, where no checkpoint was due
+    ("rename .*eval/start_greedy", None),  # in the first evaluation, before anything is trained
+    ("open .*rollouts/grpo-1/step_000001", "step_000002"),  # in the last step of a stage
+])
+def test_ctrl_c(forks, whole, tmp_path, moment, saved):
+    config = written(runs.config(tmp_path / "run", checkpoint__every=50), tmp_path)
+    ended = forks.run("train", "--config", config, at=moment, send=signal.SIGINT)
+    assert ended.code == 130
+    assert "Ctrl-C: finishing this step, then saving" in ended.output
+    assert ended.output.splitlines()[-1] == "veripo: interrupted"
+    run = RunDir(tmp_path / "run")
+    assert [path.name for path in run.checkpoints.glob("step_*")] == ([saved] if saved else [])
+    if saved == "step_000001":
+        assert forks.run("train", "--config", config, "--resume", "--checkpoint.every", "1").code == 0
+        shutil.rmtree(run.checkpoints / "step_000005")  # with every=50 only the ends of stages were kept
+        assert_same(run.root, whole)
+
+
+def test_resume_refusals(forks, whole, tmp_path):
+    config = written(runs.config(tmp_path / "run"), tmp_path)
+    ended = forks.run("train", "--config", config, "--resume")
+    assert (ended.code, ended.output) == (
+        2, f"veripo: error: {tmp_path}/run is no run to resume: it has no config.yaml\n")
+    for path in (whole, whole / "config.yaml"):
+        before = tree(whole)
+        ended = forks.run("train", "--config", config, "--run-dir", path)
+        assert (ended.code, ended.output) == (
+            2, f"veripo: error: run_dir {path} exists already; resume it with --resume or name another folder\n")
+        assert tree(whole) == before
+
+
+def test_resume_with_another_configuration_says_so(forks, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    config = written(runs.config(tmp_path / "run"), tmp_path)
+    ended = forks.run("train", "--config", config, "--resume", "--grpo.clip-high", "0.3")
+    assert ended.code == 0
+    assert "grpo differs from the run that is resumed: the result is no longer that of one configuration" in ended.output
+    assert "dpo differs" not in ended.output
