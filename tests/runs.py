@@ -1,7 +1,7 @@
 """Small real runs for the tests of the trainer: mp4 clips with questions, a policy that answers them, a configuration.
 
-A random policy earns no reward, so nothing would be learned, verified or aligned. This one is taught in a few seconds to
-write `<think>so X.</think><answer>Y</answer>` with answers that vary and do not always agree.
+A random policy earns no reward, so nothing would be learned, verified or aligned. This one is taught in a few seconds
+to write `<think>so X.</think><answer>Y</answer>` with answers that vary and do not always agree.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def config(run: Path, **changes: Any) -> Config:
     return apply_overrides(Config(), defaults | given)
 
 
-# -- the command line, in processes that may be killed ------------------------------------------------------------------
+# -- the command line, in processes that may be killed ----------------------------------------------------------------
 
 
 class Ended(NamedTuple):
@@ -204,6 +205,8 @@ def _run_command(job: dict[str, Any]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     signal.alarm(120)
+    for name, value in job["limits"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
     if job["at"]:
         sys.addaudithook(_Signal(job["at"], job["send"]))
     code = 1
@@ -223,8 +226,8 @@ class _Signal:
         self.pattern, self.send = re.compile(pattern), send
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        changes = event in ("os.rename", "os.mkdir", "os.remove") or (event == "open" and arguments[1] not in ("r", "rb"))
-        if not self.send or not changes:
+        writes = event == "open" and arguments[1] not in ("r", "rb")
+        if not self.send or not (writes or event in ("os.rename", "os.mkdir", "os.remove")):
             return
         paths = (str(argument) for argument in arguments[:2] if isinstance(argument, str | os.PathLike))
         if self.pattern.search(" ".join((event.removeprefix("os."), *paths))):

@@ -149,5 +149,5 @@ def test_resume_with_another_configuration_says_so(forks, whole, tmp_path):
     config = written(runs.config(tmp_path / "run"), tmp_path)
     ended = forks.run("train", "--config", config, "--resume", "--grpo.clip-high", "0.3")
     assert ended.code == 0
-    assert "grpo differs from the run that is resumed: the result is no longer that of one configuration" in ended.output
+    assert "veripo: grpo differs from the run that is resumed: the result is no longer" in ended.output
     assert "dpo differs" not in ended.output

@@ -93,10 +93,10 @@ class PromptEncoder:
         if found != (0 if media is None else len(media.kinds)):
             raise DataError(f"prompt {prompt.prompt_id!r} shows {found} media in the chat template "
                             f"but brings {0 if media is None else len(media.kinds)}")
-        for number, piece in enumerate(pieces):
-            if number and media is not None:
-                self._append_medium(ids, spans, media, number - 1)
-            self._append_text(ids, spans, piece)
+        for index, before in enumerate(pieces[:-1]):
+            assert media is not None
+            self._append_medium(ids, spans, media, index, before)
+        self._append_text(ids, spans, pieces[-1])
         positions, following = mrope_positions(spans)
         return EncodedPrompt(torch.tensor(ids), positions, following, media)
 
@@ -122,7 +122,9 @@ class PromptEncoder:
             ids += tokens
             spans.append(TextSpan(len(tokens)))
 
-    def _append_medium(self, ids: list[int], spans: list[TextSpan | GridSpan], media: MediaInputs, index: int) -> None:
+    def _append_medium(self, ids: list[int], spans: list[TextSpan | GridSpan], media: MediaInputs, index: int,
+                       before: str) -> None:
+        """A medium and the text `before` it, which a tokenizer may merge with the first time stamp (` <`, `:<`)."""
         kind = media.kinds[index]
         grids, height, width = media.grid_thw[index].tolist()
         height, width = height // self.vision.merge_size, width // self.vision.merge_size
@@ -130,11 +132,13 @@ class PromptEncoder:
         if kind == "image" or self.config.model_type == "qwen2_5_vl":
             times = (0,) if kind == "image" else grid_times(
                 grids, _seconds_per_grid(seconds), self.config.vision_config.tokens_per_second)
+            self._append_text(ids, spans, before)
             self._append_grid(ids, spans, GridSpan(times, height, width), kind)
             return
         for second in seconds:
-            self._append_text(ids, spans, f"<{second:.1f} seconds>")
+            self._append_text(ids, spans, f"{before}<{second:.1f} seconds>")
             self._append_grid(ids, spans, GridSpan((0,), height, width), kind)
+            before = ""
 
     def _append_grid(self, ids: list[int], spans: list[TextSpan | GridSpan], grid: GridSpan,
                      kind: Literal["image", "video"]) -> None:

@@ -40,9 +40,9 @@ class TorchEngine:
         following = torch.tensor([item.encoded.next_position for item in prompts], device=hidden.device)
         logits = self.policy.head(hidden[ends])
         if not logits.isfinite().all():
-            raise TrainingError(f"the policy after {self.policy.version} optimizer steps gives logits that are not finite: "
-                                "its weights hold NaN or infinity; go back to an earlier checkpoint and lower the "
-                                "learning rate")
+            raise TrainingError(f"the policy after {self.policy.version} optimizer steps gives logits that are not "
+                                "finite: its weights hold NaN or infinity; go back to an earlier checkpoint and lower "
+                                "the learning rate")
         tokens, logprobs, lengths = self._decode(logits, following, cache, sampling, on_progress)
         return [self._group(item, tokens[rows], logprobs[rows], lengths[rows])
                 for item, rows in zip(prompts, torch.arange(len(tokens)).split(sampling.group_size), strict=True)]
