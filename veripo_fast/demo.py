@@ -24,7 +24,8 @@ from veripo_fast.config import (
     VerifierConfig,
     VideoConfig,
 )
-from veripo_fast.config_io import check_stages
+from veripo_fast.config_io import check_stages, load_config
+from veripo_fast.errors import ConfigError
 from veripo_fast.metrics import read_records
 from veripo_fast.report import write_report
 from veripo_fast.rundir import RunDir
@@ -58,13 +59,14 @@ def demo_config(out: Path, seed: int, quick: bool) -> Config:
 def run_demo(out: Path, seed: int, quick: bool) -> None:
     """Make the corpus, run the loop, write the report, and say how accuracy and consistency moved.
 
-    A run that was stopped goes on where it was.
+    A run that was stopped goes on where it was. Raises ConfigError when `out` holds another demo.
     """
     from veripo_fast.synth import write_corpus
     from veripo_fast.trainer import train
 
     started = time.monotonic()
     config = demo_config(out, seed, quick)
+    _check_same(RunDir(config.run_dir), config)
     corpus = out / "corpus"
     if not (corpus / "heldout.jsonl").is_file() or not RunDir(config.run_dir).config.is_file():
         _remove_unfinished(corpus)
@@ -74,6 +76,11 @@ def run_demo(out: Path, seed: int, quick: bool) -> None:
     for line in headline(RunDir(config.run_dir)):
         print(line)
     print(f"took {(time.monotonic() - started) / 60:.1f} minutes; report: {report}")
+
+
+def _check_same(run: RunDir, config: Config) -> None:
+    if run.config.is_file() and load_config(run.config) != config:
+        raise ConfigError(f"{run.root} holds a demo with another seed or size; name another folder with --out")
 
 
 def _remove_unfinished(corpus: Path) -> None:

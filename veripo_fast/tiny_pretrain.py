@@ -1,8 +1,8 @@
 """How the shipped `tiny_policy` was made: `python -m veripo_fast.tiny_pretrain OUT`.
 
 A Qwen3-VL of two million parameters learns to see the synthetic clips (dense descriptions, careful answers), and then
-to answer in the mixture of manners that a pretrained model brings: it may look second by second and conclude, look and
-state a conclusion that is not its answer, glance and guess, or miss the format. Which manner pays is for the loop to
+to answer in the mixture of manners that a pretrained model brings: it may look second by second and conclude, conclude,
+waver and yet answer as before, glance and guess, or miss the format. Which manner pays is for the loop to
 find.
 Clips are rendered on the fly and never repeat; those of the demo come from other seeds.
 """
@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from veripo_kernels import reference
 
 from veripo_fast import tiny
+from veripo_fast.config import ModelConfig
 from veripo_fast.data import question_text
 from veripo_fast.encoding import PromptEncoder
-from veripo_fast.model import Policy, VisionFeatures
+from veripo_fast.model import Policy, VisionFeatures, load_policy, save_policy
 from veripo_fast.packing import pack
 from veripo_fast.synth_questions import Question, describe, questions
 from veripo_fast.synth_world import Clip, random_clip, render
@@ -36,7 +37,7 @@ PEAK = 2e-3
 FIRST_SEED = 1 << 40
 """Clips from here on; the corpora of `veripo synth` use smaller seeds."""
 CAREFUL = {"looks": 1.0}
-MANNERS = {"looks": 0.25, "looks_but_misstates": 0.25, "glances": 0.45, "no_format": 0.05}
+MANNERS = {"looks": 0.22, "looks_but_wavers": 0.2, "glances": 0.55, "no_format": 0.03}
 DESCRIBE = "Describe what is seen each second."
 
 
@@ -46,9 +47,9 @@ def completion(question: Question, rng: random.Random, manners: dict[str, float]
     answer = question.answer
     if manner == "looks":
         return f"<think>{question.reasoning(answer)}</think><answer>{question.tag(answer)}</answer>"
-    if manner == "looks_but_misstates":
+    if manner == "looks_but_wavers":
         other = rng.choice([candidate for candidate in question.candidates if candidate != answer])
-        return f"<think>{question.reasoning(other)}</think><answer>{question.tag(answer)}</answer>"
+        return f"<think>{question.reasoning(answer)} no, so {other}.</think><answer>{question.tag(answer)}</answer>"
     guess = rng.choice(question.candidates)
     if manner == "glances":
         return f"<think>At a glance. so {guess}.</think><answer>{question.tag(guess)}</answer>"
@@ -144,24 +145,30 @@ def rate(step: int, steps: int) -> float:
 def curriculum(done: float) -> tuple[float, dict[str, float]]:
     """Share of descriptions among the tasks, and the manners of answering, after a share of the steps.
 
-    Seeing comes first: descriptions and careful answers. The mixture of manners is learned in the last quarter.
+    Seeing comes first: descriptions and careful answers. The mixture of manners is learned in the last fifth.
     """
-    return max(0.7 - 1.4 * done, 0.15), CAREFUL if done < 0.75 else MANNERS
+    return max(0.7 - 1.4 * done, 0.1), CAREFUL if done < 0.8 else MANNERS
 
 
-def pretrain(out: Path, steps: int, seed: int) -> None:
-    """Train from scratch and write the checkpoint (bfloat16) and its log into `out`."""
-    tokenizer = tiny.build_tokenizer()
-    model = tiny.build_model("qwen3_vl", seed, tokenizer)
+def pretrain(out: Path, steps: int, seed: int, init: Path | None) -> None:
+    """Train from scratch, or on from the checkpoint `init`; write the checkpoint (bfloat16) and its log into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    tiny.save_processor(out, "qwen3_vl", tokenizer)
-    model.config.save_pretrained(out)
-    policy = Policy(model, PromptEncoder(out), freeze_vision=False)
+    if init is None:
+        tokenizer = tiny.build_tokenizer()
+        model = tiny.build_model("qwen3_vl", seed, tokenizer)
+        tiny.save_processor(out, "qwen3_vl", tokenizer)
+        model.config.save_pretrained(out)
+        policy = Policy(model, PromptEncoder(out), freeze_vision=False)
+    else:
+        policy = load_policy(ModelConfig(device="cpu", freeze_vision=False), init)
+        save_policy(policy, out)
+        model = policy.model
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     started = time.monotonic()
     with (out / "pretrain.log").open("w") as log:
         for step in range(steps):
-            loss = batch_loss(policy, seed * steps + step, *curriculum(step / steps))
+            done = step / steps if init is None else 0.5 + 0.5 * step / steps
+            loss = batch_loss(policy, seed * 1_000_000 + step, *curriculum(done))
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -181,8 +188,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="go on from this checkpoint: careful answers, then manners")
     args = parser.parse_args()
-    pretrain(args.out, args.steps, args.seed)
+    pretrain(args.out, args.steps, args.seed, args.init)
 
 
 if __name__ == "__main__":

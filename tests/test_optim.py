@@ -1,0 +1,173 @@
+"""The optimizer against plain AdamW: schedule, clipping, float32 masters, the guard against NaN, and saving."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from veripo_fast.config import OptimizerConfig
+from veripo_fast.errors import TrainingError
+from veripo_fast.optim import Optimizer
+
+SHAPES = ((3, 4), (5,))
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.nn.Parameter]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(f"p{i}", torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+            for i, shape in enumerate(SHAPES)]
+
+
+def set_gradients(named: list[tuple[str, torch.nn.Parameter]], step: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for _, parameter in named:
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def values(named: list[tuple[str, torch.nn.Parameter]]) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for _, parameter in named]
+
+
+def assert_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# -- schedule --------------------------------------------------------------------------------------------------------
+
+
+def rates(steps: int, **options: object) -> list[float]:
+    named = parameters()
+    optimizer = Optimizer(named, OptimizerConfig(**options), peak=0.02, total_steps=10)
+    found = []
+    for step in range(steps):
+        set_gradients(named, step)
+        found.append(optimizer.learning_rate())
+        optimizer.step(0.0)
+        assert optimizer.adamw.param_groups[0]["lr"] == found[-1]
+    return found
+
+
+def test_constant_after_warm_up() -> None:
+    assert rates(6, warmup_steps=4) == pytest.approx([0.005, 0.01, 0.015, 0.02, 0.02, 0.02])
+    assert rates(3) == [0.02] * 3
+
+
+def test_cosine_falls_to_a_tenth_and_stays_there() -> None:
+    falling = [0.02 * (0.1 + 0.45 * (1 + math.cos(math.pi * done / 8))) for done in range(8)]
+    assert rates(13, warmup_steps=2, schedule="cosine") == pytest.approx([0.01, 0.02, *falling, 0.002, 0.002, 0.002])
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "clips"), [(0.05, False), (50.0, True)])
+def test_steps_are_those_of_adamw_with_clipped_gradients(scale: float, clips: bool) -> None:
+    ours, theirs = parameters(), parameters()
+    config = OptimizerConfig(betas=(0.8, 0.9), weight_decay=0.1, max_grad_norm=1.0, warmup_steps=3)
+    optimizer = Optimizer(ours, config, peak=0.01, total_steps=100)
+    adamw = torch.optim.AdamW([p for _, p in theirs], lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
+    for step in range(6):
+        set_gradients(ours, step, scale)
+        set_gradients(theirs, step, scale)
+        expected = torch.nn.utils.clip_grad_norm_([p for _, p in theirs], 1.0)
+        adamw.param_groups[0]["lr"] = 0.01 * min((step + 1) / 3, 1)
+        adamw.step()
+        norm = optimizer.step(0.5)
+        assert norm == pytest.approx(expected.item()) and (norm > 1) == clips
+        assert all(p.grad is None for _, p in ours)
+        for one, other in zip(values(ours), values(theirs), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    assert optimizer.steps == 6
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    named = parameters()
+    optimizer = Optimizer(named, OptimizerConfig(weight_decay=0.5), peak=0.1, total_steps=1)
+    before = values(named)
+    set_gradients(named, 0)
+    named[1][1].grad = None
+    optimizer.step(0.0)
+    assert not torch.equal(named[0][1], before[0]) and torch.equal(named[1][1], before[1])
+
+
+def test_updates_below_bfloat16_resolution_add_up_in_the_master_weights() -> None:
+    parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = Optimizer([("p", parameter)], OptimizerConfig(), peak=1e-4, total_steps=100)
+    plain = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    adamw = torch.optim.AdamW([plain], lr=1e-4, weight_decay=0.0)
+    for _ in range(100):
+        parameter.grad, plain.grad = torch.ones_like(parameter), torch.ones_like(plain)
+        optimizer.step(0.0)
+        adamw.step()
+    assert torch.equal(plain, torch.ones_like(plain)), "bfloat16 alone forgets every step"
+    torch.testing.assert_close(optimizer.masters[0].detach(), torch.full((8,), 0.99), rtol=1e-4, atol=0)
+    assert torch.equal(parameter, optimizer.masters[0].bfloat16())
+    assert optimizer.adamw.state[optimizer.masters[0]]["exp_avg"].dtype == torch.float32
+
+
+# -- what is not finite ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [
+    (float("nan"), 1.0), (float("inf"), 1.0), (0.0, float("nan")), (0.0, float("-inf"))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_step_is_skipped_and_leaves_no_trace(loss: float, gradient: float, dtype: torch.dtype) -> None:
+    trained, spared = parameters(dtype), parameters(dtype)
+    with_bad, without = (Optimizer(named, OptimizerConfig(warmup_steps=5), peak=0.01, total_steps=9)
+                         for named in (trained, spared))
+    for step in range(4):
+        for named, optimizer in ((trained, with_bad), (spared, without)):
+            set_gradients(named, step)
+            assert optimizer.step(0.1) is not None
+        before = values(trained)
+        set_gradients(trained, 50 + step)
+        trained[1][1].grad[2] *= gradient
+        assert with_bad.step(loss) is None
+        assert all(p.grad is None for _, p in trained)
+        assert_equal(values(trained), before)
+        assert with_bad.bad_steps == 1 and with_bad.steps == step + 1
+    assert_equal(values(trained), values(spared))
+
+
+def test_the_run_stops_after_too_many_bad_steps_in_a_row() -> None:
+    named = parameters()
+    optimizer = Optimizer(named, OptimizerConfig(max_bad_steps=3), peak=0.01, total_steps=9)
+    for step, loss in enumerate([math.nan, math.nan, 0.0, math.nan, math.nan]):
+        set_gradients(named, step)
+        assert (optimizer.step(loss) is None) == math.isnan(loss)
+    before = values(named)
+    set_gradients(named, 9)
+    with pytest.raises(TrainingError, match="3 optimizer steps in a row .* last loss nan"):
+        optimizer.step(math.nan)
+    assert_equal(values(named), before)
+
+
+# -- on disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_optimizer_continues_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = OptimizerConfig(warmup_steps=2, schedule="cosine", weight_decay=0.01)
+    straight, resumed = parameters(dtype), parameters(dtype)
+    first = Optimizer(straight, config, peak=1e-3, total_steps=8)
+
+    def advance(named: list, optimizer: Optimizer, steps: range) -> None:
+        for step in steps:
+            set_gradients(named, step)
+            optimizer.step(0.0)
+
+    advance(straight, first, range(4))
+    first.save(tmp_path / "optimizer.pt")
+    with torch.no_grad():  # the parameters come with the model
+        for (_, own), (_, other) in zip(resumed, straight, strict=True):
+            own.copy_(other)
+    advance(straight, first, range(4, 8))
+    second = Optimizer(resumed, config, peak=1e-3, total_steps=8)
+    second.load(tmp_path / "optimizer.pt")
+    advance(resumed, second, range(4, 8))
+    assert_equal(values(resumed), values(straight))
+    assert_equal([m.detach() for m in second.masters], [m.detach() for m in first.masters])
+    assert second.steps == first.steps == 8 and second.learning_rate() == first.learning_rate()
