@@ -204,7 +204,7 @@ def _run_command(job: dict[str, Any]) -> None:
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    signal.alarm(120)
+    signal.alarm(600)
     for name, value in job["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     if job["at"]:

@@ -140,7 +140,7 @@ def test_the_run_stops_after_too_many_bad_steps_in_a_row() -> None:
         assert (optimizer.step(loss) is None) == math.isnan(loss)
     before = values(named)
     set_gradients(named, 9)
-    with pytest.raises(TrainingError, match="3 optimizer steps in a row .* last loss nan"):
+    with pytest.raises(TrainingError, match=r"3 optimizer steps in a row .*last loss nan"):
         optimizer.step(math.nan)
     assert_equal(values(named), before)
 

@@ -13,7 +13,6 @@ import pytest
 import runs
 
 from veripo_fast.config_io import to_yaml
-from veripo_fast.model import load_policy
 from veripo_fast.rundir import RunDir
 
 
@@ -31,7 +30,9 @@ def written(config, folder):
 
 
 def records(path):
-    """Without wall times."""
+    """Without wall times; none when there is no file."""
+    if not path.exists():
+        return []
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
 
 
@@ -47,7 +48,8 @@ def assert_same(run, other):
     for folder in ("rollouts", "verifier", "eval"):
         assert tree(run.root / folder) == tree(other.root / folder)
         for path in (run.root / folder).rglob("*.parquet"):
-            assert pq.read_table(path).equals(pq.read_table(other.root / path.relative_to(run.root))), path
+            same = pq.read_table(path).equals(pq.read_table(other.root / path.relative_to(run.root)))
+            assert same, path
     assert tree(run.checkpoints) == tree(other.checkpoints)
     for weights in run.checkpoints.glob("*/model.safetensors"):
         assert weights.read_bytes() == (other.checkpoints / weights.relative_to(run.checkpoints)).read_bytes()
@@ -72,9 +74,9 @@ MOMENTS = (
     "rename .*verifier/dpo-1/pairs",
     "rename .*ref_logprobs",
     r"mkdir .*\.tmp-step_000003$",  # inside DPO
+    "rename .*tmp-delete",  # while an old checkpoint is deleted
     "rename .*tmp-step_000004",  # between the stages
     "rename .*rollouts/grpo-2/step_000001",
-    "rename .*tmp-delete",  # while an old checkpoint is deleted
     "rename .*eval/grpo-2_greedy",  # everything is trained
 )
 
@@ -94,22 +96,21 @@ def test_killed_at_every_stage(forks, whole, tmp_path):
 
 
 def test_killed_between_two_checkpoints(forks, tmp_path):
-    """bfloat16 weights with float32 masters, a trained tower, a reference model, two updates per rollout, and one
-    checkpoint kept, which is not the one that the run was resumed from."""
-    options = {"checkpoint__every": 2, "checkpoint__keep": 1, "grpo__steps": 5, "grpo__updates_per_rollout": 2,
-               "grpo__kl_coef": 0.05, "model__dtype": "bfloat16", "model__freeze_vision": False, "eval__at": "never",
-               "optimizer__schedule": "cosine", "stages": [{"kind": "grpo"}]}
+    """bfloat16 weights with float32 masters, a trained tower, a reference model and two updates per rollout."""
+    options = {"checkpoint__every": 2, "grpo__steps": 4, "grpo__prompts_per_step": 2, "grpo__updates_per_rollout": 2,
+               "grpo__kl_coef": 0.05, "rollout__group_size": 3, "model__dtype": "bfloat16",
+               "model__freeze_vision": False, "eval__at": "never", "optimizer__schedule": "cosine",
+               "stages": [{"kind": "grpo"}]}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     configs = {name: written(runs.config(tmp_path / name / "run", **options), tmp_path / name)
                for name in ("whole", "killed")}
     assert forks.run("train", "--config", configs["whole"]).code == 0
-    for moment, resume in ((r"mkdir .*\.tmp-step_000004$", []), ("open .*step_000004.parquet", ["--resume"])):
-        assert forks.run("train", "--config", configs["killed"], *resume, at=moment).code == -signal.SIGKILL
+    ended = forks.run("train", "--config", configs["killed"], at="open .*rollouts/grpo-1/step_000003")
+    assert ended.code == -signal.SIGKILL
     assert forks.run("train", "--config", configs["killed"], "--resume").code == 0
     assert_same(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
-    [last] = (tmp_path / "killed" / "run" / "checkpoints").glob("step_*")
-    assert load_policy(runs.config(tmp_path).model, last).encoder.encode_completion("so 3.")
+    assert sum(record["updates"] for record in records(tmp_path / "whole" / "run" / "metrics.jsonl")) > 4
 
 
 @pytest.mark.parametrize(("moment", "saved"), [
@@ -127,7 +128,6 @@ def test_ctrl_c(forks, whole, tmp_path, moment, saved):
     assert [path.name for path in run.checkpoints.glob("step_*")] == ([saved] if saved else [])
     if saved == "step_000001":
         assert forks.run("train", "--config", config, "--resume", "--checkpoint.every", "1").code == 0
-        shutil.rmtree(run.checkpoints / "step_000005")  # with every=50 only the ends of stages were kept
         assert_same(run.root, whole)
 
 

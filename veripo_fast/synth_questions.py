@@ -36,7 +36,7 @@ class Question:
         return self.tag(self.answer)
 
     def tag(self, answer: str) -> str:
-        """The form in which `answer` is given: its letter when there are options."""
+        """The form in which `answer` is asked for: its letter when there are options."""
         return LETTERS[self.options.index(answer)] if self.options else answer
 
     @property

@@ -42,18 +42,21 @@ DESCRIBE = "Describe what is seen each second."
 
 
 def completion(question: Question, rng: random.Random, manners: dict[str, float]) -> str:
-    """One answer to a question, in a manner drawn from `manners`."""
+    """One answer to a question, in a manner drawn from `manners`.
+
+    A choice is answered by its text, which scores like its letter: at this size looking the letter up stayed at chance.
+    """
     manner = rng.choices(list(manners), list(manners.values()))[0]
     answer = question.answer
     if manner == "looks":
-        return f"<think>{question.reasoning(answer)}</think><answer>{question.tag(answer)}</answer>"
+        return f"<think>{question.reasoning(answer)}</think><answer>{answer}</answer>"
     if manner == "looks_but_wavers":
         other = rng.choice([candidate for candidate in question.candidates if candidate != answer])
-        return f"<think>{question.reasoning(answer)} no, so {other}.</think><answer>{question.tag(answer)}</answer>"
+        return f"<think>{question.reasoning(answer)} no, so {other}.</think><answer>{answer}</answer>"
     guess = rng.choice(question.candidates)
     if manner == "glances":
-        return f"<think>At a glance. so {guess}.</think><answer>{question.tag(guess)}</answer>"
-    return f"The answer is {question.tag(guess)}."
+        return f"<think>At a glance. so {guess}.</think><answer>{guess}</answer>"
+    return f"The answer is {guess}."
 
 
 def user_prompt(prompt_id: str, text: str) -> Prompt:

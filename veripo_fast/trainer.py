@@ -93,7 +93,7 @@ class Trainer:
         self.checkpoint = latest_checkpoint(run.checkpoints)
         self.state = _read_state(self.checkpoint)
         metrics.truncate_after(self.state.global_step)
-        self.policy = load_policy(config.model, self.checkpoint)
+        self.policy = _in_own_memory(load_policy(config.model, self.checkpoint))
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
         self.policy.encoder.path = resolve_path(config.model.path)
@@ -374,6 +374,14 @@ def _warn_of_changes(before: Config, now: Config) -> None:
         if getattr(before, item.name) != getattr(now, item.name):
             log.warning("%s differs from the run that is resumed: the result is no longer that of one configuration",
                         item.name)
+
+
+def _in_own_memory(policy: Policy) -> Policy:
+    """Copy the weights out of the mapped file, where they lie at any offset: a matmul of one row depends on alignment
+    (1e-7 in greedy log-probs between a resumed run and an uninterrupted one), and the file may be deleted."""
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.clone()
+    return policy
 
 
 def _read_state(checkpoint: Path | None) -> State:
