@@ -6,6 +6,7 @@ to write `<think>so X.</think><answer>Y</answer>` with answers that vary and do 
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import os
@@ -21,8 +22,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import gettempdir
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -154,17 +154,22 @@ class Ended(NamedTuple):
     """What it wrote to stdout and stderr."""
 
 
-class Forks:
-    """`veripo` in forks of one process that has imported everything: a start costs no import. A context manager."""
+@cache
+def forks() -> Forks:
+    """One server per test process."""
+    return Forks()
 
-    def __enter__(self) -> Self:
+
+class Forks:
+    """`veripo` in forks of one process that has imported everything: a start costs no import."""
+
+    def __init__(self) -> None:
         self.server = subprocess.Popen([sys.executable, "-c", "import runs; runs.serve()"], stdin=subprocess.PIPE,
                                        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
                                        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-        return self
+        atexit.register(self.close)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def close(self) -> None:
         self.server.stdin.close()
         self.server.wait()
 

@@ -269,18 +269,18 @@ def test_a_full_disk(tmp_path):
     config = tmp_path / "run.yaml"
     run = RunDir(tmp_path / "run")
     config.write_text(to_yaml(runs.config(run.root, eval__at="never", grpo__steps=3, stages=[{"kind": "grpo"}])))
-    with runs.Forks() as forks:
-        assert forks.run("train", "--config", config, at=r"mkdir .*\.tmp-step_000002$").code == -9
-        model = (run.checkpoints / "step_000001" / "model.safetensors").stat().st_size
-        ended = forks.run("train", "--config", config, "--resume", limits={"RLIMIT_FSIZE": model // 2})
-        said = ended.output.splitlines()[-1]
-        assert ended.code == 2, ended.output
-        assert said.startswith(f"veripo: error: cannot save the checkpoint {run.checkpoints}/step_000002: ")
-        assert said.endswith(f"; the earlier checkpoint {run.checkpoints}/step_000001 is intact")
-        assert sorted(path.name for path in run.checkpoints.iterdir()) == ["latest", "step_000001"]
-        ended = forks.run("train", "--config", config, "--resume", limits={"RLIMIT_FSIZE": 2000})
-        assert ended.code == 2, ended.output
-        assert ended.output.splitlines()[-1].startswith("veripo: error: cannot write ")
-        assert "Traceback" not in ended.output
-        assert forks.run("train", "--config", config, "--resume").code == 0
+    forks = runs.forks()
+    assert forks.run("train", "--config", config, at=r"mkdir .*\.tmp-step_000002$").code == -9
+    model = (run.checkpoints / "step_000001" / "model.safetensors").stat().st_size
+    ended = forks.run("train", "--config", config, "--resume", limits={"RLIMIT_FSIZE": model // 2})
+    said = ended.output.splitlines()[-1]
+    assert ended.code == 2, ended.output
+    assert said.startswith(f"veripo: error: cannot save the checkpoint {run.checkpoints}/step_000002: ")
+    assert said.endswith(f"; the earlier checkpoint {run.checkpoints}/step_000001 is intact")
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["latest", "step_000001"]
+    ended = forks.run("train", "--config", config, "--resume", limits={"RLIMIT_FSIZE": 2000})
+    assert ended.code == 2, ended.output
+    assert ended.output.splitlines()[-1].startswith("veripo: error: cannot write ")
+    assert "Traceback" not in ended.output
+    assert forks.run("train", "--config", config, "--resume").code == 0
     assert [row["global_step"] for row in read_records(run.metrics)] == [1, 2, 3]

@@ -18,8 +18,7 @@ from veripo_fast.rundir import RunDir
 
 @pytest.fixture(scope="module")
 def forks():
-    with runs.Forks() as forks:
-        yield forks
+    return runs.forks()
 
 
 def written(config, folder):

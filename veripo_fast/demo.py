@@ -46,7 +46,7 @@ def demo_config(out: Path, seed: int, quick: bool) -> Config:
         rollout=RolloutConfig(group_size=8, temperature=1.0, max_new_tokens=80),
         grpo=GrpoConfig(steps=2 if quick else 40, prompts_per_step=8 if quick else 24, learning_rate=3e-4,
                         clip_high=0.28),
-        verifier=VerifierConfig(families=("accuracy", "consistency", "repetition")),
+        verifier=VerifierConfig(families=("consistency", "repetition")),
         dpo=DpoConfig(learning_rate=1e-4, pairs_per_step=32, nll_coef=0.1, max_steps=2 if quick else 20),
         optimizer=OptimizerConfig(max_tokens=8192),
         checkpoint=CheckpointConfig(every=20, keep=2),

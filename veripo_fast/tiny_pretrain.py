@@ -1,8 +1,8 @@
 """How the shipped `tiny_policy` was made: `python -m veripo_fast.tiny_pretrain OUT`.
 
 A Qwen3-VL of two million parameters learns to see the synthetic clips (dense descriptions, careful answers), and then
-to answer in the mixture of manners that a pretrained model brings: it may look second by second and conclude, conclude,
-waver and yet answer as before, glance and guess, or miss the format. Which manner pays is for the loop to
+to answer in the mixture of manners that a pretrained model brings: it may look second by second and conclude, look and state
+a conclusion that is not its answer, glance and guess, or miss the format. Which manner pays is for the loop to
 find.
 Clips are rendered on the fly and never repeat; those of the demo come from other seeds.
 """
@@ -37,7 +37,7 @@ PEAK = 2e-3
 FIRST_SEED = 1 << 40
 """Clips from here on; the corpora of `veripo synth` use smaller seeds."""
 CAREFUL = {"looks": 1.0}
-MANNERS = {"looks": 0.22, "looks_but_wavers": 0.2, "glances": 0.55, "no_format": 0.03}
+MANNERS = {"looks": 0.22, "looks_but_misstates": 0.22, "glances": 0.53, "no_format": 0.03}
 DESCRIBE = "Describe what is seen each second."
 
 
@@ -50,9 +50,9 @@ def completion(question: Question, rng: random.Random, manners: dict[str, float]
     answer = question.answer
     if manner == "looks":
         return f"<think>{question.reasoning(answer)}</think><answer>{answer}</answer>"
-    if manner == "looks_but_wavers":
+    if manner == "looks_but_misstates":
         other = rng.choice([candidate for candidate in question.candidates if candidate != answer])
-        return f"<think>{question.reasoning(answer)} no, so {other}.</think><answer>{answer}</answer>"
+        return f"<think>{question.reasoning(other)}</think><answer>{answer}</answer>"
     guess = rng.choice(question.candidates)
     if manner == "glances":
         return f"<think>At a glance. so {guess}.</think><answer>{guess}</answer>"
@@ -170,7 +170,7 @@ def pretrain(out: Path, steps: int, seed: int, init: Path | None) -> None:
     started = time.monotonic()
     with (out / "pretrain.log").open("w") as log:
         for step in range(steps):
-            done = step / steps if init is None else 0.5 + 0.5 * step / steps
+            done = step / steps if init is None else 0.8 + 0.2 * step / steps
             loss = batch_loss(policy, seed * 1_000_000 + step, *curriculum(done))
             model.zero_grad()
             loss.backward()
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="go on from this checkpoint: careful answers, then manners")
+    parser.add_argument("--init", type=Path, help="go on from this checkpoint, with the mixture of manners")
     args = parser.parse_args()
     pretrain(args.out, args.steps, args.seed, args.init)
 
