@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from veripo_fast import dpo, grpo
 from veripo_fast.cli import main
+from veripo_fast.config import StageConfig
 from veripo_fast.config_io import to_yaml
 from veripo_fast.errors import TrainingError
 from veripo_fast.metrics import read_records
@@ -106,6 +108,38 @@ def test_a_step_may_be_without_prompts(tmp_path):
     run = RunDir(config.run_dir)
     assert sorted(row["prompts"] for row in read_records(run.metrics) if row["kind"] == "grpo") == [0, 1, 1]
     assert sorted(len(read_groups(path)) for path in run.rollout_files("grpo-1")) == [0, 1, 1]
+
+
+def test_a_bad_held_out_video_and_a_good_one_under_the_same_id(tmp_path):
+    """Both files number their records alike; only the bad one is skipped."""
+    shutil.copytree(runs.corpus() / "clips", tmp_path / "clips")
+    (tmp_path / "empty.mp4").touch()
+    good = [json.loads(line) for line in (runs.corpus() / "train.jsonl").read_text().splitlines()[:3]]
+    good = [json.dumps(row | {"problem_id": str(number)}) for number, row in enumerate(good)]
+    (tmp_path / "train.jsonl").write_text("\n".join(good))
+    (tmp_path / "held.jsonl").write_text("\n".join([good[0], record("empty.mp4", problem_id="1")]))
+    config = runs.config(tmp_path / "run", data__train=[str(tmp_path / "train.jsonl")],
+                         data__eval=[str(tmp_path / "held.jsonl")], eval__samples=0, eval__at="ends",
+                         grpo__prompts_per_step=3, grpo__steps=1, stages=[{"kind": "grpo"}])
+    train(config)
+    assert [row["prompts"] for row in read_records(RunDir(config.run_dir).metrics)] == [3]
+    assert [row["prompts"] for row in read_records(RunDir(config.run_dir).evals)] == [1, 1]
+
+
+def test_media_that_are_gone_when_pairs_are_trained(tmp_path):
+    shutil.copytree(runs.corpus() / "clips", tmp_path / "clips")
+    (tmp_path / "train.jsonl").write_text("\n".join((runs.corpus() / "train.jsonl").read_text().splitlines()[:4]))
+    config = runs.config(tmp_path / "run", data__train=[str(tmp_path / "train.jsonl")], eval__at="never",
+                         stages=[{"kind": "grpo"}])
+    both = replace(config, stages=(*config.stages, StageConfig("dpo", rollouts_from="grpo-1")))
+    train(config)
+    (tmp_path / "clips").rename(tmp_path / "elsewhere")
+    with pytest.raises(TrainingError, match="no pair of stage dpo-1 has a finite reference log-prob: its media are gone"):
+        train(both, resume=True)
+    assert "does not exist" in RunDir(config.run_dir).skipped.read_text()
+    (tmp_path / "elsewhere").rename(tmp_path / "clips")
+    train(both, resume=True)
+    assert [row["kind"] for row in read_records(RunDir(config.run_dir).metrics)] == ["grpo", "grpo", "dpo", "dpo"]
 
 
 @pytest.mark.parametrize(("lines", "sentence"), [

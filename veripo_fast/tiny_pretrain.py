@@ -1,10 +1,9 @@
 """How the shipped `tiny_policy` was made: `python -m veripo_fast.tiny_pretrain OUT`.
 
 A Qwen3-VL of two million parameters learns to see the synthetic clips (dense descriptions, careful answers), and then
-to answer in the mixture of manners that a pretrained model brings: it may look second by second and conclude, look and state
-a conclusion that is not its answer, glance and guess, or miss the format. Which manner pays is for the loop to
-find.
-Clips are rendered on the fly and never repeat; those of the demo come from other seeds.
+to answer in the mixture of manners that a pretrained model brings: it may look second by second and conclude, look and
+state a conclusion that is not its answer, glance and guess, or miss the format. Which manner pays is for the loop to
+find. Clips are rendered on the fly and never repeat; those of the demo come from other seeds.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from veripo_fast.config import Config, StageConfig
 from veripo_fast.config_io import apply_overrides, load_config, to_yaml
 from veripo_fast.data import PromptOrder, Skipped, SkippedLog, load_prompts
 from veripo_fast.dpo import PairRow, dpo_update, reference_logprobs, step_order
-from veripo_fast.errors import ConfigError, DataError
+from veripo_fast.errors import ConfigError, DataError, TrainingError
 from veripo_fast.evaluate import evaluate, summary
 from veripo_fast.grpo import GrpoUpdate, reward_groups, rollout_metrics
 from veripo_fast.metrics import MetricsLog, read_records
@@ -130,7 +130,7 @@ class Trainer:
                 indices, self.state.position = order.take(self.state.position, config.grpo.prompts_per_step)
                 with timed(seconds, "decode"):
                     loaded = self.loader.load([prompts[i] for i in indices])
-                if not loaded and all(prompt.prompt_id in self.loader.bad for prompt in prompts):
+                if not loaded and all(prompt in self.loader.bad for prompt in prompts):
                     raise DataError(f"none of the {len(prompts)} prompts of stage {stage.name} could be loaded; "
                                     f"{self.run.skipped} says why for each")
                 with timed(seconds, "rollout"):
@@ -185,10 +185,14 @@ class Trainer:
             return
         prompts = {group.prompt.prompt_id: group.prompt for group in groups}
         load = partial(self.load_pairs, prompts)
+        path = self.run.verifier(stage.name) / "ref_logprobs.parquet"
         with timed(self.carried, "reference"), tqdm(
                 total=len(pairs), desc=f"{stage.name} reference", unit="pair") as bar:
-            ref_logprobs = reference_logprobs(self.policy, pairs, load, config,
-                                              self.run.verifier(stage.name) / "ref_logprobs.parquet", bar.update)
+            ref_logprobs = reference_logprobs(self.policy, pairs, load, config, path, bar.update)
+        if not ref_logprobs.isfinite().any():
+            path.unlink()  # a resume computes them again
+            raise TrainingError(f"no pair of stage {stage.name} has a finite reference log-prob: its media are gone "
+                                f"({self.run.skipped} says which), or the weights hold NaN or infinity")
         steps = step_order(len(pairs), config, derive_seed(config.seed, stage.name))
         optimizer = self.stage_optimizer(config, config.dpo.learning_rate, len(steps))
         with tqdm(total=len(steps), initial=self.state.step, desc=stage.name, unit="step") as bar:

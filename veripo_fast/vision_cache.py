@@ -70,7 +70,8 @@ class PromptLoader:
         self.max_prompt_tokens = max_prompt_tokens
         self.on_skip = on_skip
         self.cache = VisionCache()
-        self.bad: set[str] = set()
+        self.bad: set[Prompt] = set()
+        """By prompt, not by its id: training and evaluation files number their records alike."""
         self._pool = MediaPool(contract)
 
     def close(self) -> None:
@@ -80,7 +81,7 @@ class PromptLoader:
     @torch.no_grad()
     def load(self, prompts: Sequence[Prompt]) -> list[LoadedPrompt]:
         """Load prompts in order, leaving out the bad ones; prompts with the same media share one decode."""
-        wanted = [prompt for prompt in prompts if prompt.prompt_id not in self.bad]
+        wanted = [prompt for prompt in prompts if prompt not in self.bad]
         distinct = {prompt.media: prompt for prompt in wanted if prompt.media}
         results = dict(zip(distinct, self._pool.map(self._media, distinct.values()), strict=True))
         entries = {key: entry for key, entry in results.items() if not isinstance(entry, MediaError)}
@@ -129,6 +130,6 @@ class PromptLoader:
         return LoadedPrompt(prompt, encoded, features)
 
     def _skip(self, prompt: Prompt, reason: str) -> None:
-        self.bad.add(prompt.prompt_id)
+        self.bad.add(prompt)
         log.warning("skipped %s: %s", prompt.prompt_id, reason)
         self.on_skip(prompt, reason)
