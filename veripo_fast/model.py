@@ -148,10 +148,11 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
     encoder = PromptEncoder(folder)
     _check_shards(folder)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
+    model, info = loaded
     if info["missing_keys"]:  # transformers would leave them random, with a warning
         raise CheckpointError(f"the weights in {folder} are incomplete: {', '.join(sorted(info['missing_keys']))}")
     torch.nn.Module.to(model, resolve_device(config.device))
