@@ -136,7 +136,7 @@ def test_media_that_are_gone_when_pairs_are_trained(tmp_path):
     (tmp_path / "clips").rename(tmp_path / "elsewhere")
     with pytest.raises(TrainingError, match="no pair of stage dpo-1 has a finite reference log-prob"):
         train(both, resume=True)
-    assert "does not exist" in RunDir(config.run_dir).skipped.read_text()
+    assert "No such file" in RunDir(config.run_dir).skipped.read_text()
     (tmp_path / "elsewhere").rename(tmp_path / "clips")
     train(both, resume=True)
     assert [row["kind"] for row in read_records(RunDir(config.run_dir).metrics)] == ["grpo", "grpo", "dpo", "dpo"]
