@@ -21,21 +21,8 @@ CASES = {
 
 def repeated_prompt_logprobs(policy: Policy, prompt: EncodedPrompt, completion: list[int],
                              temperature: float) -> torch.Tensor:
-    """The sibling: Hugging Face's own forward on prompt + completion, with our positions."""
-    positions = torch.cat([prompt.positions, (torch.arange(len(completion)) + prompt.next_position).expand(3, -1)], 1)
-    inputs = {}
-    if prompt.media is not None:
-        split = prompt.media.pixel_values.split(prompt.media.grid_thw.prod(-1).tolist())
-        for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"),
-                                   ("video", "pixel_values_videos", "video_grid_thw")):
-            rows = [i for i, name in enumerate(prompt.media.kinds) if name == kind]
-            if rows:
-                inputs[pixels] = torch.cat([split[i] for i in rows])
-                inputs[grid] = prompt.media.grid_thw[rows]
-    ids = torch.cat([prompt.token_ids, torch.tensor(completion)])[None]
-    out = policy.model(input_ids=ids, position_ids=positions[:, None], attention_mask=torch.ones_like(ids),
-                       use_cache=False, **inputs)
-    logits = out.logits[0, len(prompt.token_ids) - 1:-1] / temperature
+    """The sibling: Hugging Face's own forward on prompt + completion."""
+    logits = policies.plain_logits(policy, prompt, completion)[:-1] / temperature
     return torch.log_softmax(logits, -1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
 
@@ -60,13 +47,8 @@ def test_logprobs_and_gradients_match_the_repeated_prompt(family: str, case: str
     packed_gradients = gradients(policy)
 
     policy.model.zero_grad()
-    language_model = policy.model.model.language_model
-    language_model.set_attn_implementation("sdpa")
-    try:
-        plain = torch.cat([repeated_prompt_logprobs(policy, prompt, c, 0.7) for c in completions])
-        (plain * weights).sum().backward()
-    finally:
-        language_model.set_attn_implementation(shared_prefix.NAME)
+    plain = torch.cat([repeated_prompt_logprobs(policy, prompt, c, 0.7) for c in completions])
+    (plain * weights).sum().backward()
     plain_gradients = gradients(policy)
     policy.model.zero_grad()
 
