@@ -50,10 +50,12 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
         with tqdm(total=len(prompts), desc=f"eval {stage} {mode}", unit="prompt") as bar:
             for start in range(0, len(prompts), config.eval.prompts_per_batch):
                 batch = prompts[start:start + config.eval.prompts_per_batch]
-                groups += engine.generate(loader.load(batch), Sampling(
-                    samples, temperature, config.rollout.max_new_tokens,
-                    derive_seed(config.seed, "eval", mode, start), config.rollout.top_p, config.rollout.top_k))
-                bar.update(len(batch))
+                loaded = loader.load(batch)
+                bar.update(len(batch) - len(loaded))
+                sampling = Sampling(samples, temperature, config.rollout.max_new_tokens,
+                                    derive_seed(config.seed, "eval", mode, start), config.rollout.top_p,
+                                    config.rollout.top_k)
+                groups += engine.generate(loaded, sampling, lambda done: _advance(bar, done))
                 check()
         if not groups:
             raise DataError("no evaluation prompt could be loaded; skipped.jsonl says why for each")
@@ -62,6 +64,10 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
         records.append({"stage": stage, "mode": mode, **scores(groups, config),
                         "seconds": time.perf_counter() - started})
     return records
+
+
+def _advance(bar: Any, prompts: int) -> None:
+    bar.update(prompts)
 
 
 def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
