@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from veripo_fast.config import Config, GrpoConfig, StageConfig
@@ -223,6 +223,8 @@ def test_round_trip(tmp_path, write):
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(min_size=1), st.floats(1e-12, 1e12), st.lists(st.text()))
+@example("0", 1.0, ["\n", "\U00010000"])  # a line break and a character of two UTF-16 units
+@example("0", 1.0, ["a\x85b"])
 def test_round_trip_of_any_text_and_number(tmp_path_factory, run_dir, rate, files):
     folder = tmp_path_factory.getbasetemp()
     config = apply_overrides(Config(), {"run_dir": run_dir, "grpo.learning_rate": rate, "data.train": files})

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
@@ -82,7 +81,11 @@ def to_tree(value: Any) -> Any:
 
 def to_yaml(config: Config) -> str:
     """YAML text that load_config reads back to an equal configuration."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=120)
+    def dump(allow_unicode: bool) -> str:
+        return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=allow_unicode, width=120)
+
+    text = dump(True)
+    return dump(False) if "\x85" in text else text  # PyYAML does not escape this line break, and folds it when it reads
 
 
 def describe(config: Config) -> str:
@@ -141,5 +144,8 @@ def _described(part: Any, indent: str) -> Iterator[str]:
 
 def _flow(value: object) -> str:
     """A value as YAML on one line."""
-    text = yaml.safe_dump([to_tree(value)], default_flow_style=True, allow_unicode=True, width=math.inf).strip()[1:-1]
-    return json.dumps(value) if "\n" in text else text
+    def line(**style: Any) -> str:
+        return yaml.safe_dump([to_tree(value)], default_flow_style=True, width=math.inf, **style).strip()[1:-1]
+
+    text = line(allow_unicode=True)
+    return text if len(text.splitlines()) == 1 else line(default_style='"')
