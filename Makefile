@@ -1,10 +1,10 @@
 # make demo   install into .venv, then the whole loop on rendered clips; options: make demo ARGS="--quick --seed 1"
 # make test   install the test tools too, then ruff, mypy and pytest
 # make lint   ruff and mypy alone
-# make clean  remove what builds and tools leave behind (not .venv, not runs)
+# make clean  remove what builds and tools leave behind (not .venv, not runs); the compiled op too: `make` builds it again
 
 PYTHON ?= python3
-PINS := pyproject.toml setup.py .ci/constraints-cpu.txt .ci/install.sh
+PINS := pyproject.toml setup.py .ci/constraints-cpu.txt .ci/install.sh $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
 .PHONY: demo test lint clean
 
@@ -33,5 +33,6 @@ lint: .venv/.dev
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv/.base build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find veripo_fast kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f kernels/veripo_kernels/*.so

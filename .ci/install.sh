@@ -16,7 +16,7 @@ install() { .venv/bin/python -m pip install --disable-pip-version-check "$@"; }
 # The versions to hold: all of them, but torch and torchcodec where a GPU wants other builds.
 write_constraints() {
     if has_gpu; then
-        sed -E '/^(torch|torchcodec)==/d' .ci/constraints-cpu.txt >.venv/constraints.txt
+        sed -E '/^(torch|torchcodec|triton)==/d' .ci/constraints-cpu.txt >.venv/constraints.txt
     else
         cp .ci/constraints-cpu.txt .venv/constraints.txt
     fi
@@ -47,12 +47,13 @@ base)
     write_constraints
     say "[2/3] torch, $(if has_gpu; then echo 'CUDA build'; else echo 'CPU build: no GPU here'; fi)"
     install_torch
-    say "[3/3] veripo-fast and what it depends on"
-    install -e . -c .venv/constraints.txt
+    say "[3/3] veripo-fast and what it depends on; csrc/ is compiled where there is a C++ compiler"
+    install 'setuptools>=77'
+    install --no-build-isolation -e . -c .venv/constraints.txt # without isolation the build finds torch's headers
     ;;
 dev)
     say "test tools"
-    install -e '.[dev]' -c .venv/constraints.txt
+    install --no-build-isolation -e '.[dev]' -c .venv/constraints.txt
     ;;
 oracle)
     # Only its transforms are compared with. Installed beside CPU torch, this CUDA build breaks transformers' imports.

@@ -4,14 +4,31 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when a kernel module is imported
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # xdist workers share the cores; torch reads it when imported
     os.environ.setdefault(_name, "1")
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+
+def _has_gpu() -> bool:
+    """Whether torch can run kernels; torch is imported only where there is an NVIDIA driver at all."""
+    if not Path("/dev/nvidiactl").exists():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when a kernel module is imported
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.install()
 
 import pytest
 

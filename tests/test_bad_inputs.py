@@ -222,18 +222,18 @@ def test_weights_that_are_not_finite(veripo_train, tmp_path):
 
 def poison(monkeypatch, module, name, calls):
     """The loss function gives NaN in the calls (counted from 0) for which `calls` says so."""
-    real, made = getattr(module.reference, name), []
+    real, made = getattr(module, name), []
 
     def poisoned(*arguments, **options):
         result = real(*arguments, **options)
         made.append(1)
         return (result[0] * float("nan"), *result[1:]) if calls(len(made) - 1) else result
 
-    monkeypatch.setattr(module.reference, name, poisoned)
+    monkeypatch.setattr(module, name, poisoned)
 
 
 @pytest.mark.parametrize(("module", "name", "lines"), [
-    (grpo, "grpo_loss", slice(0, 2)), (dpo, "dpo_loss", slice(2, 4))])
+    (grpo, "linear_policy_loss", slice(0, 2)), (dpo, "linear_dpo_loss", slice(2, 4))])
 def test_a_loss_that_is_nan_once_is_skipped_and_counted(tmp_path, monkeypatch, caplog, module, name, lines):
     poison(monkeypatch, module, name, lambda call: call == 0)
     train(runs.config(tmp_path / "run", eval__at="never", stages=[{"kind": "grpo"}, {"kind": "dpo"}]))
@@ -247,7 +247,7 @@ def test_a_loss_that_is_nan_once_is_skipped_and_counted(tmp_path, monkeypatch, c
     assert json.loads((run.checkpoints / "step_000004" / "trainer" / "state.json").read_text())["policy_version"] == 3
 
 
-@pytest.mark.parametrize(("module", "name", "steps"), [(grpo, "grpo_loss", 1), (dpo, "dpo_loss", 3)])
+@pytest.mark.parametrize(("module", "name", "steps"), [(grpo, "linear_policy_loss", 1), (dpo, "linear_dpo_loss", 3)])
 def test_a_loss_that_stays_nan_stops_the_run(tmp_path, monkeypatch, module, name, steps):
     """One good step of the stage, then NaN: the checkpoint of the good step is intact, and the run goes on from it."""
     config = runs.config(tmp_path / "run", eval__at="never", grpo__steps=4 if module is grpo else 2, dpo__max_steps=4,

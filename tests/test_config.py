@@ -1,6 +1,9 @@
 """The configuration tree itself: documented fields, refusals, names of stages."""
 
+from typing import Literal, get_args, get_origin, get_type_hints
+
 import pytest
+from veripo_kernels import options, reference
 
 from veripo_fast import config as module
 from veripo_fast.config import Config, DpoConfig, GrpoConfig, RolloutConfig, StageConfig, VerifierConfig, VideoConfig
@@ -22,7 +25,11 @@ def test_every_field_has_a_docstring(section):
     (VideoConfig, {"min_frames": 65}, "min_frames 65 is larger than max_frames 64"),
     (GrpoConfig, {"prompts_per_step": 6, "updates_per_rollout": 4}, "must be divisible by updates_per_rollout 4"),
     (GrpoConfig, {"learning_rate": 0.0}, "learning_rate must be greater than 0, got 0.0"),
-    (GrpoConfig, {"dual_clip": 1.0}, "dual_clip must be above 1, got 1.0"),
+    (GrpoConfig, {"dual_clip": 1.2}, "dual_clip must be above 1 + clip_high = 1.2, got 1.2"),
+    (DpoConfig, {"ld_alpha": 1.5}, "ld_alpha must be in [0, 1], got 1.5"),
+    (DpoConfig, {"label_smoothing": 0.5}, "label_smoothing must be in [0, 0.5), got 0.5"),
+    (DpoConfig, {"loss": "ipo", "label_smoothing": 0.1}, "loss ipo does not use label_smoothing"),
+    (DpoConfig, {"loss": "exo"}, "loss exo needs label_smoothing above 0"),
     (RolloutConfig, {"group_size": 1}, "group_size must be at least 2, got 1"),
     (DpoConfig, {"max_steps": 0}, "max_steps must be greater than 0, got 0"),
     (VerifierConfig, {"judge": "endpoint"}, "needs endpoint_url and endpoint_model"),
@@ -49,3 +56,19 @@ def test_stages_that_do_not_fit(stages, sentence):
     with pytest.raises(ConfigError) as caught:
         Config(stages=tuple(StageConfig(**stage) for stage in stages))
     assert sentence in str(caught.value)
+
+
+def test_losses_are_those_of_the_kernels():
+    """config.py must not import torch, so it says the names again."""
+    assert choices(GrpoConfig, "loss") == get_args(options.PolicyLossName)
+    assert choices(GrpoConfig, "aggregation") == (*get_args(options.Aggregation), None)
+    assert choices(GrpoConfig, "kl_kind") == get_args(options.KlKind)
+    assert choices(GrpoConfig, "advantage") == get_args(reference.AdvantageKind)
+    assert choices(DpoConfig, "loss") == get_args(options.PreferenceLossName)
+
+
+def choices(section: type, name: str) -> tuple[str | None, ...]:
+    """What a field may be, None last."""
+    kind = get_type_hints(section)[name]
+    parts = [value for part in get_args(kind) for value in (get_args(part) if get_origin(part) is Literal else [part])]
+    return tuple(None if part is type(None) else part for part in parts)

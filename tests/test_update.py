@@ -11,8 +11,9 @@ from pathlib import Path
 import policies
 import pytest
 import torch
+import torch.nn.functional as F
 from clips import truncated
-from veripo_kernels import reference
+from veripo_kernels import PreferenceLoss
 
 from veripo_fast import encoding
 from veripo_fast.config import Config, DpoConfig, GrpoConfig, ModelConfig, OptimizerConfig, RolloutConfig, VideoConfig
@@ -230,7 +231,7 @@ def test_the_kl_term_runs_the_reference(policy: Policy, other: Policy, monkeypat
             logprobs = plain_logprobs(policy, item, completion.token_ids, TEMPERATURE)
             with torch.no_grad():
                 ref = plain_logprobs(other, item, completion.token_ids, TEMPERATURE)
-            k3 = reference.kl_estimate(logprobs, ref)
+            k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)
             loss = loss + (0.4 * k3 - completion.advantage * logprobs).mean() / 16
             kl += k3.mean().item() / 16
     loss.backward()
@@ -337,9 +338,11 @@ def test_dpo_is_the_loss_of_plain_forwards_one_by_one(policy: Policy, dpo: DpoCo
     rejected = torch.stack([masked_sum(policy, item, pair.rejected_ids, pair.rejected_loss_mask)
                             for item, pair in rows])
     lengths = torch.tensor([[4.0 + seed, 3.0] for seed in range(4)])
-    normalizers = {"chosen_lengths": lengths[:, 0], "rejected_lengths": lengths[:, 1]} if dpo.length_normalize else {}
-    losses, margin = reference.dpo_loss(chosen, rejected, REF[:, 0], REF[:, 1], dpo_beta=dpo.dpo_beta, loss=dpo.loss,
-                                        **normalizers)
+    ratios = torch.stack([chosen, rejected], 1) - REF
+    if dpo.length_normalize:
+        ratios = ratios / lengths
+    margin = dpo.dpo_beta * (ratios[:, 0] - ratios[:, 1])
+    losses = (margin / dpo.dpo_beta - 1 / (2 * dpo.dpo_beta)).square() if dpo.loss == "ipo" else -F.logsigmoid(margin)
     loss = (losses - dpo.nll_coef * chosen / lengths[:, 0]).mean()
     loss.backward()
     theirs = flat([p for _, p in policy.parameters()])
@@ -371,10 +374,10 @@ def test_dpo_micro_batches_add_up(policy: Policy, monkeypatch: pytest.MonkeyPatc
 def test_masked_tokens_do_not_enter(policy: Policy) -> None:
     item, pair = pairs_of(policy)[0]
     with torch.no_grad():
-        sums, _ = pair_logprobs(policy, [(item, pair)])
+        sums = pair_logprobs(policy, [(item, pair)], PreferenceLoss())[0]
         others = replace(pair, rejected_loss_mask=(1, 1, 1, 1), chosen_ids=(*pair.chosen_ids, 99),
                          chosen_loss_mask=(*pair.chosen_loss_mask, 0))  # behind the end nothing else can change
-        more, _ = pair_logprobs(policy, [(item, others)])
+        more = pair_logprobs(policy, [(item, others)], PreferenceLoss())[0]
     assert more[0].item() == pytest.approx(sums[0].item(), abs=1e-5) and more[1] < sums[1] - 0.1
 
 
@@ -391,7 +394,7 @@ def test_reference_logprobs_are_computed_once_and_kept(policy: Policy, tmp_path:
     values = reference_logprobs(policy, pairs, load, config, path, done.append)
     assert done == [3, 1]
     with torch.no_grad():
-        expected = torch.cat([pair_logprobs(policy, [row])[0].view(1, 2) for row in rows])
+        expected = torch.cat([pair_logprobs(policy, [row], PreferenceLoss()) for row in rows])
     expected[1] = math.nan
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     forwards = Counted(policy, "hidden", monkeypatch)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from veripo_kernels import reference
+from veripo_kernels import PreferenceLoss, linear_dpo_loss
+from veripo_kernels.reference import pair_sums
 
 from veripo_fast.config import Config
 from veripo_fast.grpo import group_features
@@ -27,13 +28,26 @@ from veripo_fast.types import PreferencePair
 PairRow = tuple[LoadedPrompt, PreferencePair]
 
 
-def pair_logprobs(policy: Policy, rows: Sequence[PairRow]) -> tuple[torch.Tensor, PackedBatch]:
-    """Summed log-probs [2 * B] of (chosen, rejected, chosen, ...) over their loss masks, and the packed row."""
+def pack_pairs(rows: Sequence[PairRow], device: torch.device) -> tuple[PackedBatch, torch.Tensor]:
+    """The packed row of (chosen, rejected, chosen, ...), and the loss mask float32 [M] of its completion tokens."""
     batch = pack([(prompt.encoded, [list(pair.chosen_ids), list(pair.rejected_ids)]) for prompt, pair in rows])
-    logprobs = policy.completion_logprobs(batch, group_features(policy, [prompt for prompt, _ in rows]))
     mask = torch.tensor([bit for _, pair in rows for bit in (*pair.chosen_loss_mask, *pair.rejected_loss_mask)],
-                        dtype=torch.float32, device=policy.device)
-    return reference.sequence_sums(logprobs, mask, batch.cu_seqlens), batch
+                        dtype=torch.float32, device=device)
+    return batch, mask
+
+
+def pair_logprobs(policy: Policy, rows: Sequence[PairRow], loss: PreferenceLoss) -> torch.Tensor:
+    """Log-probs [B, 2] of (chosen, rejected), summed as the loss sums them."""
+    batch, mask = pack_pairs(rows, policy.device)
+    logprobs = policy.completion_logprobs(batch, group_features(policy, [prompt for prompt, _ in rows]))
+    return pair_sums(logprobs, batch.cu_seqlens.to(policy.device), loss=loss, loss_mask=mask)
+
+
+def preference_loss(config: Config) -> PreferenceLoss:
+    """The loss that a configuration describes."""
+    dpo = config.dpo
+    return PreferenceLoss(dpo.loss, dpo_beta=dpo.dpo_beta, label_smoothing=dpo.label_smoothing,
+                          length_normalize=dpo.length_normalize, ld_alpha=dpo.ld_alpha, nll_coef=dpo.nll_coef)
 
 
 def pair_length(row: PairRow) -> int:
@@ -56,8 +70,8 @@ def reference_logprobs(policy: Policy, pairs: Sequence[PreferencePair], load: Ca
         rows = load(part)
         places = {id(pair): start + number for number, pair in enumerate(part)}
         for run in micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens):
-            sums, _ = pair_logprobs(policy, [rows[i] for i in run])
-            for i, value in zip(run, sums.view(-1, 2).cpu(), strict=True):
+            sums = pair_logprobs(policy, [rows[i] for i in run], preference_loss(config))
+            for i, value in zip(run, sums.cpu(), strict=True):
                 values[places[id(rows[i][1])]] = value
         advance(len(part))
     write_table(pa.table({"ref_logprobs": values.tolist()}), path)
@@ -98,18 +112,10 @@ def _backward(policy: Policy, rows: Sequence[PairRow], ref: torch.Tensor, config
     chosen_drift is policy minus reference log-prob of the chosen completion, per token: strongly negative means that
     DPO pushes both sides down and only widens the gap.
     """
-    dpo = config.dpo
-    sums, _ = pair_logprobs(policy, rows)
-    chosen, rejected = sums.view(-1, 2).unbind(1)
-    lengths = torch.tensor([[sum(pair.chosen_loss_mask), sum(pair.rejected_loss_mask)] for _, pair in rows],
-                           dtype=sums.dtype, device=sums.device)
-    normalizers = {"chosen_lengths": lengths[:, 0], "rejected_lengths": lengths[:, 1]} if dpo.length_normalize else {}
-    losses, margin = reference.dpo_loss(chosen, rejected, ref[:, 0], ref[:, 1], dpo_beta=dpo.dpo_beta, loss=dpo.loss,
-                                        **normalizers)
-    if dpo.nll_coef:
-        losses = losses - dpo.nll_coef * chosen / lengths[:, 0]
-    (losses.sum() / total).backward()
-    values = {"loss": losses, "preference_accuracy": (margin > 0).float(), "margin": margin,
-              "chosen_logprobs_mean": chosen / lengths[:, 0], "rejected_logprobs_mean": rejected / lengths[:, 1],
-              "chosen_drift": (chosen - ref[:, 0]) / lengths[:, 0]}
-    return {name: float(value.detach().sum()) / total for name, value in values.items()}
+    batch, mask = pack_pairs(rows, policy.device)
+    hidden = policy.completion_hidden(batch, group_features(policy, [prompt for prompt, _ in rows]))
+    loss, metrics, _ = linear_dpo_loss(
+        hidden, policy.model.lm_head.weight, batch.targets.to(policy.device), ref, batch.cu_seqlens.to(policy.device),
+        loss=preference_loss(config), loss_mask=mask, num_pairs=total)
+    loss.backward()
+    return {"loss": loss.item(), **{name: value.item() for name, value in metrics.items()}}

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from veripo_kernels import reference
+from veripo_kernels import PolicyLoss, group_advantages, linear_policy_loss
 
-from veripo_fast.config import Config, GrpoConfig
+from veripo_fast.config import Config
 from veripo_fast.model import Policy, VisionFeatures
 from veripo_fast.optim import Optimizer
 from veripo_fast.packing import PackedBatch, micro_batches, pack, packed_length
@@ -33,7 +33,7 @@ def reward_groups(groups: Sequence[RolloutGroup], config: Config) -> None:
         return
     owners = torch.tensor([number for number, group in enumerate(groups) for _ in group.completions])
     rewards = torch.tensor([completion.reward for completion in completions], dtype=torch.float64)
-    advantages = reference.group_advantages(rewards, owners, kind=config.grpo.advantage)
+    advantages = group_advantages(rewards, owners, kind=config.grpo.advantage)
     for completion, advantage in zip(completions, advantages.tolist(), strict=True):
         completion.advantage = advantage
 
@@ -74,6 +74,7 @@ class GrpoUpdate:
         self.policy = policy
         self.optimizer = optimizer
         self.config = config
+        self.loss = policy_loss(config)
         self.ref = ref
 
     def run(self, prompts: Sequence[LoadedPrompt], groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -119,33 +120,35 @@ class GrpoUpdate:
     def _backward(self, rows: list[tuple[LoadedPrompt, RolloutGroup]], counts: dict[str, int],
                   fresh: bool) -> dict[str, float]:
         """Forward and backward of one micro-batch; weighted so that the parts add up to the whole update."""
-        grpo, device = self.config.grpo, self.policy.device
+        device = self.policy.device
         prompts = [prompt for prompt, _ in rows]
         batch = pack([(prompt.encoded, [c.token_ids for c in group.completions]) for prompt, group in rows])
-        policy_logprobs = self._logprobs(self.policy, batch, prompts)
+        hidden = self.policy.completion_hidden(batch, group_features(self.policy, prompts))
         completions = [c for _, group in rows for c in group.completions]
         rollout_logprobs = torch.tensor([v for c in completions for v in c.rollout_logprobs], device=device)
-        advantages = torch.tensor([c.advantage for c in completions], device=device).repeat_interleave(
-            batch.cu_seqlens.diff().to(device))
-        weights = _weights(batch, grpo, counts, self.config.rollout.max_new_tokens).to(device)
         ref_logprobs = None
         if self.ref is not None:
             with torch.no_grad():
                 ref_logprobs = self._logprobs(self.ref, batch, prompts)
-        loss, metrics = reference.grpo_loss(
-            policy_logprobs, policy_logprobs.detach() if fresh else rollout_logprobs, advantages, weights,
-            clip_low=grpo.clip_low, clip_high=grpo.clip_high, dual_clip=grpo.dual_clip,
-            ref_logprobs=ref_logprobs, kl_coef=grpo.kl_coef, kl_kind=grpo.kl_kind)
+        loss, metrics, policy_logprobs = linear_policy_loss(
+            hidden, self.policy.model.lm_head.weight, batch.targets.to(device), None if fresh else rollout_logprobs,
+            torch.tensor([c.advantage for c in completions], device=device), batch.cu_seqlens.to(device),
+            loss=self.loss, temperature=self.config.rollout.temperature, ref_logprobs=ref_logprobs,
+            num_sequences=counts["num_sequences"], num_tokens=counts["num_tokens"])
         loss.backward()
-        parity = (policy_logprobs.detach() - rollout_logprobs).abs().amax()
-        return {"loss": loss.item(), "parity_max": parity.item(), **{k: v.item() for k, v in metrics.items()}}
+        parity = (policy_logprobs - rollout_logprobs).abs().amax()
+        shares = {"clip_share": metrics["clip_low_share"] + metrics["clip_high_share"], "kl": metrics["kl"],
+                  "ratio_max": metrics["ratio_max"]}
+        return {"loss": loss.item(), "parity_max": parity.item(), **{k: v.item() for k, v in shares.items()}}
 
     def _logprobs(self, policy: Policy, batch: PackedBatch, prompts: Sequence[LoadedPrompt]) -> torch.Tensor:
         return policy.completion_logprobs(batch, group_features(policy, prompts),
                                           temperature=self.config.rollout.temperature)
 
 
-def _weights(batch: PackedBatch, grpo: GrpoConfig, counts: dict[str, int], max_new_tokens: int) -> torch.Tensor:
-    """Token weights of a micro-batch, normalised over the whole update, dropped groups included."""
-    return reference.token_weights(batch.cu_seqlens, aggregation=grpo.aggregation, constant_length=max_new_tokens,
-                                   **counts)
+def policy_loss(config: Config) -> PolicyLoss:
+    """The loss that a configuration describes."""
+    grpo = config.grpo
+    return PolicyLoss(grpo.loss, aggregation=grpo.aggregation, constant_length=config.rollout.max_new_tokens,
+                      clip_low=grpo.clip_low, clip_high=grpo.clip_high, dual_clip=grpo.dual_clip, kl_coef=grpo.kl_coef,
+                      kl_kind=grpo.kl_kind)

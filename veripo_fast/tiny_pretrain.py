@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from veripo_kernels import reference
+from veripo_kernels import linear_logprobs
 
 from veripo_fast import tiny
 from veripo_fast.config import ModelConfig
@@ -114,7 +114,7 @@ def batch_loss(policy: Policy, seed: int, describe_share: float, manners: dict[s
     ends = packed.cu_seqlens[1:]
     index = torch.cat([torch.arange(end - tokens, end) for end, tokens in zip(ends.tolist(), scored, strict=True)])
     hidden = policy.hidden(packed, policy.vision_features_of(media))[packed.logit_index[index]]
-    return -reference.linear_logprobs(hidden, policy.model.lm_head.weight, packed.targets[index]).mean()
+    return -linear_logprobs(hidden, policy.model.lm_head.weight, packed.targets[index]).mean()
 
 
 @torch.no_grad()

@@ -1,17 +1,23 @@
 """The definitions: every op in a few lines of plain torch. Trainer, kernels, tests and benches use these and no others.
 
+The token and pair formulas inside them stand in `formulas.py`, because the Triton kernels run those same lines.
+
 Letters: T rows, V vocabulary, D hidden, M completion tokens of a packed batch, S completions, B pairs.
 Packed lengths: completion i owns tokens cu_seqlens[i] to cu_seqlens[i + 1]. Logarithms are natural.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-Aggregation = Literal["sequence", "token", "constant"]
+from veripo_kernels import formulas
+from veripo_kernels.options import PolicyLoss, PreferenceLoss, policy_loss, preference_loss
+
+AdvantageKind = Literal["std", "no_std", "leave_one_out", "batch_std"]
 
 
 def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
@@ -31,149 +37,272 @@ def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, temperatur
 def entropy(logits: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
     """Entropy in nats [T] of softmax(logits / temperature), logits [T, V]."""
     logprobs = torch.log_softmax(_at_least_float32(logits) / temperature, -1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)  # 0 log 0 is 0
 
 
-def linear_logprobs(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tensor, *,
-                    temperature: float = 1.0) -> torch.Tensor:
-    """`gather_logprobs` of hidden [T, D] @ head.T, head [V, D]."""
-    return gather_logprobs(F.linear(hidden, head), token_ids, temperature=temperature)
+def linear_logits(hidden: torch.Tensor, head: torch.Tensor, *, bias: torch.Tensor | None = None,
+                  softcap: float | None = None) -> torch.Tensor:
+    """Logits [T, V] of hidden [T, D], head [V, D] and bias [V]; softcap c: c * tanh(logits / c) (arXiv 2408.00118,
+    2.4).
+
+    The products are summed in float32 (float64 stays) and never rounded to a shorter type.
+    """
+    logits = F.linear(_at_least_float32(hidden), _at_least_float32(head),
+                      None if bias is None else _at_least_float32(bias))
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *,
-                     kind: Literal["std", "no_std", "leave_one_out"] = "std", eps: float = 1e-6) -> torch.Tensor:
+def linear_logprobs(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tensor, *, temperature: float = 1.0,
+                    bias: torch.Tensor | None = None, softcap: float | None = None) -> torch.Tensor:
+    """`gather_logprobs` [T] of `linear_logits`."""
+    return gather_logprobs(linear_logits(hidden, head, bias=bias, softcap=softcap), token_ids, temperature=temperature)
+
+
+def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, kind: AdvantageKind = "std",
+                     eps: float = 1e-6) -> torch.Tensor:
     """Advantage of each completion relative to its group.
 
     std: (r - mean) / (s + eps), s with n - 1 (GRPO, arXiv 2402.03300, sec. 4.1); no_std: r - mean (Dr. GRPO,
-    arXiv 2503.20783); leave_one_out: r - mean of the others (RLOO, arXiv 2402.14740). Equal rewards give exact zeros.
+    arXiv 2503.20783); leave_one_out: r - mean of the others (RLOO, arXiv 2402.14740); batch_std: r - mean of the group
+    over (s of all rewards + eps) (arXiv 2508.08221). Equal rewards give exact zeros.
 
     Args:
-        rewards: [S]. group_ids: int64 [S], 0 to groups - 1, each present; groups may be ragged.
+        rewards: [S]. group_ids: int64 [S], 0 to groups - 1, each present; groups may be ragged and interleaved.
     """
     groups = int(group_ids.max()) + 1
-    count = torch.zeros(groups, dtype=rewards.dtype).index_add(0, group_ids, torch.ones_like(rewards))
-    low = torch.full((groups,), torch.inf, dtype=rewards.dtype).scatter_reduce(0, group_ids, rewards, "amin")
+    count, zeros = torch.zeros(2, groups, dtype=rewards.dtype, device=rewards.device)
+    count = count.index_add(0, group_ids, torch.ones_like(rewards))
+    low = torch.full_like(zeros, torch.inf).scatter_reduce(0, group_ids, rewards, "amin")
     shifted = rewards - low[group_ids]  # the same in all members of a group of equals, so that the mean is exact
-    mean = torch.zeros(groups, dtype=rewards.dtype).index_add(0, group_ids, shifted) / count
+    mean = zeros.index_add(0, group_ids, shifted) / count
     centred = shifted - mean[group_ids]
     if kind == "no_std":
         return centred
+    if kind == "batch_std":
+        return centred / (rewards.std() + eps) if len(rewards) > 1 else centred
     others = (count - 1).clamp(min=1)
     if kind == "leave_one_out":
         return centred * (count / others)[group_ids]
-    variance = torch.zeros(groups, dtype=rewards.dtype).index_add(0, group_ids, centred.square()) / others
+    variance = zeros.index_add(0, group_ids, centred.square()) / others
     return centred / (variance.sqrt() + eps)[group_ids]
 
 
-def kl_estimate(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *,
-                kind: Literal["k1", "k2", "k3"] = "k3") -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) (Schulman 2020, "Approximating KL divergence").
-
-    With d = ref - policy: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d. As a loss k1 has no useful gradient in
-    expectation; it is meant for monitoring.
-    """
-    difference = ref_logprobs - policy_logprobs
-    if kind == "k1":
-        return -difference
-    return difference.square() / 2 if kind == "k2" else difference.exp() - 1 - difference
-
-
-def token_weights(cu_seqlens: torch.Tensor, *, aggregation: Aggregation = "sequence", num_sequences: int | None = None,
-                  num_tokens: int | None = None, constant_length: int | None = None) -> torch.Tensor:
-    """Weight [M] of each token, so that a loss is the plain weighted sum of its tokens.
-
-    sequence: mean per completion, then over completions; token: mean over all tokens; constant: sum over tokens
-    divided by completions times `constant_length`. The counts are those of the whole optimizer step when a micro-batch
-    holds a part of it (default: what cu_seqlens holds).
-    """
+def sequence_index(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """int64 [M]: the completion that owns each of `tokens` packed tokens."""
     lengths = cu_seqlens.diff()
-    sequences = num_sequences or len(lengths)
-    if aggregation == "sequence":
-        per_sequence = 1.0 / (lengths.clamp(min=1) * sequences)
-    elif aggregation == "token":
-        per_sequence = torch.full((len(lengths),), 1.0 / (num_tokens or int(lengths.sum())))
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens)
+
+
+def sequence_sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Sum [S] of values [M] over each completion; an empty one has 0."""
+    zeros = torch.zeros(len(cu_seqlens) - 1, dtype=values.dtype, device=values.device)
+    return zeros.index_add(0, sequence_index(cu_seqlens, len(values)), values)
+
+
+def token_weights(cu_seqlens: torch.Tensor, loss_mask: torch.Tensor, loss: PolicyLoss, *,
+                  num_sequences: int | None = None, num_tokens: int | None = None) -> torch.Tensor:
+    """Weight [M] of each token, so that a loss is the plain weighted sum of its tokens; 0 where loss_mask [M] is.
+
+    The counts are those of the whole optimizer step when a micro-batch holds a part of it (default: what is here).
+    """
+    sequences = num_sequences or len(cu_seqlens) - 1
+    if loss.weighting == "sequence":
+        counts = sequence_sums(loss_mask, cu_seqlens).clamp(min=1) * sequences
+        return loss_mask / counts[sequence_index(cu_seqlens, len(loss_mask))]
+    if loss.weighting == "token":
+        return loss_mask / (num_tokens or loss_mask.sum().clamp(min=1))
+    return loss_mask / (sequences * float(loss.constant_length or 1))
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """What every token of a packed batch contributes to a policy loss, before weights; all [M]."""
+
+    loss: torch.Tensor
+    """Surrogate times importance, plus KL, minus entropy bonus: the loss is its weighted sum."""
+    slope: torch.Tensor
+    """Slope of the surrogate by the log-ratio of the token; by that of its completion where tokens are coupled."""
+    kl_slope: torch.Tensor
+    """Slope of kl_coef times the KL by the token's log-prob."""
+    coupling: torch.Tensor | None
+    """Slope of the completion's log-ratio by the token's (gspo, gmpo); None where each token has its own ratio."""
+    metrics: dict[str, torch.Tensor]
+
+
+def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, advantages: torch.Tensor,
+                 cu_seqlens: torch.Tensor, mask: torch.Tensor, loss: PolicyLoss, *, ref_logprobs: torch.Tensor | None,
+                 rollout_logprobs: torch.Tensor | None, entropy: torch.Tensor | None) -> PolicyTerms:
+    """The terms of `grpo_loss` (arguments there); `loss` carries their gradient for autograd, the slopes say it in
+    closed form."""
+    owner = sequence_index(cu_seqlens, len(policy_logprobs))
+    counts = sequence_sums(mask, cu_seqlens).clamp(min=1)
+
+    def kept(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask != 0, values, 0)  # what is left out may be NaN, and 0 * NaN is NaN in a gradient too
+
+    policy_logprobs = kept(policy_logprobs)
+    old_logprobs = policy_logprobs.detach() if old_logprobs is None else kept(old_logprobs)
+    advantages = kept(advantages if advantages.shape == mask.shape else advantages[owner])
+    log_ratio, coupling = policy_logprobs - old_logprobs, None
+
+    def sequence_mean(values: torch.Tensor) -> torch.Tensor:
+        return (sequence_sums(values * mask, cu_seqlens) / counts)[owner]
+
+    clip = (loss.clip_low, loss.clip_high, loss.dual)
+    if loss.surrogate == "cispo":
+        surrogate, slope, low, high = formulas.cispo_surrogate(
+            policy_logprobs, log_ratio.detach(), advantages, loss.clip_high)
+    elif loss.surrogate == "sapo":
+        surrogate, slope, low, high = formulas.sapo_surrogate(
+            log_ratio, advantages, loss.sapo_temperature_pos, loss.sapo_temperature_neg)
+    elif loss.surrogate == "gspo":
+        surrogate, slope, low, high = formulas.clip_surrogate(sequence_mean(log_ratio), advantages, *clip)
+        coupling = mask / counts[owner]
+    elif loss.surrogate == "gspo_token":
+        level = sequence_mean(log_ratio.detach()) + log_ratio - log_ratio.detach()
+        surrogate, slope, low, high = formulas.clip_surrogate(level, advantages, *clip)
+    elif loss.surrogate == "gmpo":
+        cut, low, high = formulas.gmpo_log_ratio(log_ratio, advantages, *loss.log_clip)
+        surrogate = slope = -sequence_mean(cut).exp() * advantages
+        coupling = torch.where(low | high, 0, mask / counts[owner])
     else:
-        if not constant_length:
-            raise ValueError("aggregation `constant` needs constant_length")
-        per_sequence = torch.full((len(lengths),), 1.0 / (sequences * constant_length))
-    return torch.repeat_interleave(per_sequence.to(cu_seqlens.device), lengths)
-
-
-def grpo_token_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, *,
-                    clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
-                    ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped surrogate per token (PPO, arXiv 1707.06347, eq. 7; asymmetric clip: DAPO, arXiv 2503.14476, eq. 10).
-
-    -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), and with `dual_clip` c the objective of a negative
-    advantage is bounded below by c * A (arXiv 1912.09729, eq. 5).
-
-    Args:
-        policy_logprobs, old_logprobs, advantages: [M].
-
-    Returns:
-        loss [M] and bool [M]: True where a clip took the gradient away.
-    """
-    ratio = (policy_logprobs - old_logprobs).exp()
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    objective = torch.minimum(plain, clipped)
-    active = clipped < plain
-    if dual_clip is not None:
-        bound = dual_clip * advantages
-        bounded = (advantages < 0) & (bound > objective)
-        objective, active = torch.where(bounded, bound, objective), active | bounded
-    return -objective, active
-
-
-def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
-              weights: torch.Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None,
-              ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0, kl_kind: Literal["k1", "k2", "k3"] = "k3",
-              ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """GRPO loss (arXiv 2402.03300, eq. 3): weighted sum of the clipped surrogate and kl_coef times the KL.
-
-    Args:
-        policy_logprobs, old_logprobs, advantages, weights: [M]; weights from `token_weights`.
-        ref_logprobs: [M], needed when kl_coef is not 0.
-
-    Returns:
-        scalar loss, and detached weighted sums over the same tokens: clip_share, kl (0 without reference); ratio_max.
-    """
-    loss, clipped = grpo_token_loss(policy_logprobs, old_logprobs, advantages, clip_low=clip_low,
-                                    clip_high=clip_high, dual_clip=dual_clip)
-    kl = torch.zeros_like(loss)
+        surrogate, slope, low, high = formulas.clip_surrogate(log_ratio, advantages, *clip)
+    importance, kl, kl_slope = torch.ones_like(mask), torch.zeros_like(mask), torch.zeros_like(mask)
+    if rollout_logprobs is not None:
+        scope, kind = loss.importance.split("_")
+        gap = torch.nan_to_num(old_logprobs - rollout_logprobs.to(old_logprobs.dtype)) * mask
+        gap = sequence_sums(gap, cu_seqlens)[owner] if scope == "sequence" else gap
+        importance = formulas.importance_weight(gap, loss.importance_floor, loss.importance_cap, kind)
     if ref_logprobs is not None:
-        kl = kl_estimate(policy_logprobs, ref_logprobs, kind=kl_kind)
-        loss = loss + kl_coef * kl
-    metrics = {"clip_share": (weights * clipped).sum(), "kl": (weights * kl).sum().detach(),
-               "ratio_max": (policy_logprobs - old_logprobs).detach().exp().amax()}
-    return (weights * loss).sum(), metrics
+        kl, kl_slope = formulas.kl_penalty(policy_logprobs, kept(ref_logprobs), loss.kl_kind)
+    bonus = torch.zeros_like(mask) if entropy is None else kept(entropy)
+    metrics = {"clip_low_share": low, "clip_high_share": high, "kl": kl.detach(), "entropy": bonus.detach(),
+               "importance": importance, "ratio_max": log_ratio.detach()}
+    return PolicyTerms(surrogate * importance + loss.kl_coef * kl - loss.entropy_coef * bonus, slope * importance,
+                       loss.kl_coef * kl_slope, coupling, metrics)
 
 
-def sequence_sums(values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Sum [S] of values [M] over the tokens of each completion whose loss_mask [M] is 1."""
-    lengths = cu_seqlens.diff()
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths.to(values.device))
-    return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, owner, values * loss_mask)
+def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, advantages: torch.Tensor,
+              cu_seqlens: torch.Tensor, *, loss: PolicyLoss | str = "grpo", loss_mask: torch.Tensor | None = None,
+              ref_logprobs: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None,
+              entropy: torch.Tensor | None = None, num_sequences: int | None = None, num_tokens: int | None = None,
+              ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Policy loss of packed completions (which one, with its source: `PolicyLoss`).
 
-
-def dpo_loss(policy_chosen: torch.Tensor, policy_rejected: torch.Tensor, ref_chosen: torch.Tensor,
-             ref_rejected: torch.Tensor, *, dpo_beta: float = 0.1, loss: Literal["sigmoid", "ipo"] = "sigmoid",
-             chosen_lengths: torch.Tensor | None = None, rejected_lengths: torch.Tensor | None = None,
-             ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Preference loss per pair, from summed log-probabilities [B] of each completion.
-
-    With h = (policy - ref) of chosen minus that of rejected (each divided by its length when lengths are given):
-    sigmoid: -log sigmoid(beta * h) (arXiv 2305.18290, eq. 7); ipo: (h - 1 / (2 beta))^2 (arXiv 2310.12036, eq. 17).
+    Args:
+        policy_logprobs: [M] with gradient. old_logprobs: [M], or None when they are the policy's own.
+        advantages: [M] per token or [S] per completion. cu_seqlens: int [S + 1].
+        loss_mask: [M], 0 leaves a token out. ref_logprobs, rollout_logprobs: [M]. entropy: [M], may have a gradient.
+        num_sequences, num_tokens: counts of the whole optimizer step when this is a part of it.
 
     Returns:
-        loss [B] and the implicit reward margin beta * h [B].
+        scalar loss, and detached metrics: clip_low_share, clip_high_share, kl, entropy, importance (means under the
+        tokens' weights, so that those of micro-batches add up) and ratio_max.
     """
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    if chosen_lengths is not None and rejected_lengths is not None:
-        chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
-    margin = chosen - rejected
-    if loss == "ipo":
-        return (margin - 1 / (2 * dpo_beta)).square(), dpo_beta * margin
-    return -F.logsigmoid(dpo_beta * margin), dpo_beta * margin
+    loss = policy_loss(loss)
+    mask = torch.ones_like(policy_logprobs) if loss_mask is None else loss_mask.to(policy_logprobs.dtype)
+    terms = policy_terms(policy_logprobs, old_logprobs, advantages, cu_seqlens, mask, loss, ref_logprobs=ref_logprobs,
+                         rollout_logprobs=rollout_logprobs, entropy=entropy)
+    weights = token_weights(cu_seqlens, mask, loss, num_sequences=num_sequences, num_tokens=num_tokens)
+    return weighted_sum(terms.loss, weights), policy_metrics(terms, weights)
+
+
+def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Scalar; a value that has no weight may be anything, NaN too."""
+    return (weights * torch.where(weights != 0, values, 0)).sum()
+
+
+def policy_metrics(terms: PolicyTerms, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The metrics of `grpo_loss` from its terms and token weights [M]."""
+    metrics = {name: weighted_sum(value, weights) for name, value in terms.metrics.items()}
+    ratios = torch.where(weights != 0, terms.metrics["ratio_max"], -torch.inf)
+    return metrics | {"ratio_max": F.pad(ratios, (0, 1), value=-torch.inf).amax().exp()}
+
+
+def policy_slopes(terms: PolicyTerms, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Gradient [M] of `grpo_loss` by the policy's log-probs in closed form: for callers inside an op, where autograd is
+    off."""
+    slope = torch.where(weights != 0, weights * terms.slope, 0)
+    if terms.coupling is not None:
+        slope = sequence_sums(slope, cu_seqlens)[sequence_index(cu_seqlens, len(slope))] * terms.coupling
+    return slope + torch.where(weights != 0, weights * terms.kl_slope, 0)
+
+
+def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlens: torch.Tensor, *,
+             loss: PreferenceLoss | str = "sigmoid", loss_mask: torch.Tensor | None = None,
+             num_pairs: int | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Preference loss of packed pairs: completion 2b is the chosen one of pair b, 2b + 1 the rejected one.
+
+    Args:
+        policy_logprobs: [M] with gradient. cu_seqlens: int [2B + 1]. loss_mask: [M], 0 leaves a token out.
+        ref_logprobs: [M] per token, or [B, 2] summed as here (`pair_sums`), when they were computed before.
+        num_pairs: pairs of the whole optimizer step when this is a part of it (default B).
+
+    Returns:
+        scalar loss, and detached metrics, means over the pairs: preference_accuracy, margin (dpo_beta times the
+        difference of the log-ratios), chosen_logprobs_mean, rejected_logprobs_mean, chosen_drift (per token).
+    """
+    terms = pair_terms(policy_logprobs, ref_logprobs, cu_seqlens, preference_loss(loss), loss_mask)
+    pairs = num_pairs or len(terms.loss)
+    return terms.loss.sum() / pairs, {name: value.sum() / pairs for name, value in terms.metrics.items()}
+
+
+@dataclass(frozen=True)
+class PairTerms:
+    """What every pair contributes to a preference loss."""
+
+    loss: torch.Tensor
+    """[B]"""
+    slope: torch.Tensor
+    """[M]: its slope by every token's log-prob."""
+    metrics: dict[str, torch.Tensor]
+
+
+def pair_terms(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlens: torch.Tensor,
+               loss: PreferenceLoss, loss_mask: torch.Tensor | None) -> PairTerms:
+    """The terms of `dpo_loss` (arguments there); `loss` carries their gradient for autograd, `slope` says it in closed
+    form."""
+    mask = torch.ones_like(policy_logprobs) if loss_mask is None else loss_mask.to(policy_logprobs.dtype)
+    weights, lengths = pair_weights(cu_seqlens, mask, loss), sequence_sums(mask, cu_seqlens).clamp(min=1).view(-1, 2)
+    sums = _masked_sums(policy_logprobs, weights, cu_seqlens)
+    ref = ref_logprobs if ref_logprobs.dim() == 2 else _masked_sums(ref_logprobs, weights, cu_seqlens)
+    normalizer = lengths if loss.length_normalize else torch.ones_like(lengths)
+    ratios = (sums - ref) / normalizer
+    per_pair, by_chosen, by_rejected = formulas.preference_loss(
+        ratios[:, 0], ratios[:, 1], loss.dpo_beta, loss.label_smoothing, loss.loss)
+    slopes, nll = torch.stack([by_chosen, by_rejected], 1) / normalizer, torch.zeros_like(lengths)
+    if loss.nll_coef:
+        per_pair = per_pair - loss.nll_coef * _masked_sums(policy_logprobs, mask, cu_seqlens)[:, 0] / lengths[:, 0]
+        nll[:, 0] = loss.nll_coef / lengths[:, 0]
+    owner = sequence_index(cu_seqlens, len(mask))
+    sums, ratios = sums.detach(), ratios.detach()
+    margin = loss.dpo_beta * (ratios[:, 0] - ratios[:, 1])
+    metrics = {"preference_accuracy": (margin > 0).to(margin.dtype), "margin": margin,
+               "chosen_logprobs_mean": sums[:, 0] / lengths[:, 0], "rejected_logprobs_mean": sums[:, 1] / lengths[:, 1],
+               "chosen_drift": (sums - ref)[:, 0] / lengths[:, 0]}
+    return PairTerms(per_pair, slopes.flatten()[owner] * weights - nll.flatten()[owner] * mask, metrics)
+
+
+def pair_weights(cu_seqlens: torch.Tensor, mask: torch.Tensor, loss: PreferenceLoss) -> torch.Tensor:
+    """Weight [M] of each token in the sums of a pair: its mask [M], times `ld_alpha` beyond the length of the shorter
+    completion (arXiv 2409.06411, eq. 8; kept tokens count)."""
+    if loss.ld_alpha is None:
+        return mask
+    owner, lengths = sequence_index(cu_seqlens, len(mask)), sequence_sums(mask, cu_seqlens)
+    shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+    place = mask.cumsum(0) - (lengths.cumsum(0) - lengths)[owner]  # 1 for the first kept token of a completion
+    return mask * torch.where(place > shorter[owner], loss.ld_alpha, 1.0)
+
+
+def pair_sums(logprobs: torch.Tensor, cu_seqlens: torch.Tensor, *, loss: PreferenceLoss | str = "sigmoid",
+              loss_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Summed log-probs [B, 2] of (chosen, rejected) as `dpo_loss` sums them: logprobs [M], cu_seqlens int [2B + 1]."""
+    mask = torch.ones_like(logprobs) if loss_mask is None else loss_mask.to(logprobs.dtype)
+    return _masked_sums(logprobs, pair_weights(cu_seqlens, mask, preference_loss(loss)), cu_seqlens)
+
+
+def _masked_sums(values: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    return sequence_sums(torch.where(weights != 0, values * weights, 0), cu_seqlens).view(-1, 2)
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:

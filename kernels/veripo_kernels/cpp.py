@@ -1,0 +1,120 @@
+"""Loads the compiled gather_logprobs (csrc/) and gives its ops to torch: shapes for compiling, and one function each.
+
+Letters: T rows, V vocabulary. Definition: reference.gather_logprobs and reference.entropy. No autograd is attached
+here; `veripo_kernels.gather` does that. Logits may have any row stride, but must be contiguous along V.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_cpp.so")
+CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
+CUDA_CAPABILITY = (9, 0)
+
+
+@cache
+def missing() -> str | None:
+    """Why the compiled op cannot be used on the CPU; None when it can. The first call loads it."""
+    if not LIBRARY.exists():
+        return "the extension was not built (no C++ compiler or no torch when it was installed)"
+    reason = _load(LIBRARY)
+    if reason is None:
+        _register_fakes()
+    return reason
+
+
+@cache
+def missing_cuda() -> str | None:
+    """Why its CUDA kernels cannot be used; None when they can. The first call loads them."""
+    if missing() is not None:
+        return missing()
+    if not CUDA_LIBRARY.exists():
+        return "the CUDA kernels were not built (no nvcc or no CUDA build of torch when it was installed)"
+    reason = _load(CUDA_LIBRARY)
+    if reason is None and not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if reason is None and torch.cuda.get_device_capability() != CUDA_CAPABILITY:
+        return f"they are compiled for compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+    return reason
+
+
+def forward(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log p at token_ids, entropy of p in nats, and log sum exp(logits / temperature), where p is the softmax.
+
+    Args:
+        logits: [T, V] float32, bfloat16 or float16.
+        token_ids: int64 [T]; an id outside of 0 to V - 1 gives NaN.
+
+    Returns:
+        logprobs, entropy, lse: float32 [T] each. Rows of -inf alone give NaN.
+
+    Raises:
+        RuntimeError: wrong dtype, shape, device or temperature; names the argument.
+    """
+    return torch.ops.veripo_cpp.gather_logprobs_forward(logits, token_ids, temperature)
+
+
+def backward(logits: torch.Tensor, token_ids: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor,
+             dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(dlogprobs * (onehot - p) - dentropy * p * (log p + entropy)) / temperature, the gradient by logits.
+
+    Args:
+        logits, token_ids, temperature: as in `forward`; an id outside of 0 to V - 1 has no onehot.
+        lse, entropy: what `forward` returned; dlogprobs, dentropy: gradients by its results. float32 [T], any stride.
+
+    Returns:
+        [T, V] in the dtype of logits, contiguous; 0 where p underflows.
+    """
+    return torch.ops.veripo_cpp.gather_logprobs_backward(logits, token_ids, lse, entropy, dlogprobs, dentropy,
+                                                         temperature)
+
+
+def fused(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: float
+          ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log p at token_ids, and the gradient of sum(coefficient * logprobs) by logits, from one read of logits.
+
+    Args:
+        logits, token_ids, temperature: as in `forward`. coefficient: float32 [T].
+
+    Returns:
+        logprobs float32 [T], and dlogits [T, V] in the dtype of logits.
+    """
+    return torch.ops.veripo_cpp.gather_logprobs_fused(logits, token_ids, coefficient, temperature)
+
+
+def isa() -> str:
+    """Which clone of the CPU loops runs: avx512, avx2 or baseline (also what other processors than x86-64 have)."""
+    return torch.ops.veripo_cpp.isa()
+
+
+def _load(library: Path) -> str | None:
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library.name} cannot be loaded: {error.__cause__ or error}"
+    return None
+
+
+def _register_fakes() -> None:
+    def vector(logits: torch.Tensor) -> torch.Tensor:
+        return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+    @torch.library.register_fake("veripo_cpp::gather_logprobs_forward")
+    def _(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float
+          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return vector(logits), vector(logits), vector(logits)
+
+    @torch.library.register_fake("veripo_cpp::gather_logprobs_backward")
+    def _(logits: torch.Tensor, token_ids: torch.Tensor, lse: torch.Tensor, entropy: torch.Tensor,
+          dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: float) -> torch.Tensor:
+        return logits.new_empty(logits.shape)
+
+    @torch.library.register_fake("veripo_cpp::gather_logprobs_fused")
+    def _(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: float
+          ) -> tuple[torch.Tensor, torch.Tensor]:
+        return vector(logits), logits.new_empty(logits.shape)

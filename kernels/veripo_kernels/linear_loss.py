@@ -1,0 +1,305 @@
+"""`linear_policy_loss` and `linear_dpo_loss`: hidden states and head to a loss and both gradients in three matrix
+products.
+
+The coefficient of a token (d loss / d logprob) is known as soon as the log-probs it depends on are: its own for most
+losses, those of its completion or pair for others. So rows are taken in runs that hold whole completions or pairs where
+they must; the logits of a run stay in the workspace until its coefficients are known, and both gradients are formed
+from them there and then. Backward only scales them. Tokens that can have no gradient (masked, or without an advantage)
+cost no gradient products, and masked ones cost nothing.
+
+Letters: M tokens, S completions, B pairs, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+
+from veripo_kernels import reference
+from veripo_kernels.dispatch import Impl, choose
+from veripo_kernels.linear import check_linear, engine
+from veripo_kernels.linear_torch import Head
+from veripo_kernels.options import PolicyLoss, PreferenceLoss, policy_loss, preference_loss
+
+WORKSPACE_BYTES = 1 << 30
+"""Logits of a run: 1,766 rows of a 151,936 vocabulary in float32, 3,533 in the two bytes a GPU keeps."""
+
+Slopes = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+"""(rows of a run int64 [R], its cu_seqlens, logprobs [R], entropy [R]) -> slopes by logprobs and by entropy [R]."""
+
+_POLICY_METRICS = ("clip_low_share", "clip_high_share", "kl", "entropy", "importance", "ratio_max")
+Loss = TypeVar("Loss", PolicyLoss, PreferenceLoss)
+_FIELDS: dict[type, tuple[str, ...]] = {
+    kind: tuple(field.name for field in fields(kind)) for kind in (PolicyLoss, PreferenceLoss)}
+_PAIR_METRICS = ("preference_accuracy", "margin", "chosen_logprobs_mean", "rejected_logprobs_mean", "chosen_drift")
+
+
+def _runs(cu_seqlens: list[int], rows: int, whole: int) -> Iterator[tuple[int, int]]:
+    """Token ranges of at most `rows`, cut only at every `whole`-th border (0: anywhere); one longer unit is a run
+    alone."""
+    if not whole:
+        yield from ((start, min(start + rows, cu_seqlens[-1])) for start in range(0, cu_seqlens[-1], rows))
+        return
+    start = 0
+    borders = cu_seqlens[::whole]
+    for before, border in pairwise(borders):
+        if border - start > rows and before > start:
+            yield start, before
+            start = before
+    if borders[-1] > start:
+        yield start, borders[-1]
+
+
+def _packed(owner: torch.Tensor, sequences: int) -> torch.Tensor:
+    """cu_seqlens of tokens whose sequences are `owner`, ascending int64 [R]; empty sequences stay in."""
+    counts = torch.zeros(sequences, dtype=torch.int64, device=owner.device).index_add(0, owner, torch.ones_like(owner))
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _run_all(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor,
+             live: torch.Tensor, estimate: torch.Tensor | None, slopes: Slopes, *, whole: int, entropy: bool,
+             workspace_bytes: int, needs: tuple[bool, bool], impl: str,
+             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """logprobs and entropy [M] (0 where not `kept`), and the gradients by hidden and weight (the latter unrounded).
+
+    Tokens in `live` [M] may have a gradient; the other kept ones are only looked at. Sequence `owner` [M], ascending.
+    """
+    ops = engine(impl)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logprobs, row_entropy = torch.zeros(2, len(hidden), dtype=dtype, device=hidden.device)
+    looked_at = (kept & ~live if any(needs) else kept).nonzero()[:, 0]
+    limit = ops.Workspace.rows_for(workspace_bytes, head, hidden)
+    for rows in looked_at.split(max(limit, 2048)):
+        found = ops.statistics(hidden[rows], head, token_ids[rows], entropy=entropy)
+        logprobs[rows], row_entropy[rows] = found.logprobs, found.entropy
+    if not any(needs):
+        return logprobs, row_entropy, None, None
+    order = live.nonzero()[:, 0]
+    sequences = int(owner[-1]) + 1 if len(owner) else 0
+    sequences += -sequences % max(whole, 1)
+    runs = list(_runs(_packed(owner[order], sequences).tolist(), limit, whole))
+    longest = max((end - start for start, end in runs if end - start <= limit), default=0)
+    space = ops.Workspace(head, hidden, longest, needs_hidden=needs[0], needs_weight=needs[1])
+    for start, end in runs:
+        rows = order[start:end]
+        x, ids = hidden[rows], token_ids[rows]
+        first = int(owner[rows[0]]) // max(whole, 1) * max(whole, 1)
+        local = owner[rows] - first
+        count = int(local[-1]) + 1
+        cu_seqlens = _packed(local, count + -count % max(whole, 1))
+        fits = end - start <= limit
+        found = (space.open(x, ids, None if estimate is None else estimate[rows]) if fits
+                 else ops.statistics(x, head, ids, entropy=True))
+        logprobs[rows], row_entropy[rows] = found.logprobs, found.entropy
+        by_logprob, by_entropy = slopes(rows, cu_seqlens, found.logprobs, found.entropy)
+        if fits:
+            space.close(by_logprob, by_entropy, rows)
+        else:  # a completion or pair that the workspace cannot hold: its logits are computed again
+            space.add(rows, ops.gradients(x, head, ids, found, by_logprob, by_entropy, needs=(*needs, False)))
+    out = space.finish()
+    return logprobs, row_entropy, out.hidden, out.weight
+
+
+def _indices(cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, hidden: torch.Tensor
+             ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence of every token, and its mask in the type of the log-probs, both [M]."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    mask = (torch.ones(len(hidden), dtype=dtype, device=hidden.device) if loss_mask is None else loss_mask.to(dtype))
+    return reference.sequence_index(cu_seqlens, len(hidden)), mask
+
+
+@torch.library.custom_op("veripo::linear_policy_loss", mutates_args=())
+def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, old_logprobs: torch.Tensor | None,
+            advantages: torch.Tensor, cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None,
+            ref_logprobs: torch.Tensor | None, rollout_logprobs: torch.Tensor | None, num_sequences: int,
+            num_tokens: int, temperature: float, words: str, numbers: list[float], workspace_bytes: int,
+            needs: list[bool], impl: str,
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss [], metrics [6], logprobs [M], dhidden [M, D], dweight [V, D] (the last two empty where not needed)."""
+    loss = _decoded(PolicyLoss, words, numbers)
+    owner, mask = _indices(cu_seqlens, loss_mask, hidden)
+    if advantages.shape != token_ids.shape:
+        advantages = advantages[owner]
+    advantages = advantages.to(mask.dtype)
+    weights = reference.token_weights(cu_seqlens, mask, loss, num_sequences=num_sequences or None,
+                                      num_tokens=num_tokens or None)
+    always = loss.entropy_coef != 0 or (loss.kl_coef != 0 and ref_logprobs is not None)
+    live = (mask != 0) if always else (mask != 0) & (advantages != 0)
+    if loss.couples_tokens and not always:  # a completion is in as a whole: its tokens share a ratio
+        live = reference.sequence_sums(live.to(mask.dtype), cu_seqlens)[owner].bool() & (mask != 0)
+
+    def terms(rows: torch.Tensor | slice, cu: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
+              ) -> reference.PolicyTerms:
+        def at(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[rows].to(logprobs.dtype)
+
+        return reference.policy_terms(logprobs, at(old_logprobs), advantages[rows], cu, mask[rows], loss,
+                                      ref_logprobs=at(ref_logprobs), rollout_logprobs=at(rollout_logprobs),
+                                      entropy=entropy)
+
+    def slopes(rows: torch.Tensor, cu: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
+               ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        by_logprob = reference.policy_slopes(terms(rows, cu, logprobs, entropy), weights[rows], cu)
+        return by_logprob, -loss.entropy_coef * weights[rows] if loss.entropy_coef else None
+
+    logprobs, entropy, dhidden, dweight = _run_all(
+        hidden, Head(weight, temperature=temperature), token_ids, owner, mask != 0, live,
+        old_logprobs if old_logprobs is not None else rollout_logprobs, slopes, whole=int(loss.couples_tokens),
+        entropy=True, workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
+    whole = terms(slice(None), cu_seqlens, logprobs, entropy)
+    metrics = reference.policy_metrics(whole, weights)
+    empty = hidden.new_empty(0)
+    return (reference.weighted_sum(whole.loss, weights), torch.stack([metrics[name] for name in _POLICY_METRICS]),
+            logprobs, empty if dhidden is None else dhidden, empty.clone() if dweight is None else dweight)
+
+
+@torch.library.custom_op("veripo::linear_dpo_loss", mutates_args=())
+def _dpo(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, ref_logprobs: torch.Tensor,
+         cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, num_pairs: int, temperature: float, words: str,
+         numbers: list[float], workspace_bytes: int, needs: list[bool], impl: str,
+         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss [], metrics [5], logprobs [M], dhidden [M, D], dweight [V, D] (the last two empty where not needed)."""
+    loss = _decoded(PreferenceLoss, words, numbers)
+    owner, mask = _indices(cu_seqlens, loss_mask, hidden)
+    kept, pairs = mask != 0, num_pairs or (len(cu_seqlens) - 1) // 2
+
+    def slopes(rows: torch.Tensor, cu: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
+               ) -> tuple[torch.Tensor, None]:
+        first = int(owner[rows[0]]) // 2
+        ref = (ref_logprobs[rows] if ref_logprobs.dim() == 1 else ref_logprobs[first:first + (len(cu) - 1) // 2])
+        return reference.pair_terms(logprobs, ref.to(logprobs.dtype), cu, loss, mask[rows]).slope / pairs, None
+
+    logprobs, _, dhidden, dweight = _run_all(
+        hidden, Head(weight, temperature=temperature), token_ids, owner, kept, kept,
+        ref_logprobs if ref_logprobs.dim() == 1 else None, slopes, whole=2, entropy=False,
+        workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
+    value, metrics = reference.dpo_loss(logprobs, ref_logprobs.to(logprobs.dtype), cu_seqlens, loss=loss,
+                                        loss_mask=mask, num_pairs=pairs)
+    empty = hidden.new_empty(0)
+    return (value, torch.stack([metrics[name] for name in _PAIR_METRICS]), logprobs,
+            empty if dhidden is None else dhidden, empty.clone() if dweight is None else dweight)
+
+
+def _fake(metrics: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    def fake(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        needs, dtype = rest[-2], torch.promote_types(hidden.dtype, torch.float32)
+        return (hidden.new_empty((), dtype=dtype), hidden.new_empty(metrics, dtype=dtype),
+                hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape if needs[0] else 0),
+                weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype if needs[1] else weight.dtype))
+
+    return fake
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    dhidden, dweight = output[-2:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dhidden, dweight)
+    ctx.weight_dtype, ctx.arguments, ctx.needs = inputs[1].dtype, len(inputs), inputs[-2]
+
+
+def _scaled(ctx: Any, upstream: torch.Tensor | None, *_: object) -> tuple[torch.Tensor | None, ...]:
+    dhidden, dweight = ctx.saved_tensors
+    unused = (None,) * (ctx.arguments - 2)
+    if upstream is None:
+        return None, None, *unused
+    return ((upstream * dhidden.to(upstream.dtype)).to(dhidden.dtype) if ctx.needs[0] else None,
+            (upstream * dweight).to(ctx.weight_dtype) if ctx.needs[1] else None, *unused)
+
+
+for _op, _metrics in ((_policy, len(_POLICY_METRICS)), (_dpo, len(_PAIR_METRICS))):
+    _op.register_fake(_fake(_metrics))
+    _op.register_autograd(_scaled, setup_context=_setup)
+
+
+def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tensor,
+                       old_logprobs: torch.Tensor | None, advantages: torch.Tensor, cu_seqlens: torch.Tensor, *,
+                       loss: PolicyLoss | str = "grpo", temperature: float = 1.0, loss_mask: torch.Tensor | None = None,
+                       ref_logprobs: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None,
+                       num_sequences: int | None = None, num_tokens: int | None = None,
+                       workspace_bytes: int = WORKSPACE_BYTES, impl: Impl = "auto",
+                       ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """`grpo_loss` of `linear_logprobs`, both gradients formed on the way: three matrix products, two for a frozen head.
+
+    Args:
+        hidden: [M, D] at the positions that predict the packed completion tokens. head: [V, D]. token_ids: int64 [M].
+        workspace_bytes: room for the logits of a run; memory beyond it does not grow with M. A completion that must be
+            taken as a whole (gspo, gmpo, sequence importance) and does not fit costs a fourth product.
+        The others: as in `grpo_loss`.
+
+    Returns:
+        scalar loss, its metrics, and the policy's log-probs [M] (0 where loss_mask is), both detached.
+
+    Raises:
+        ValueError: an argument of the wrong shape or type, by name and value.
+    """
+    check_linear(hidden, head, token_ids, temperature)
+    loss = policy_loss(loss)
+    _check_rows(hidden, {"old_logprobs": old_logprobs, "loss_mask": loss_mask, "ref_logprobs": ref_logprobs,
+                         "rollout_logprobs": rollout_logprobs})
+    if advantages.shape not in (token_ids.shape, (len(cu_seqlens) - 1,)):
+        raise ValueError(f"advantages must have shape [{len(token_ids)}] or [{len(cu_seqlens) - 1}], "
+                         f"got {list(advantages.shape)}")
+    if loss.kl_coef and ref_logprobs is None:
+        raise ValueError(f"kl_coef {loss.kl_coef} needs ref_logprobs")
+    value, metrics, logprobs, _, _ = _policy(
+        hidden, head, token_ids, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs, rollout_logprobs,
+        num_sequences or 0, num_tokens or 0, float(temperature), *_encoded(loss), workspace_bytes,
+        _needs(hidden, head), choose("linear_policy_loss", impl, hidden.device))
+    return value, dict(zip(_POLICY_METRICS, metrics.unbind(), strict=True)), logprobs
+
+
+def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tensor, ref_logprobs: torch.Tensor,
+                    cu_seqlens: torch.Tensor, *, loss: PreferenceLoss | str = "sigmoid", temperature: float = 1.0,
+                    loss_mask: torch.Tensor | None = None, num_pairs: int | None = None,
+                    workspace_bytes: int = WORKSPACE_BYTES, impl: Impl = "auto",
+                    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """`dpo_loss` of `linear_logprobs`, both gradients formed on the way: three matrix products, two for a frozen head.
+
+    Args: as in `dpo_loss` and `linear_policy_loss`; a pair that does not fit the workspace costs a fourth product.
+
+    Returns:
+        scalar loss, its metrics, and the policy's log-probs [M] (0 where loss_mask is), both detached.
+    """
+    check_linear(hidden, head, token_ids, temperature)
+    pairs = (len(cu_seqlens) - 1) // 2
+    if len(cu_seqlens) != 2 * pairs + 1:
+        raise ValueError(f"cu_seqlens must have 2 * pairs + 1 entries, got {len(cu_seqlens)}")
+    if ref_logprobs.shape not in (token_ids.shape, (pairs, 2)):
+        raise ValueError(f"ref_logprobs must have shape [{len(token_ids)}] or [{pairs}, 2], "
+                         f"got {list(ref_logprobs.shape)}")
+    _check_rows(hidden, {"loss_mask": loss_mask})
+    value, metrics, logprobs, _, _ = _dpo(
+        hidden, head, token_ids, ref_logprobs, cu_seqlens, loss_mask, num_pairs or 0, float(temperature),
+        *_encoded(preference_loss(loss)), workspace_bytes, _needs(hidden, head),
+        choose("linear_dpo_loss", impl, hidden.device))
+    return value, dict(zip(_PAIR_METRICS, metrics.unbind(), strict=True)), logprobs
+
+
+def _encoded(loss: PolicyLoss | PreferenceLoss) -> tuple[str, list[float]]:
+    """The words and the numbers of a loss: ops take no types of ours, and torch.compile may make a float a symbol."""
+    values = [getattr(loss, name) for name in _FIELDS[type(loss)]]
+    return (",".join([value if isinstance(value, str) else "" for value in values]),
+            [math.nan if value is None or isinstance(value, str) else float(value) for value in values])
+
+
+def _decoded(kind: type[Loss], words: str, numbers: list[float]) -> Loss:
+    values = [word or (None if math.isnan(number) else number)
+              for word, number in zip(words.split(","), numbers, strict=True)]
+    return kind(**dict(zip(_FIELDS[kind], values, strict=True)))  # type: ignore[arg-type]
+
+
+def _needs(hidden: torch.Tensor, head: torch.Tensor) -> list[bool]:
+    grad = torch.is_grad_enabled()
+    return [grad and hidden.requires_grad, grad and head.requires_grad]
+
+
+def _check_rows(hidden: torch.Tensor, named: dict[str, Any]) -> None:
+    for name, values in named.items():
+        if values is not None and values.shape != hidden.shape[:1]:
+            raise ValueError(f"{name} must have shape [{len(hidden)}], got {list(values.shape)}")

@@ -1,0 +1,144 @@
+"""What a loss is made of: two frozen descriptions that the public ops, the definitions and the trainer share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Aggregation = Literal["sequence", "token", "constant"]
+PolicyLossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo"]
+PreferenceLossName = Literal["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo"]
+KlKind = Literal["k1", "k2", "k3"]
+Importance = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+_AGGREGATION: dict[str, Aggregation] = {
+    "grpo": "sequence", "bnpo": "token", "dr_grpo": "constant", "dapo": "token", "cispo": "token", "sapo": "sequence",
+    "gspo": "sequence", "gspo_token": "sequence", "gmpo": "sequence"}
+
+NO_DUAL_CLIP = 1e30
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss of the GRPO family. The name decides the surrogate and how tokens are weighted.
+
+    | name | surrogate per token | weights |
+    |---|---|---|
+    | grpo (arXiv 2402.03300) | clipped ratio | sequence |
+    | bnpo, dapo (2503.14476) | clipped ratio | token |
+    | dr_grpo (2503.20783) | clipped ratio | constant |
+    | cispo (2506.13585) | ratio cut at 1 + clip_high, without gradient, times the log-prob | token |
+    | sapo (2511.20347) | sigmoid gate | sequence |
+    | gspo (2507.18071) | clipped ratio of the sequence (geometric mean of its tokens) | sequence |
+    | gspo_token (2507.18071, eq. 13) | the same value, its gradient token by token | sequence |
+    | gmpo (2507.20673) | geometric mean of clipped token ratios | sequence |
+
+    bnpo and dapo differ only in the token count that callers give: of the micro-batch, or of the whole step.
+    """
+
+    loss: PolicyLossName = "grpo"
+    aggregation: Aggregation | None = None
+    """sequence: mean per completion, then over completions; token: mean over tokens; constant: sum over tokens divided
+    by completions times `constant_length`. None is the loss's own."""
+    constant_length: int | None = None
+    clip_low: float = 0.2
+    """The ratio is kept above 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is kept below 1 + clip_high (cispo: the cut; there 4 is a usual value)."""
+    dual_clip: float | None = None
+    """Bounds the loss of a negative advantage at dual_clip times it; more than 1 + clip_high."""
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference, added token by token; needs ref_logprobs."""
+    kl_kind: KlKind = "k3"
+    importance: Importance = "token_truncate"
+    """What is done with exp(old - rollout) per token, or of the whole completion, outside [floor, cap]: moved to the
+    bound, or the loss (not the KL) dropped. Only with rollout_logprobs."""
+    importance_floor: float = 0.0
+    importance_cap: float = 2.0
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, with the weights of the tokens; needs entropy."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("loss", PolicyLossName), ("kl_kind", KlKind), ("importance", Importance)):
+            _one_of(name, getattr(self, name), get_args(kind))
+        if self.aggregation is not None:
+            _one_of("aggregation", self.aggregation, get_args(Aggregation))
+        if self.weighting == "constant" and not self.constant_length:
+            raise ValueError(f"loss '{self.loss}' with aggregation 'constant' needs constant_length")
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(f"dual_clip must be more than 1 + clip_high = {1 + self.clip_high}, got {self.dual_clip}")
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError("clip_low must be in [0, 1] and clip_high at least 0, "
+                             f"got {self.clip_low}, {self.clip_high}")
+
+    @property
+    def weighting(self) -> Aggregation:
+        return self.aggregation or _AGGREGATION[self.loss]
+
+    @property
+    def surrogate(self) -> str:
+        """clip, cispo, sapo, gspo, gspo_token or gmpo."""
+        return self.loss if self.loss in ("cispo", "sapo", "gspo", "gspo_token", "gmpo") else "clip"
+
+    @property
+    def couples_tokens(self) -> bool:
+        """Whether the gradient of a token depends on the other tokens of its completion."""
+        return self.surrogate in ("gspo", "gspo_token", "gmpo") or self.importance.startswith("sequence")
+
+    @property
+    def dual(self) -> float:
+        return NO_DUAL_CLIP if self.dual_clip is None else self.dual_clip
+
+    @property
+    def log_clip(self) -> tuple[float, float]:
+        """The clip as bounds of the log-ratio."""
+        return math.log(1 - self.clip_low) if self.clip_low < 1 else -math.inf, math.log1p(self.clip_high)
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss on pairs; formulas and sources: `formulas.preference_loss`."""
+
+    loss: PreferenceLossName = "sigmoid"
+    dpo_beta: float = 0.1
+    label_smoothing: float = 0.0
+    """Probability that a label is flipped (sigmoid, robust; exo needs one above 0)."""
+    length_normalize: bool = False
+    """Log-ratios per token. TRL's ipo always does so."""
+    ld_alpha: float | None = None
+    """Weight of the tokens beyond the shorter completion of the pair (LD-DPO, arXiv 2409.06411); None is 1."""
+    nll_coef: float = 0.0
+    """Weight of the negative log-prob per token of the chosen completion (arXiv 2404.19733, eq. 1)."""
+
+    def __post_init__(self) -> None:
+        _one_of("loss", self.loss, get_args(PreferenceLossName))
+        if self.dpo_beta <= 0:
+            raise ValueError(f"dpo_beta must be above 0, got {self.dpo_beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.loss == "exo" and self.label_smoothing == 0:
+            raise ValueError("loss 'exo' needs label_smoothing above 0")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "exo"):
+            raise ValueError(f"loss '{self.loss}' does not use label_smoothing, got {self.label_smoothing}")
+
+    @property
+    def tail_weight(self) -> float:
+        return 1.0 if self.ld_alpha is None else self.ld_alpha
+
+
+def policy_loss(loss: PolicyLoss | str) -> PolicyLoss:
+    """A name stands for the loss with its defaults."""
+    return PolicyLoss(loss) if isinstance(loss, str) else loss  # type: ignore[arg-type]
+
+
+def preference_loss(loss: PreferenceLoss | str) -> PreferenceLoss:
+    """A name stands for the loss with its defaults."""
+    return PreferenceLoss(loss) if isinstance(loss, str) else loss  # type: ignore[arg-type]
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
