@@ -1,10 +1,11 @@
 """One training step (forward, backward) of a GRPO group: shared prefix against the repeated prompt, same model and run.
 
-    python bench/bench_step.py [--prompt 1000] [--completion 64] [--group 8] [--family qwen2_5_vl]
+    python bench/bench_step.py [--prompt 1000] [--completion 64] [--group 8] [--family qwen2_5_vl] [--backends sdpa]
 
 The sibling is Hugging Face's forward on G copies of the prompt (SDPA attention, logits at completion positions only).
-The vision tower is frozen: its output is given to both, so the ratio is that of the language model; `--train-vision`
-runs the tower in both, once per group against once per copy. Gradients are compared before anything is timed.
+Every attention backend that can run here gets a row against it. The vision tower is frozen: its output is given to all,
+so the ratio is that of the language model; `--train-vision` runs the tower too, once per group against once per copy;
+`--liger` puts Liger's layers into the model of all. Gradients are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import recipe
@@ -21,7 +24,9 @@ import torch
 import transformers
 from veripo_kernels import reference
 
-from veripo_fast import shared_prefix
+from veripo_fast import attention_backends
+from veripo_fast.attention_backends import PREFERENCE, AttentionShape
+from veripo_fast.liger import apply_liger
 from veripo_fast.packing import PackedBatch, pack
 from veripo_fast.positions import GridSpan, TextSpan, mrope_positions
 from veripo_fast.types import EncodedPrompt
@@ -62,7 +67,7 @@ def video_prompt(tokens: int) -> tuple[EncodedPrompt, torch.Tensor, torch.Tensor
 
 
 class Step:
-    """Both ways of one step on the same group."""
+    """All ways of one step on the same group."""
 
     def __init__(self, model: torch.nn.Module, prompt: int, completion: int, group: int, train_vision: bool) -> None:
         self.model = model
@@ -71,6 +76,12 @@ class Step:
         self.prompt, self.pixels, self.grid = video_prompt(prompt)
         self.completions = torch.randint(20, VOCABULARY, (group, completion))
         self.weights = torch.randn(group * completion) / (group * completion)
+        self.cast(torch.float32)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Go on in another data type."""
+        self.model.to(dtype)
+        self.pixels = self.pixels.to(dtype)
         with torch.no_grad():
             self.features = self.tower(1)
 
@@ -85,9 +96,9 @@ class Step:
     def packed(self) -> PackedBatch:
         return pack([(self.prompt, self.completions.tolist())])
 
-    def shared(self) -> torch.Tensor:
+    def shared(self, backend: str) -> torch.Tensor:
         """Shared prefix: the prompt once."""
-        self.model.model.language_model.set_attn_implementation(shared_prefix.NAME)
+        self.model.model.language_model.set_attn_implementation(attention_backends.implementation(backend))
         batch = self.packed()
         hidden = self.model.model.language_model(
             inputs_embeds=self.embeddings(batch.token_ids[None], 1), position_ids=batch.positions[:, None],
@@ -112,8 +123,11 @@ class Step:
         loss.backward()
         return loss.detach()
 
-    def gradients(self) -> torch.Tensor:
-        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+    def gradients(self, run: Callable[[], object]) -> torch.Tensor:
+        """Gradients float32 of all trained parameters, by one way."""
+        self.model.zero_grad()
+        run()
+        return torch.cat([p.grad.float().flatten() for p in self.model.parameters() if p.grad is not None])
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -145,26 +159,71 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
+def checked_gradients(step: Step, ways: dict[str, Callable[[], object]], dtype: torch.dtype) -> dict[str, float]:
+    """Relative difference of each way's gradients from the repeated prompt's, in `dtype`, in which `step` is left.
+
+    A way may be off the float32 gradients by twice what the repeated prompt itself is in `dtype`, or by 1e-4.
+    """
+    exact = repeated = step.gradients(ways["repeated"])
+    if dtype != torch.float32:
+        step.cast(dtype)
+        repeated = step.gradients(ways["repeated"])
+    allowed = max(1e-4, 2 * float((repeated - exact).norm() / exact.norm()))
+    differences = {}
+    for name, run in ways.items():
+        found = repeated if name == "repeated" else step.gradients(run)
+        error = float((found - exact).norm() / exact.norm())
+        assert error <= allowed, f"{name} is wrong: relative gradient error {error}, allowed {allowed}"
+        differences[name] = float((found - repeated).norm() / repeated.norm())
+    return differences
+
+
+def backends_to_run(names: list[str] | None, shape: AttentionShape) -> list[str]:
+    """The named backends, or all that can run here; one that is named and cannot is a ConfigError."""
+    if names:
+        return [attention_backends.select(name, shape) for name in names]
+    return [name for name in PREFERENCE if attention_backends.unusable(name, shape) is None]
+
+
+def row_of(backend: str, seconds: dict[str, list[float]], memory: dict[str, int],
+           differences: dict[str, float]) -> dict[str, object]:
+    """What one backend took, against the repeated prompt; the runs of both are pairs."""
+    ratios = [b / a for a, b in zip(seconds[backend], seconds["repeated"], strict=True)]
+    return {"backend": backend, "speedup_median": round(statistics.median(ratios), 2),
+            "speedup_min": round(min(ratios), 2), "speedup_max": round(max(ratios), 2),
+            "shared_seconds": [round(s, 3) for s in seconds[backend]],
+            "repeated_seconds": [round(s, 3) for s in seconds["repeated"]],
+            "shared_peak_mib": memory[backend] >> 20, "repeated_peak_mib": memory["repeated"] >> 20,
+            "peak_memory_ratio": round(memory["repeated"] / memory[backend], 2),
+            "gradient_relative_difference": differences[backend]}
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompt", type=int, default=1000)
     parser.add_argument("--completion", type=int, default=64)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--family", choices=("qwen2_5_vl", "qwen3_vl"), default="qwen2_5_vl")
     parser.add_argument("--train-vision", action="store_true")
+    parser.add_argument("--liger", action="store_true")
+    parser.add_argument("--backends", nargs="+", choices=PREFERENCE, help="default: all that can run here")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--runs", type=int, default=5)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed()
     torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-    step = Step(build_model(args.family), args.prompt, args.completion, args.group, args.train_vision)
-    ways = {"shared": step.shared, "repeated": step.repeated}
-    gradients, losses = {}, {}
-    for name, run in ways.items():
-        step.model.zero_grad()
-        losses[name] = run().item()
-        gradients[name] = step.gradients()
-    difference = float((gradients["shared"] - gradients["repeated"]).norm() / gradients["repeated"].norm())
-    assert difference < 1e-4, f"the two ways disagree: relative gradient difference {difference}"
-    del gradients
+    model, dtype = build_model(args.family), getattr(torch, args.dtype)
+    if args.liger:
+        apply_liger(model)
+    backends = backends_to_run(args.backends, replace(AttentionShape.of(model), dtype=dtype))
+    step = Step(model, args.prompt, args.completion, args.group, args.train_vision)
+    ways: dict[str, Callable[[], object]] = {name: partial(step.shared, name) for name in backends}
+    ways["repeated"] = step.repeated
+    differences = checked_gradients(step, ways, dtype)
     memory = {}
     for name, run in ways.items():
         step.model.zero_grad()
@@ -174,21 +233,15 @@ def main() -> None:
         for name, run in ways.items():
             step.model.zero_grad()
             seconds[name].append(timed(run))
-    ratios = [b / a for a, b in zip(seconds["shared"], seconds["repeated"], strict=True)]
-    row = {"bench": "step", "family": args.family, "prompt": args.prompt, "completion": args.completion,
-           "group": args.group, "train_vision": args.train_vision,
-           "parameters": sum(p.numel() for p in step.model.parameters()),
-           "speedup_median": round(statistics.median(ratios), 2), "speedup_min": round(min(ratios), 2),
-           "speedup_max": round(max(ratios), 2),
-           "shared_seconds": [round(s, 3) for s in seconds["shared"]],
-           "repeated_seconds": [round(s, 3) for s in seconds["repeated"]],
-           "shared_peak_mib": memory["shared"] >> 20, "repeated_peak_mib": memory["repeated"] >> 20,
-           "peak_memory_ratio": round(memory["repeated"] / memory["shared"], 2),
-           "gradient_relative_difference": difference}
-    path = recipe.append("step", row)
-    print(f"shared prefix against repeated prompt: {row['speedup_median']}x faster "
-          f"({row['speedup_min']} to {row['speedup_max']} over {args.runs} pairs), "
-          f"{row['peak_memory_ratio']}x less peak memory, gradients differ by {difference:.1e}; {path}")
+    common = {"bench": "step", "family": args.family, "prompt": args.prompt, "completion": args.completion,
+              "group": args.group, "train_vision": args.train_vision, "liger": args.liger, "dtype": args.dtype,
+              "parameters": sum(p.numel() for p in step.model.parameters())}
+    for backend in backends:
+        row = row_of(backend, seconds, memory, differences)
+        path = recipe.append("step", common | row)
+        print(f"shared prefix ({backend}) against repeated prompt: {row['speedup_median']}x faster "
+              f"({row['speedup_min']} to {row['speedup_max']} over {args.runs} pairs), "
+              f"{row['peak_memory_ratio']}x less peak memory, gradients differ by {differences[backend]:.1e}; {path}")
 
 
 if __name__ == "__main__":

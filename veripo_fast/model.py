@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText
-from veripo_kernels import reference
+from veripo_kernels import linear_logprobs
 
-from veripo_fast import shared_prefix
+from veripo_fast import attention_backends, shared_prefix
 from veripo_fast.config import ModelConfig, VideoConfig
 from veripo_fast.encoding import PromptEncoder
 from veripo_fast.errors import CheckpointError
+from veripo_fast.liger import apply_liger
 from veripo_fast.packing import PackedBatch, pack
 from veripo_fast.types import MediaInputs, Prompt
 
@@ -47,13 +48,13 @@ class VisionFeatures:
 class Policy:
     """A model with its encoder; `version` counts the optimizer steps behind its weights."""
 
-    def __init__(self, model: Any, encoder: PromptEncoder, *, freeze_vision: bool) -> None:
+    def __init__(self, model: Any, encoder: PromptEncoder, *, freeze_vision: bool, attention: str = "sdpa") -> None:
         self.model = model
         self.encoder = encoder
         self.frozen_vision = freeze_vision
         self.version = 0
         model.model.visual.requires_grad_(not freeze_vision)
-        model.model.language_model.set_attn_implementation(shared_prefix.NAME)
+        model.model.language_model.set_attn_implementation(attention_backends.implementation(attention))
 
     @property
     def device(self) -> torch.device:
@@ -104,12 +105,15 @@ class Policy:
         """Logits [..., V] of hidden states [..., D]."""
         return self.model.lm_head(hidden)
 
+    def completion_hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None]) -> torch.Tensor:
+        """Hidden states [M, D] from which the head predicts the completion tokens of a packed row."""
+        return self.hidden(batch, features)[batch.logit_index.to(self.device)]
+
     def completion_logprobs(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], *,
                             temperature: float = 1.0) -> torch.Tensor:
         """Log-probabilities float32 [M] of the completion tokens of a packed row."""
-        hidden = self.hidden(batch, features)[batch.logit_index.to(self.device)]
-        return reference.linear_logprobs(hidden, self.model.lm_head.weight, batch.targets.to(self.device),
-                                         temperature=temperature)
+        return linear_logprobs(self.completion_hidden(batch, features), self.model.lm_head.weight,
+                               batch.targets.to(self.device), temperature=temperature)
 
     def _language_model(self, ids: torch.Tensor, positions: torch.Tensor, features: Sequence[VisionFeatures],
                         **attention: Any) -> torch.Tensor:
@@ -161,7 +165,10 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
         model.train()
     else:
         model.eval()
-    return Policy(model, encoder, freeze_vision=config.freeze_vision)
+    if config.liger:
+        apply_liger(model)
+    attention = attention_backends.select(config.attention, attention_backends.AttentionShape.of(model))
+    return Policy(model, encoder, freeze_vision=config.freeze_vision, attention=attention)
 
 
 def _check_shards(folder: Path) -> None:

@@ -2,16 +2,18 @@
 
 Every completion attends to the prompt and to itself, so the prompt runs once for the whole group, forward and backward.
 It plugs into transformers through its attention registry; no model code is touched. The slow sibling that defines it is
-the plain forward of the model on G copies of the prompt (tests/test_shared_prefix.py).
+the plain forward of the model on G copies of the prompt (tests/test_shared_prefix.py). SDPA computes it here;
+attention_backends.py has what takes its place on a GPU.
 
 Letters: T packed tokens, P prompt, R completion tokens, N prompts, G group, H query heads, K key heads, d head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, partial
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,11 @@ def _block_mask(prompt: int, lengths: list[int]) -> torch.Tensor:
     return torch.cat([torch.ones(tokens, prompt, dtype=torch.bool), own], 1)
 
 
+Attend: TypeAlias = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, tuple[GroupSpan, ...], float | None], torch.Tensor]
+"""query [1, H, T, d], key and value [1, K, T, d], groups, scaling -> [1, H, T, d]."""
+
+
 class PromptCache:
     """Keys and values of a decoding batch: one copy per prompt, shared by its G completions, plus the tokens written.
 
@@ -103,9 +110,9 @@ def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([F.pad(row, (0, 0, 0, longest - row.shape[2])) for row in rows])
 
 
-def _attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: tuple[GroupSpan, ...],
-                   scaling: float | None, store: list[tuple[torch.Tensor, torch.Tensor]] | None) -> torch.Tensor:
-    """Attention [1, H, T, d] of a packed row; keeps the prompts' keys and values in `store` when there is one.
+def attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: tuple[GroupSpan, ...],
+                  scaling: float | None) -> torch.Tensor:
+    """The definition: attention [1, H, T, d] of a packed row by SDPA, query [1, H, T, d], key and value [1, K, T, d].
 
     The row is split once: slicing it per group would make the backward pass quadratic in the number of groups.
     """
@@ -117,8 +124,6 @@ def _attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         prompt_query, prompt_key, prompt_value = next(parts)
         outputs.append(F.scaled_dot_product_attention(prompt_query, prompt_key, prompt_value, is_causal=True,
                                                       scale=scaling, enable_gqa=gqa))
-        if store is not None:
-            store.append((prompt_key, prompt_value))
         for (_, mask), (own_query, own_key, own_value) in zip(group.blocks, parts, strict=False):
             outputs.append(F.scaled_dot_product_attention(
                 own_query, torch.cat([prompt_key, own_key], 2), torch.cat([prompt_value, own_value], 2),
@@ -152,7 +157,7 @@ def _attend_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 def shared_prefix_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, *, groups: tuple[GroupSpan, ...] | None = None,
-    cache: PromptCache | None = None, scaling: float | None = None, **_: Any,
+    cache: PromptCache | None = None, scaling: float | None = None, attend: Attend = attend_packed, **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function for transformers' registry.
 
@@ -161,6 +166,7 @@ def shared_prefix_attention(
         key, value: the same with K heads.
         groups: where the groups lie in the packed row; they tile it without gaps.
         cache: collects the prompts' keys and values while packing, serves them while decoding.
+        attend: what computes a packed row: the definition, or a backend that agrees with it.
 
     Returns:
         [rows, T, H, d] and None, as transformers expects.
@@ -170,9 +176,20 @@ def shared_prefix_attention(
         assert cache is not None
         out = _attend_decode(query, key, value, cache, layer, scaling or query.shape[-1] ** -0.5)
         return out.transpose(1, 2), None
-    store = None if cache is None else cache.prompts[layer]
-    return _attend_packed(query, key, value, groups, scaling, store).transpose(1, 2).contiguous(), None
+    if cache is not None:
+        cache.prompts[layer].extend(zip(_prompt_parts(key, groups), _prompt_parts(value, groups), strict=True))
+    return attend(query, key, value, groups, scaling).transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prefix_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)
+def _prompt_parts(rows: torch.Tensor, groups: tuple[GroupSpan, ...]) -> list[torch.Tensor]:
+    """[1, K, T, d] of a packed row -> [1, K, P, d] of each prompt."""
+    return [rows[:, :, group.start:group.completion_start] for group in groups]
+
+
+def register(name: str, attend: Attend) -> None:
+    """Make `attend` an attention implementation of transformers that needs no mask."""
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(shared_prefix_attention, attend=attend))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *args, **kwargs: None)
+
+
+register(NAME, attend_packed)
