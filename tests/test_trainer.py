@@ -22,7 +22,7 @@ from veripo_fast.types import Completion, Image, Prompt, RolloutGroup, Video
 from veripo_fast.verifier import read_pairs
 
 STAGES = ["grpo-1", "grpo-1", "dpo-1", "dpo-1", "grpo-2", "grpo-2"]
-STATE = {"global_step", "stage", "kind", "step", "seconds"}
+STATE = {"global_step", "stage", "kind", "step", "seconds", "video_decodes", "tower_runs", "cache_hits"}
 GRPO = STATE | {"reward_mean", "accuracy_mean", "format_mean", "length_mean", "finished_share", "zero_variance_share",
                 "prompts", "updates", "loss", "kl", "clip_share", "ratio_max", "parity_max", "grad_norm",
                 "learning_rate", "skipped_updates", "packed_tokens"}
@@ -67,7 +67,7 @@ def test_a_metrics_line_per_step(run):
     assert [record["step"] for record in records] == [0, 1, 0, 1, 0, 1]
     for record in records:
         assert set(record) == (GRPO if record["kind"] == "grpo" else DPO)
-        assert {"decode", "update"} <= set(record["seconds"])
+        assert {"decode", "vision", "update"} <= set(record["seconds"])
     assert records[2]["loss"] == pytest.approx(math.log(2))  # policy and reference are still the same
     assert records[2]["chosen_drift"] == 0
 

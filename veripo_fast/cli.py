@@ -21,6 +21,9 @@ from veripo_fast.errors import UserError
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+"""Scripts and their results, which are no part of the installed package."""
+
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """What a write fails with when the disk is full, over quota, read-only, or the file too large for it."""
 
@@ -124,6 +127,15 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
     evaluate_command(config, options.out)
 
 
+def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.config_io import load_config
+
+    config = load_config(options.config, overrides)
+    from veripo_fast.inspect_corpus import inspect_command
+
+    inspect_command(options.data, config, options.out, options.workers, options.limit)
+
+
 def _verify(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.config_io import load_config
 
@@ -157,6 +169,17 @@ def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
     print(describe(load_config(options.config, overrides)), end="")
 
 
+def _bench(options: argparse.Namespace, overrides: list[str]) -> None:
+    script = BENCH / f"bench_{options.name}.py"
+    if not script.exists():
+        raise UserError(f"veripo bench needs a checkout of the repository: there is no {script} beside the package")
+    import runpy
+
+    sys.argv = [str(script), *options.arguments]
+    sys.path.insert(0, str(BENCH))
+    runpy.run_path(str(script), run_name="__main__")
+
+
 _SEED = ("--seed", {"type": int, "default": 0, "metavar": "N", "help": "seed (default 0)"})
 _CONFIG = ("--config", {"type": Path, "metavar": "FILE", "help": "YAML file; without it the defaults"})
 _CONFIG_NEEDED = ("--config", {"type": Path, "metavar": "FILE", "required": True, "help": "YAML file of the run"})
@@ -174,6 +197,13 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(_eval, "score a policy on the held-out files, greedy and sampled", (
         _CONFIG_NEEDED,
         ("--out", {"type": Path, "metavar": "DIR", "help": "also write scores and completions there"}),
+    ), takes_overrides=True),
+    "inspect": Command(_inspect, "probe videos: what they are, what would be skipped, what the contract costs", (
+        ("data", {"type": Path, "nargs": "+", "metavar": "DATA", "help": "data files, videos, or folders of videos"}),
+        ("--out", {"type": Path, "default": Path("inspect"), "metavar": "DIR", "help": "folder (default inspect)"}),
+        ("--workers", {"type": int, "metavar": "N", "help": "media at a time (default one per core)"}),
+        ("--limit", {"type": int, "metavar": "N", "help": "only so many media, evenly spread over DATA"}),
+        _CONFIG,
     ), takes_overrides=True),
     "verify": Command(_verify, "check stored rollouts and build preference pairs from them", (
         ("rollouts", {"type": Path, "nargs": "+", "metavar": "ROLLOUTS", "help": "Parquet files, or folders of them"}),
@@ -194,6 +224,11 @@ COMMANDS: dict[str, Command] = {
         ("out", {"type": Path, "metavar": "OUT", "help": "new folder"}),
         ("--family", {"choices": ["qwen3_vl", "qwen2_5_vl"], "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
         _SEED,
+    )),
+    "bench": Command(_bench, "measure the kernels or a training step beside other libraries (in a checkout)", (
+        ("name", {"choices": ["kernels", "step"], "metavar": "kernels|step", "help": "what is measured"}),
+        ("arguments", {"nargs": argparse.REMAINDER, "metavar": "OPTIONS",
+                       "help": "options of that bench: veripo bench kernels --help"}),
     )),
     "show-config": Command(_show_config, "print the resolved configuration with a line on every option", (_CONFIG,),
                            takes_overrides=True),

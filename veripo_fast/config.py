@@ -43,6 +43,11 @@ class ModelConfig:
     """Leave the vision tower and its merger as they are; its output is then computed once per video and cached."""
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass: less memory, about a third more time."""
+    attention: Literal["auto", "sdpa", "varlen", "flash2", "flash3", "flash4", "flex"] = "auto"
+    """What computes the attention of a packed group: SDPA, torch's varlen_attn, flash-attn 2, 3 or 4, or FlexAttention;
+    `auto` takes the first that is installed, fits the GPU and agrees with SDPA, and says in the log which."""
+    liger: bool = False
+    """Liger's RMSNorm, SwiGLU and rotary embedding in the language model; needs a GPU, triton and liger-kernel."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,33 @@ class VideoConfig:
                  f"min_frames {self.min_frames} is larger than max_frames {self.max_frames}")
         _require(self.min_pixels <= self.max_pixels,
                  f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where decoded videos and tower outputs are kept, and what is decoded ahead; changes time, never results."""
+
+    folder: str = ""
+    """Folder of the disk level, shared by runs, stages, evaluation and the ranks of a node; empty: no disk level."""
+    disk_bytes: int = 64 << 30
+    """Most bytes in `folder`; the least recently used entries are deleted."""
+    host_bytes: int = 4 << 30
+    """Most bytes of tower output in host memory, pinned where there is a GPU; 0: none."""
+    gpu_bytes: int = 0
+    """Most bytes of tower output kept on the GPU; 0: none beyond the current step."""
+    frames: bool = False
+    """Keep decoded frames in `folder` beside the output of a frozen tower, so that another tower decodes nothing; while
+    the tower trains they are kept anyway, because its output cannot be."""
+    prefetch_prompts: int = 256
+    """Prompts of the next step whose media are decoded while the current one runs, at most; 0: none."""
+    prefetch_bytes: int = 2 << 30
+    """Most bytes of frames decoded ahead."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "disk_bytes", "prefetch_bytes")
+        for name in ("host_bytes", "gpu_bytes", "prefetch_prompts"):
+            _require(getattr(self, name) >= 0, f"{name} must be 0 or larger, got {getattr(self, name)}")
+        _require(not self.frames or bool(self.folder), "frames are kept on disk: name a folder")
 
 
 @dataclass(frozen=True)
@@ -146,8 +178,11 @@ class GrpoConfig:
     """Optimizer steps per rollout batch; each takes an equal share of the groups."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
-    advantage: Literal["std", "no_std", "leave_one_out"] = "std"
-    """(r - mean) / std of the group, r - mean (Dr. GRPO), or r - mean of the others (RLOO)."""
+    advantage: Literal["std", "no_std", "leave_one_out", "batch_std"] = "std"
+    """(r - mean) / std of the group, r - mean (Dr. GRPO), r - mean of the others (RLOO), or over the std of the
+    batch."""
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo"] = "grpo"
+    """The policy loss; formulas and sources: veripo_kernels.PolicyLoss."""
     clip_low: float = 0.2
     """Ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.2
@@ -158,8 +193,8 @@ class GrpoConfig:
     """Weight of the KL to the policy at the start of the stage; 0: no reference model is run."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL (Schulman 2020)."""
-    aggregation: Literal["sequence", "token", "constant"] = "sequence"
-    """Mean per completion then over completions (GRPO), over all tokens (DAPO), or sum / max_new_tokens (Dr. GRPO)."""
+    aggregation: Literal["sequence", "token", "constant"] | None = None
+    """Mean per completion then over completions, over all tokens, or sum / max_new_tokens; null: the loss's own."""
     drop_easy: float = 0.0
     """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
 
@@ -170,7 +205,8 @@ class GrpoConfig:
                  f"updates_per_rollout {self.updates_per_rollout}")
         _require(0.0 <= self.clip_low < 1.0, f"clip_low must be at least 0 and below 1, got {self.clip_low}")
         _require(self.clip_high >= 0, f"clip_high must be 0 or larger, got {self.clip_high}")
-        _require(self.dual_clip is None or self.dual_clip > 1, f"dual_clip must be above 1, got {self.dual_clip}")
+        _require(self.dual_clip is None or self.dual_clip > 1 + self.clip_high,
+                 f"dual_clip must be above 1 + clip_high = {1 + self.clip_high:g}, got {self.dual_clip}")
         _require(self.kl_coef >= 0, f"kl_coef must be 0 or larger, got {self.kl_coef}")
         _unit(self, "drop_easy")
 
@@ -229,14 +265,18 @@ class VerifierConfig:
 class DpoConfig:
     """Direct preference optimisation; a stage may override any field."""
 
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """Rafailov et al. 2023, eq. 7; or IPO, Azar et al. 2023, eq. 17."""
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo"] = "sigmoid"
+    """The preference loss; formulas and sources: veripo_kernels.formulas."""
     dpo_beta: float = 0.1
     """Strength of the pull towards the reference (VerIPO Table 1: 0.1)."""
     nll_coef: float = 0.0
     """Weight of the negative log-likelihood of the chosen completion."""
     length_normalize: bool = False
     """Divide each log-ratio by the number of its tokens."""
+    label_smoothing: float = 0.0
+    """Probability that a pair is the wrong way round (sigmoid, robust, exo)."""
+    ld_alpha: float | None = None
+    """Weight of tokens beyond the shorter completion of a pair (LD-DPO); null: 1."""
     learning_rate: float = 5e-7
     """Peak learning rate (VerIPO Table 1: 5e-7)."""
     pairs_per_step: int = 32
@@ -249,6 +289,11 @@ class DpoConfig:
     def __post_init__(self) -> None:
         _positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps")
         _require(self.nll_coef >= 0, f"nll_coef must be 0 or larger, got {self.nll_coef}")
+        _require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
+        smooth = self.loss in ("sigmoid", "robust", "exo")
+        _require(0 <= self.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        _require(smooth or not self.label_smoothing, f"loss {self.loss} does not use label_smoothing")
+        _require(self.loss != "exo" or self.label_smoothing > 0, "loss exo needs label_smoothing above 0")
 
 
 @dataclass(frozen=True)
@@ -339,6 +384,7 @@ class Config:
     """CPU threads of torch; null: all cores. Bitwise resume needs the same number."""
     model: ModelConfig = field(default_factory=ModelConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

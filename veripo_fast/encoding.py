@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 from veripo_fast.config import VideoConfig
 from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.positions import GridSpan, TextSpan, grid_times, mrope_positions
-from veripo_fast.types import EncodedPrompt, Image, MediaInputs, Prompt, Video
+from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Prompt, Video
 from veripo_fast.video.decode import decode, decode_image
 from veripo_fast.video.patches import fingerprint, patchify
 
@@ -174,14 +175,7 @@ class PromptEncoder:
         """
         if not prompt.media:
             return None
-        frames: list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]] = []
-        for medium in prompt.media:
-            if isinstance(medium, Video):
-                decoded = decode(medium, contract, self.vision.factor)
-                frames.append(("video", decoded.pixels, decoded.pts_seconds))
-            else:
-                pixels = decode_image(medium, contract, self.vision.factor)
-                frames.append(("image", pixels, torch.zeros(len(pixels), dtype=torch.float64)))
+        frames = decode_frames(prompt.media, contract, self.vision.factor)
         return self.media_inputs(frames, self.media_key(prompt, contract))
 
     def media_key(self, prompt: Prompt, contract: VideoConfig) -> str:
@@ -189,6 +183,24 @@ class PromptEncoder:
         spec = self.vision
         return fingerprint(prompt.media, contract, family=self.config.model_type, patch_size=spec.patch_size,
                            merge_size=spec.merge_size, mean=spec.mean, std=spec.std)
+
+
+def decode_frames(media: Sequence[Media], contract: VideoConfig, factor: int
+                  ) -> list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]]:
+    """Kind, uint8 frames [T, 3, H, W] and their times in seconds, of every medium; sides are multiples of `factor`.
+
+    Raises:
+        MediaError: a file that cannot be decoded.
+    """
+    frames: list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]] = []
+    for medium in media:
+        if isinstance(medium, Video):
+            decoded = decode(medium, contract, factor)
+            frames.append(("video", decoded.pixels, decoded.pts_seconds))
+        else:
+            pixels = decode_image(medium, contract, factor)
+            frames.append(("image", pixels, torch.zeros(len(pixels), dtype=torch.float64)))
+    return frames
 
 
 def _grid_seconds(pts: torch.Tensor, pair: int) -> tuple[float, ...]:

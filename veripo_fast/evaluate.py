@@ -51,6 +51,7 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
             for start in range(0, len(prompts), config.eval.prompts_per_batch):
                 batch = prompts[start:start + config.eval.prompts_per_batch]
                 loaded = loader.load(batch)
+                loader.prefetch(prompts[start + len(batch):][:config.eval.prompts_per_batch])
                 bar.update(len(batch) - len(loaded))
                 sampling = Sampling(samples, temperature, config.rollout.max_new_tokens,
                                     derive_seed(config.seed, "eval", mode, start), config.rollout.top_p,
@@ -107,7 +108,8 @@ def evaluate_command(config: Config, out: Path | None) -> None:
         raise ConfigError("data.eval names no files to evaluate on")
     prompts, skipped = load_prompts(config.data.eval, config.data)
     policy = load_policy(config.model)
-    loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None)
+    loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
+                          config.cache)
     folder = out or Path(config.run_dir) / "eval"
     try:
         records = evaluate(TorchEngine(policy), loader, prompts, config, stage="eval",

@@ -98,7 +98,8 @@ class Trainer:
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
         self.policy.encoder.path = resolve_path(config.model.path)
         self.engine = TorchEngine(self.policy)
-        self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self.skipped_prompt)
+        self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self.skipped_prompt,
+                                   config.cache)
 
     def run_stages(self) -> None:
         """Every stage that is not finished, with evaluations between them."""
@@ -128,8 +129,11 @@ class Trainer:
             while self.state.step < config.grpo.steps:
                 seconds: dict[str, float] = {}
                 indices, self.state.position = order.take(self.state.position, config.grpo.prompts_per_step)
-                with timed(seconds, "decode"):
+                with self.video_work(seconds) as work:
                     loaded = self.loader.load([prompts[i] for i in indices])
+                if self.state.step + 1 < config.grpo.steps:
+                    following, _ = order.take(self.state.position, config.grpo.prompts_per_step)
+                    self.loader.prefetch([prompts[i] for i in following])
                 if not loaded and all(prompt in self.loader.bad for prompt in prompts):
                     raise DataError(f"none of the {len(prompts)} prompts of stage {stage.name} could be loaded; "
                                     f"{self.run.skipped} says why for each")
@@ -139,7 +143,7 @@ class Trainer:
                     reward_groups(groups, config)
                     write_groups(self.run.rollouts(stage.name, self.state.step), groups, stage.name, self.state.step)
                 with timed(seconds, "update"):
-                    values = rollout_metrics(groups) | update.run(loaded, groups)
+                    values = rollout_metrics(groups) | update.run(loaded, groups) | work
                 bar.set_postfix(reward=f"{values['reward_mean']:.3f}", accuracy=f"{values['accuracy_mean']:.3f}")
                 self.finish_step(stage, values, seconds, optimizer, bar)
 
@@ -185,27 +189,33 @@ class Trainer:
             return
         prompts = {group.prompt.prompt_id: group.prompt for group in groups}
         load = partial(self.load_pairs, prompts)
+        place = {id(pair): number for number, pair in enumerate(pairs)}
+
+        def load_in_order(part: Sequence[PreferencePair]) -> list[PairRow]:
+            end = place[id(part[-1])] + 1
+            return load(part, pairs[end:end + config.dpo.pairs_per_step])
+
         path = self.run.verifier(stage.name) / "ref_logprobs.parquet"
         with timed(self.carried, "reference"), tqdm(
                 total=len(pairs), desc=f"{stage.name} reference", unit="pair") as bar:
-            ref_logprobs = reference_logprobs(self.policy, pairs, load, config, path, bar.update)
+            ref_logprobs = reference_logprobs(self.policy, pairs, load_in_order, config, path, bar.update)
         if not ref_logprobs.isfinite().any():
             path.unlink()  # a resume computes them again
             raise TrainingError(f"no pair of stage {stage.name} has a finite reference log-prob: its media are gone "
                                 f"({self.run.skipped} says which), or the weights hold NaN or infinity")
-        steps = step_order(len(pairs), config, derive_seed(config.seed, stage.name))
+        steps = [[pairs[n] for n in numbers if ref_logprobs[n].isfinite().all()]
+                 for numbers in step_order(len(pairs), config, derive_seed(config.seed, stage.name))]
         optimizer = self.stage_optimizer(config, config.dpo.learning_rate, len(steps))
         with tqdm(total=len(steps), initial=self.state.step, desc=stage.name, unit="step") as bar:
-            for numbers in steps[self.state.step:]:
+            for chosen, following in zip(steps[self.state.step:], [*steps[self.state.step + 1:], []], strict=False):
                 seconds: dict[str, float] = {}
-                numbers = [n for n in numbers if ref_logprobs[n].isfinite().all()]
-                with timed(seconds, "decode"):
-                    rows = load([pairs[n] for n in numbers])
-                place = {id(pairs[n]): n for n in numbers}
+                with self.video_work(seconds) as work:
+                    rows = load(chosen, following)
                 with timed(seconds, "update"):
                     used = torch.tensor([place[id(pair)] for _, pair in rows], dtype=torch.long)
                     values = dpo_update(self.policy, optimizer, rows, ref_logprobs[used], config) if rows else {}
-                if values:
+                    values |= work
+                if rows:
                     bar.set_postfix(loss=f"{values.get('loss', float('nan')):.3f}")
                 self.finish_step(stage, values, seconds, optimizer, bar)
 
@@ -222,10 +232,12 @@ class Trainer:
             write_result(folder, result)
         return read_pairs(folder / "pairs.parquet")
 
-    def load_pairs(self, prompts: dict[str, Prompt], pairs: Sequence[PreferencePair]) -> list[PairRow]:
-        """Pairs with their loaded prompts; those whose media are gone are left out."""
+    def load_pairs(self, prompts: dict[str, Prompt], pairs: Sequence[PreferencePair],
+                   following: Sequence[PreferencePair]) -> list[PairRow]:
+        """Pairs with their loaded prompts; those whose media are gone are left out. `following` come next."""
         wanted = {pair.prompt_id: prompts[pair.prompt_id] for pair in pairs}
         loaded = {item.prompt.prompt_id: item for item in self.loader.load(list(wanted.values()))}
+        self.loader.prefetch([prompts[pair.prompt_id] for pair in following])
         return [(loaded[pair.prompt_id], pair) for pair in pairs if pair.prompt_id in loaded]
 
     def stage_groups(self, name: str) -> list[RolloutGroup]:
@@ -294,6 +306,17 @@ class Trainer:
     def _evaluation_due(self, finished: int) -> bool:
         at = self.config.eval.at
         return at == "stages" or (at == "ends" and finished in (0, len(self.config.stages)))
+
+    @contextmanager
+    def video_work(self, seconds: dict[str, float]) -> Iterator[dict[str, float]]:
+        """Time a block that loads prompts, waiting for video apart from the tower; gives its counts at its end."""
+        before, counts = self.loader.work, dict[str, float]()
+        with timed(seconds, "vision"):
+            yield counts
+        work = self.loader.work - before
+        seconds["vision"] -= work.wait_seconds
+        seconds["decode"] = work.wait_seconds
+        counts.update(video_decodes=work.video_decodes, tower_runs=work.tower_runs, cache_hits=work.cache_hits)
 
     def load(self, files: tuple[str, ...]) -> list[Prompt]:
         """Prompts of data files; records that cannot be used are named in skipped.jsonl."""
@@ -375,7 +398,7 @@ def _is_free(root: Path) -> bool:
 
 def _warn_of_changes(before: Config, now: Config) -> None:
     for item in fields(Config):
-        if getattr(before, item.name) != getattr(now, item.name):
+        if item.name != "cache" and getattr(before, item.name) != getattr(now, item.name):  # a cache changes no result
             log.warning("%s differs from the run that is resumed: the result is no longer that of one configuration",
                         item.name)
 

@@ -1,60 +1,93 @@
 """Tower output per video, once while the tower is frozen; and the loader that turns prompts into what the policy reads.
 
-Level one only: host memory, least recently used first out. Disk and pinned levels belong here too.
+Levels, nearest first: GPU, host memory (pinned where there is a GPU), disk (vision_store.py); below them decoded frames
+on disk, then the video itself. While the tower trains only frames are kept: its output is another one after every step.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
-from veripo_fast.config import VideoConfig
+from veripo_fast import encoding
+from veripo_fast.config import CacheConfig, VideoConfig
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.model import Policy, VisionFeatures
 from veripo_fast.packing import micro_batches
+from veripo_fast.prefetch import MediaSlots
 from veripo_fast.rollout import LoadedPrompt
-from veripo_fast.types import Media, MediaInputs, Prompt
-from veripo_fast.video.pool import MediaPool
+from veripo_fast.types import Media, MediaInputs, Prompt, Video
+from veripo_fast.video.contract import TEMPORAL_PATCH
+from veripo_fast.vision_store import (
+    DecodedMedia,
+    VisionStore,
+    read_frames,
+    read_tower,
+    tower_version,
+    write_frames,
+    write_tower,
+)
 
 log = logging.getLogger(__name__)
-MAX_CACHE_BYTES = 4 << 30
 MAX_PATCHES = 1 << 16
 """Patches per call of the tower; a larger video still runs, alone."""
-Entry: TypeAlias = tuple[MediaInputs, VisionFeatures | None]
-"""Media with pixels and no tower output yet, or without pixels and with it (or both, while the tower trains)."""
+Entry: TypeAlias = tuple[MediaInputs, VisionFeatures]
+"""Media and the tower's output, without pixels while the tower is frozen."""
+
+
+@dataclass(frozen=True)
+class VideoWork:
+    """What loading has cost so far; counts are of files (videos and images)."""
+
+    wait_seconds: float = 0.0
+    """Wall time in which the caller stood still for video: files looked up, read, decoded and cut into patches."""
+    video_decodes: int = 0
+    tower_runs: int = 0
+    """Files that went through the tower; updates of a tower that trains run it again and are not counted here."""
+    cache_hits: int = 0
+    """Files that were not decoded because a level had their tower output or their frames."""
+
+    def __sub__(self, other: VideoWork) -> VideoWork:
+        return VideoWork(*(now - before for now, before in zip(astuple(self), astuple(other), strict=True)))
 
 
 class VisionCache:
-    """Media key -> (media without pixels, tower output), bounded by bytes."""
+    """Media key -> (media without pixels, tower output), bounded by bytes; the least recently used go first."""
 
-    def __init__(self, max_bytes: int = MAX_CACHE_BYTES) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = self.hits = self.misses = 0
-        self._entries: OrderedDict[str, tuple[MediaInputs, VisionFeatures]] = OrderedDict()
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def get(self, key: str) -> tuple[MediaInputs, VisionFeatures] | None:
-        entry = self._entries.get(key)
-        if entry is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._entries.move_to_end(key)
-        return entry
+    def get(self, key: str) -> Entry | None:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._entries.move_to_end(key)
+            return entry
 
     def put(self, media: MediaInputs, features: VisionFeatures) -> None:
         """Keep the tower's output; `media` without its pixels."""
-        if media.key in self._entries or features.nbytes > self.max_bytes:
-            return
-        self._entries[media.key] = (media, features)
-        self.bytes += features.nbytes
-        while self.bytes > self.max_bytes:
-            _, (_, oldest) = self._entries.popitem(last=False)
-            self.bytes -= oldest.nbytes
+        with self._lock:
+            if media.key in self._entries or features.nbytes > self.max_bytes:
+                return
+            self._entries[media.key] = (media, features)
+            self.bytes += features.nbytes
+            while self.bytes > self.max_bytes:
+                _, (_, oldest) = self._entries.popitem(last=False)
+                self.bytes -= oldest.nbytes
 
 
 class PromptLoader:
@@ -64,28 +97,48 @@ class PromptLoader:
     """
 
     def __init__(self, policy: Policy, contract: VideoConfig, max_prompt_tokens: int,
-                 on_skip: Callable[[Prompt, str], None]) -> None:
+                 on_skip: Callable[[Prompt, str], None], cache: CacheConfig | None = None) -> None:
+        self.config = cache or CacheConfig()
         self.policy = policy
         self.contract = contract
         self.max_prompt_tokens = max_prompt_tokens
         self.on_skip = on_skip
-        self.cache = VisionCache()
+        self.cache = VisionCache(self.config.host_bytes)
+        self.gpu_cache = VisionCache(self.config.gpu_bytes if policy.device.type == "cuda" else 0)
+        self.work = VideoWork()
         self.bad: set[Prompt] = set()
         """By prompt, not by its id: training and evaluation files number their records alike."""
-        self._pool = MediaPool(contract)
+        self.store = VisionStore(Path(self.config.folder), self.config.disk_bytes) if self.config.folder else None
+        self._tower = tower_version(policy) if self.store and policy.frozen_vision else ""
+        self._slots: MediaSlots[Entry | DecodedMedia] = MediaSlots(
+            contract, self._fetch, max_bytes=self.config.prefetch_bytes, most_bytes=self._most_bytes,
+            nbytes=lambda found: found.nbytes if isinstance(found, DecodedMedia) else found[1].nbytes)
 
     def close(self) -> None:
-        """Stop the decoding threads."""
-        self._pool.close()
+        """Stop the decoding threads, and finish writing to the disk."""
+        self._slots.close()
+        if self.store is not None:
+            self.store.close()
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        """Fetch the media of the prompts that `load` will be asked for next, while the caller goes on."""
+        wanted = {prompt.media: prompt for prompt in prompts if prompt.media and prompt not in self.bad}
+        self._slots.ahead(dict(list(wanted.items())[:self.config.prefetch_prompts]))
 
     @torch.no_grad()
     def load(self, prompts: Sequence[Prompt]) -> list[LoadedPrompt]:
         """Load prompts in order, leaving out the bad ones; prompts with the same media share one decode."""
         wanted = [prompt for prompt in prompts if prompt not in self.bad]
-        distinct = {prompt.media: prompt for prompt in wanted if prompt.media}
-        results = dict(zip(distinct, self._pool.map(self._media, distinct.values()), strict=True))
-        entries = {key: entry for key, entry in results.items() if not isinstance(entry, MediaError)}
-        self._run_tower(entries)
+        started = time.perf_counter()
+        results = self._slots.take({prompt.media: prompt for prompt in wanted if prompt.media})
+        self._count(wait_seconds=time.perf_counter() - started)
+        decoded = {media: found for media, found in results.items() if isinstance(found, DecodedMedia)}
+        entries = {media: self._on_device(found) for media, found in results.items() if isinstance(found, tuple)}
+        fresh = [len(found.frames) for found in decoded.values() if not found.from_disk]
+        files = sum(len(media) for media, found in results.items() if not isinstance(found, MediaError))
+        self._count(video_decodes=sum(fresh), cache_hits=files - sum(fresh))
+        self._keep_frames(decoded)
+        entries |= self._run_tower(decoded)
         loaded = []
         for prompt in wanted:
             result = results.get(prompt.media)
@@ -97,28 +150,87 @@ class PromptLoader:
                 self._skip(prompt, str(error))
         return loaded
 
-    def _media(self, prompt: Prompt) -> Entry:
-        """Runs on a worker thread: cached tower output, or pixels."""
+    # -- on worker threads --------------------------------------------------------------------------------------
+
+    def _fetch(self, prompt: Prompt) -> Entry | DecodedMedia:
+        """The tower's output from the nearest level that has it, or frames."""
+        key = self.policy.encoder.media_key(prompt, self.contract)
         if self.policy.frozen_vision:
-            entry = self.cache.get(self.policy.encoder.media_key(prompt, self.contract))
+            entry = (self.gpu_cache.get(key) if self.gpu_cache.max_bytes else None) or self.cache.get(key)
             if entry is not None:
                 return entry
-        media = self.policy.encoder.load_media(prompt, self.contract)
-        assert media is not None
-        return media, None
+        if self.store is not None:
+            entry = read_tower(self.store, self._tower, key) if self.policy.frozen_vision else None
+            if entry is not None:
+                return self._keep_in_host(*entry)
+            decoded = read_frames(self.store, key)
+            if decoded is not None:
+                return decoded
+        factor = self.policy.encoder.vision.factor
+        return DecodedMedia(encoding.decode_frames(prompt.media, self.contract, factor), key)
 
-    def _run_tower(self, entries: dict[tuple[Media, ...], Entry]) -> None:
-        """Fill in the missing tower outputs, several videos per call, and cache them while the tower is frozen."""
-        new = [(key, media) for key, (media, features) in entries.items() if features is None]
-        for run in micro_batches([int(media.grid_thw.prod(-1).sum()) for _, media in new], MAX_PATCHES):
-            outputs = self.policy.vision_features_of([new[i][1] for i in run])
-            for i, features in zip(run, outputs, strict=True):
-                key, media = new[i]
-                if self.policy.frozen_vision:
-                    media = replace(media, pixel_values=None)
-                    features = VisionFeatures(features.embeddings.clone(), tuple(d.clone() for d in features.deepstack))
-                    self.cache.put(media, features)
-                entries[key] = media, features
+    def _most_bytes(self, prompt: Prompt) -> int:
+        """Bound on the frames that the contract takes of a prompt's media."""
+        frames = self.contract.num_frames or self.contract.max_frames
+        return sum((frames if isinstance(medium, Video) else TEMPORAL_PATCH) * 3 * self.contract.max_pixels
+                   for medium in prompt.media)
+
+    def _patches(self, decoded: DecodedMedia) -> MediaInputs:
+        return self.policy.encoder.media_inputs(decoded.frames, decoded.key)
+
+    # -- on the caller's thread -----------------------------------------------------------------------------------
+
+    def _run_tower(self, decoded: Mapping[tuple[Media, ...], DecodedMedia]) -> dict[tuple[Media, ...], Entry]:
+        """Tower outputs of frames, several videos per call; kept while the tower is frozen."""
+        entries: dict[tuple[Media, ...], Entry] = {}
+        names = list(decoded)
+        for run in micro_batches([self._num_patches(item) for item in decoded.values()], MAX_PATCHES):
+            started = time.perf_counter()
+            inputs = [media for media in self._slots.map(self._patches, [decoded[names[i]] for i in run])
+                      if not isinstance(media, MediaError)]
+            self._count(wait_seconds=time.perf_counter() - started)
+            for i, media, features in zip(run, inputs, self.policy.vision_features_of(inputs), strict=True):
+                self._count(tower_runs=len(media.kinds))
+                entries[names[i]] = self._keep(media, features) if self.policy.frozen_vision else (media, features)
+        return entries
+
+    def _num_patches(self, decoded: DecodedMedia) -> int:
+        spec = self.policy.encoder.vision
+        return sum(-(-len(pixels) // spec.temporal_patch_size) * (pixels[0, 0].numel() // spec.patch_size ** 2)
+                   for _, pixels, _ in decoded.frames)
+
+    def _keep(self, media: MediaInputs, features: VisionFeatures) -> Entry:
+        """Put a new output into every level; in memory of its own, because it is a part of the batch's."""
+        media = replace(media, pixel_values=None)
+        features = _each(features, torch.Tensor.clone)
+        self.gpu_cache.put(media, features)
+        if self.store is not None or features.nbytes <= self.cache.max_bytes:
+            _, host = self._keep_in_host(media, features)
+            if self.store is not None:
+                write_tower(self.store, self._tower, media, host)
+        return media, features
+
+    def _keep_in_host(self, media: MediaInputs, features: VisionFeatures) -> Entry:
+        """The entry in host memory, as the host level keeps it if it has room for it."""
+        host = features
+        if self.policy.device.type == "cuda":
+            host = _each(features, _pinned if features.nbytes <= self.cache.max_bytes else torch.Tensor.cpu)
+        self.cache.put(media, host)
+        return media, host
+
+    def _on_device(self, entry: Entry) -> Entry:
+        media, features = entry
+        if features.embeddings.device == self.policy.device:
+            return entry
+        features = _each(features, lambda level: level.to(self.policy.device, non_blocking=True))
+        self.gpu_cache.put(media, features)
+        return media, features
+
+    def _keep_frames(self, decoded: Mapping[tuple[Media, ...], DecodedMedia]) -> None:
+        if self.store is not None and (self.config.frames or not self.policy.frozen_vision):
+            for item in decoded.values():
+                if not item.from_disk:
+                    write_frames(self.store, item)
 
     def _encode(self, prompt: Prompt, entry: Entry | None) -> LoadedPrompt:
         media, features = entry or (None, None)
@@ -133,3 +245,15 @@ class PromptLoader:
         self.bad.add(prompt)
         log.warning("skipped %s: %s", prompt.prompt_id, reason)
         self.on_skip(prompt, reason)
+
+    def _count(self, **more: float) -> None:
+        self.work = replace(self.work, **{name: getattr(self.work, name) + value for name, value in more.items()})
+
+
+def _each(features: VisionFeatures, change: Callable[[torch.Tensor], torch.Tensor]) -> VisionFeatures:
+    return VisionFeatures(change(features.embeddings), tuple(change(level) for level in features.deepstack))
+
+
+def _pinned(level: torch.Tensor) -> torch.Tensor:
+    """A copy in page-locked host memory, from which the GPU reads without the CPU waiting."""
+    return torch.empty(level.shape, dtype=level.dtype, pin_memory=True).copy_(level)

@@ -101,6 +101,8 @@ def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
             kinds = {"a cover picture" if other is stream else str(other.type) for other in container.streams}
             raise MediaError(f"{path} has no video stream (it holds {', '.join(sorted(kinds)) or 'nothing'})")
+        if stream.codec_context is None:
+            raise MediaError(f"{path} holds video in a format that this FFmpeg cannot decode")
         stream.codec_context.thread_count = 1
         yield container, stream
 
