@@ -141,18 +141,22 @@ def test_what_the_mask_leaves_out_may_be_anything(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_dead_tokens_are_only_looked_at(impl: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Completions of advantage 0, and masked tokens, enter no gradient product; masked ones no product at all."""
+    """Completions of advantage 0, masked tokens, and clipped ones where they are an eighth of a run, enter no gradient
+    product; masked ones no product at all."""
     monkeypatch.undo()
     data = packed(policy(name), mask=True, vocabulary=30)
     kept = data.mask != 0
     owner = reference.sequence_index(data.cu_seqlens, 14)
     live = kept & (data.advantages != 0)[owner]
     assert 0 < live.sum() < kept.sum() < 14
+    moved = int(data.run(impl)["dhidden"].any(1).sum())
+    taken = moved if 8 * moved <= 7 * live.sum() else int(live.sum())
+    assert name == "gspo" or taken < live.sum(), "nothing is clipped"
     for frozen, products in (("", 2), ("head", 1), ("hidden", 1)):
         with counted(impl) as work:
             replace(data, frozen=frozen).run(impl)
         assert sum(work.logits) == kept.sum()
-        assert work.gradients == [int(live.sum())] * products
+        assert work.gradients == [taken] * products
     with counted(impl) as work:
         got = replace(data, advantages=torch.zeros(6)).run(impl)
     assert sum(work.logits) == kept.sum() and sum(work.gradients) == 0

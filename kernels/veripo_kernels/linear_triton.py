@@ -17,7 +17,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from veripo_kernels.jit import linear as jit
-from veripo_kernels.linear_torch import Gradients, Head, Statistics
+from veripo_kernels.linear_torch import Gradients, Head, Statistics, live_rows
 
 _ROWS = 8192
 """Rows whose statistics are taken at once: the sums of their tiles are 58 MiB for V = 151,936."""
@@ -195,19 +195,24 @@ class Workspace:
     def accumulate(self, kept: torch.Tensor, scale: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor) -> None:
         """dhidden[rows] = scale * (kept @ head), dweight += kept.T @ (scale * hidden)."""
         scale = torch.where(scale == 0, 0, scale / self.head.temperature)
+        some = live_rows(scale)
+        if some is not None:  # clipped tokens, say; their rows of `kept` are left out slab by slab
+            scale, hidden, rows = scale[some], hidden[some], rows[some]
+        scaled, power = hidden.float() * scale[:, None], 1.0
+        if self.dtype == torch.float16:  # an exact factor that brings the largest number to [8192, 16384)
+            largest = float(scaled.abs().amax()) if len(scaled) else 0.0
+            power = 2.0 ** (13 - math.floor(math.log2(largest))) if 0 < largest < math.inf else 1.0
+        scaled = (scaled * power).to(self.dtype)
+        product = torch.zeros_like(hidden, dtype=torch.float32)
+        for start in range(0, self.head.vocabulary, _SLAB):
+            part = kept[:, start:start + _SLAB]
+            part = part if some is None else part[some]
+            if self.dhidden is not None:
+                add_product(product, part, self.head.weight[start:start + _SLAB].to(self.dtype))
+            if self.dweight is not None:
+                add_product(self.dweight[start:start + _SLAB], part.t(), scaled, alpha=1 / power)
         if self.dhidden is not None:
-            product = torch.zeros(len(kept), hidden.shape[1], dtype=torch.float32, device=hidden.device)
-            for start in range(0, self.head.vocabulary, _SLAB):
-                slab = self.head.weight[start:start + _SLAB].to(self.dtype)
-                add_product(product, kept[:, start:start + _SLAB], slab)
             self.dhidden[rows] = (scale[:, None] * product).to(self.dhidden.dtype)
-        if self.dweight is not None:
-            scaled = hidden.float() * scale[:, None]
-            power = 1.0
-            if self.dtype == torch.float16:  # an exact factor that brings the largest number to [8192, 16384)
-                largest = float(scaled.abs().amax()) if len(scaled) else 0.0
-                power = 2.0 ** (13 - math.floor(math.log2(largest))) if 0 < largest < math.inf else 1.0
-            add_product(self.dweight, kept.t(), (scaled * power).to(self.dtype), alpha=1 / power)
 
     def add(self, rows: torch.Tensor, more: Gradients) -> None:
         """As in `linear_torch.Workspace.add`."""
