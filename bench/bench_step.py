@@ -11,17 +11,16 @@ so the ratio is that of the language model; `--train-vision` runs the tower too,
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import recipe
 import torch
 import transformers
+from measure import peak_bytes
 from veripo_kernels import reference
 
 from veripo_fast import attention_backends
@@ -130,25 +129,6 @@ class Step:
         return torch.cat([p.grad.float().flatten() for p in self.model.parameters() if p.grad is not None])
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Peak memory of a call above what was in use before it: CUDA's allocator, or resident memory on Linux."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not hide what this one needs
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_bytes("VmRSS")
-    run()
-    return status_bytes("VmHWM") - before
-
-
-def status_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def timed(run: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -227,7 +207,7 @@ def main() -> None:
     memory = {}
     for name, run in ways.items():
         step.model.zero_grad()
-        memory[name] = peak_bytes(run)
+        memory[name] = peak_bytes(run, torch.get_default_device())
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.runs):
         for name, run in ways.items():

@@ -169,11 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
 // probability, ten times what autograd's log_softmax is off. The row is still in the cache: it takes a fifth longer.
 Tensor backward(const Tensor& logits, const Tensor& token_ids, const Tensor& lse, const Tensor& entropy,
                 const Tensor& dlogprobs, const Tensor& dentropy, double temperature) {
-  check(logits, token_ids, temperature);
-  check_vector("lse", lse, ScalarType::Float, logits);
-  check_vector("entropy", entropy, ScalarType::Float, logits);
-  check_vector("dlogprobs", dlogprobs, ScalarType::Float, logits);
-  check_vector("dentropy", dentropy, ScalarType::Float, logits);
+  check_backward(logits, token_ids, lse, entropy, dlogprobs, dentropy, temperature);
   Tensor dlogits = fresh_gradient(logits);
   const Exponent exponent(temperature);
   const int64_t vocabulary = logits.size(1);

@@ -290,11 +290,7 @@ void launch_backward(const Tensor& logits, const Tensor& token_ids, const Tensor
 
 Tensor backward(const Tensor& logits, const Tensor& token_ids, const Tensor& lse, const Tensor& entropy,
                 const Tensor& dlogprobs, const Tensor& dentropy, double temperature) {
-  check(logits, token_ids, temperature);
-  check_vector("lse", lse, ScalarType::Float, logits);
-  check_vector("entropy", entropy, ScalarType::Float, logits);
-  check_vector("dlogprobs", dlogprobs, ScalarType::Float, logits);
-  check_vector("dentropy", dentropy, ScalarType::Float, logits);
+  check_backward(logits, token_ids, lse, entropy, dlogprobs, dentropy, temperature);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   Tensor dlogits = matrix_like(logits);
   if (logits.size(0) > 0)

@@ -75,6 +75,15 @@ inline void check(const Tensor& logits, const Tensor& token_ids, double temperat
   check_temperature(temperature);
 }
 
+inline void check_backward(const Tensor& logits, const Tensor& token_ids, const Tensor& lse, const Tensor& entropy,
+                           const Tensor& dlogprobs, const Tensor& dentropy, double temperature) {
+  check(logits, token_ids, temperature);
+  check_vector("lse", lse, ScalarType::Float, logits);
+  check_vector("entropy", entropy, ScalarType::Float, logits);
+  check_vector("dlogprobs", dlogprobs, ScalarType::Float, logits);
+  check_vector("dentropy", dentropy, ScalarType::Float, logits);
+}
+
 inline Tensor float_vector(const Tensor& logits) {
   return torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float);
 }

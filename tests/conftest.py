@@ -8,9 +8,10 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # xdist workers share the 
     os.environ.setdefault(_name, "1")
 
 import importlib.util
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -31,6 +32,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.install()
 
 import pytest
+from report_browser import Browser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PYTHONPATH = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
@@ -52,3 +54,13 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 def veripo() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command line in a subprocess: `veripo("train", "--config", path)`."""
     return lambda *arguments, **options: run_python("-m", "veripo_fast.cli", *map(str, arguments), **options)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("Chromium is not installed: as root, `apt-get install chromium chromium-driver` "
+                    "(`make test` does it when it runs as root)")
+    started = Browser(tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()

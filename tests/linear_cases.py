@@ -244,6 +244,13 @@ def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
+def assert_readme_bounds(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """What README promises for bfloat16 inputs."""
+    error = (got["logprobs"] - want["logprobs"]).abs()
+    assert error.max() <= 2e-4 and error.mean() <= 2e-5
+    assert relative_rms(got["dhead"], want["dhead"]) <= 2e-3
+
+
 # -- what is done ----------------------------------------------------------------------------------------------------
 
 

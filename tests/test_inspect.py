@@ -21,9 +21,9 @@ import pytest
 import torch
 from conftest import PYTHONPATH
 from PIL import Image as PilImage
+from report_browser import Browser
 
 from tests import clips
-from tests.report_browser import Browser
 from veripo_fast import inspect_corpus
 from veripo_fast.cli import main
 from veripo_fast.config import Config, DataConfig, ModelConfig, VideoConfig
@@ -407,16 +407,6 @@ def test_histogram_counts_every_value() -> None:
 def test_units_for_people() -> None:
     assert [memory(value) for value in (0, 999, 1500, 2_345_000_000)] == ["0 B", "999 B", "1.5 KB", "2.3 GB"]
     assert [duration(value) for value in (1.25, 150, 9000, 200_000)] == ["1.2 s", "2.5 min", "2.5 h", "2.3 days"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("Chromium is not installed: as root, `apt-get install chromium chromium-driver` "
-                    "(`make test` does it when it runs as root)")
-    started = Browser(tmp_path_factory.mktemp("profile"))
-    yield started
-    started.close()
 
 
 def test_browser_shows_the_page(browser: Browser, result: tuple[Path, str]) -> None:

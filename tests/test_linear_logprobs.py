@@ -16,7 +16,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import Rows, check, complaints, counted, install, mutant, relative_rms, rows, use_small_blocks
+from linear_cases import (
+    Rows,
+    assert_readme_bounds,
+    check,
+    complaints,
+    counted,
+    install,
+    mutant,
+    relative_rms,
+    rows,
+    use_small_blocks,
+)
 from loss_cases import rand
 from veripo_kernels import linear_torch, linear_triton
 from veripo_kernels.jit import linear as kernels
@@ -89,10 +100,7 @@ def test_gradcheck() -> None:
 def test_bounds_that_readme_promises(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     data = rows(40, 64, 300, dtype=BF16, scale=0.5, temperature=0.8)
-    got, want = data.run(impl), data.define(torch.float64)
-    error = (got["logprobs"] - want["logprobs"]).abs()
-    assert error.max() <= 2e-4 and error.mean() <= 2e-5
-    assert relative_rms(got["dhead"], want["dhead"]) <= 2e-3
+    assert_readme_bounds(data.run(impl), data.define(torch.float64))
 
 
 # -- extremes --------------------------------------------------------------------------------------------------------

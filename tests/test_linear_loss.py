@@ -16,7 +16,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import Packed, check_loss, counted, install, mutant, packed, relative_rms, use_small_blocks
+from linear_cases import (
+    Packed,
+    assert_readme_bounds,
+    check_loss,
+    counted,
+    install,
+    mutant,
+    packed,
+    relative_rms,
+    use_small_blocks,
+)
 from loss_cases import POLICY_LOSSES, PREFERENCE_LOSSES, cu_seqlens, pairwise_cases, policy, preference
 from veripo_kernels import linear_loss, linear_policy_loss, linear_torch, reference
 from veripo_kernels.jit import linear as kernels
@@ -103,10 +113,7 @@ def test_bounds_that_readme_promises(impl: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     data = packed(policy("grpo", clip_low=1.0, clip_high=9.0), (9, 12, 19), width=64, vocabulary=300, dtype=BF16,
                   head_scale=0.25)
-    got, want = data.run(impl), data.define(torch.float64)
-    error = (got["logprobs"] - want["logprobs"]).abs()
-    assert error.max() <= 2e-4 and error.mean() <= 2e-5
-    assert relative_rms(got["dhead"], want["dhead"]) <= 2e-3
+    assert_readme_bounds(data.run(impl), data.define(torch.float64))
 
 
 # -- nothing to do ---------------------------------------------------------------------------------------------------

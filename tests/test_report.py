@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_browser import Browser
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
-from tests.report_browser import Browser
 from tests.report_run import half_done, make_run
 from veripo_fast import report
 from veripo_fast.errors import UserError
@@ -176,16 +175,6 @@ def test_long_series_keep_their_spikes() -> None:
 
 
 # --- a real browser ---------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("Chromium is not installed: as root, `apt-get install chromium chromium-driver` "
-                    "(`make test` does it when it runs as root)")
-    started = Browser(tmp_path_factory.mktemp("profile"))
-    yield started
-    started.close()
-
 
 def test_browser_shows_charts_and_frames(browser: Browser, page: Path) -> None:
     browser.open(page)

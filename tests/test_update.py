@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clips import truncated
-from veripo_kernels import PreferenceLoss
+from veripo_kernels import PolicyLoss, PreferenceLoss
 
 from veripo_fast import encoding
 from veripo_fast.config import Config, DpoConfig, GrpoConfig, ModelConfig, OptimizerConfig, RolloutConfig, VideoConfig
-from veripo_fast.dpo import PairRow, dpo_update, pair_logprobs, reference_logprobs, step_order
-from veripo_fast.grpo import GrpoUpdate, reward_groups, rollout_metrics
+from veripo_fast.dpo import PairRow, dpo_update, pair_logprobs, preference_loss, reference_logprobs, step_order
+from veripo_fast.grpo import GrpoUpdate, policy_loss, reward_groups, rollout_metrics
 from veripo_fast.model import Policy, VisionFeatures, load_policy
 from veripo_fast.optim import Optimizer
 from veripo_fast.packing import pack
@@ -69,6 +69,15 @@ def config_of(max_tokens: int = WHOLE, dpo: DpoConfig | None = None, **grpo: obj
     return Config(rollout=RolloutConfig(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS),
                   grpo=GrpoConfig(**({"prompts_per_step": 4} | grpo)), dpo=dpo or DpoConfig(),
                   optimizer=OptimizerConfig(max_tokens=max_tokens))
+
+
+def test_every_option_of_a_loss_reaches_it() -> None:
+    grpo = {"loss": "dapo", "aggregation": "sequence", "clip_low": 0.1, "clip_high": 0.3, "dual_clip": 4.0,
+            "kl_coef": 0.2, "kl_kind": "k2"}
+    assert policy_loss(config_of(**grpo)) == PolicyLoss(**grpo, constant_length=MAX_NEW_TOKENS)
+    dpo = {"loss": "robust", "dpo_beta": 0.3, "nll_coef": 0.5, "length_normalize": True, "label_smoothing": 0.1,
+           "ld_alpha": 0.4}
+    assert preference_loss(config_of(dpo=DpoConfig(**dpo))) == PreferenceLoss(**dpo)
 
 
 def optimizer_of(policy: Policy, config: Config, kind: type[Optimizer] = Gradients, peak: float = 1e-3) -> Optimizer:

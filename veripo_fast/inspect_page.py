@@ -14,13 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
-from markupsafe import Markup
 
 from veripo_fast.config import Config, VideoConfig
-from veripo_fast.report import ASSETS, MAX_SKIPPED
+from veripo_fast.report import MAX_SKIPPED, page_environment
 from veripo_fast.report_axes import number, tick_labels, ticks
 from veripo_fast.report_data import plural
 from veripo_fast.report_frames import spread
@@ -53,11 +51,8 @@ def render(table: pa.Table, thumbnails: Mapping[int, Sequence[str]], corpus: Cor
 
     skipped = [*skipped_media(table), *corpus.records]
     ok = table.filter(pc.equal(table["status"], "ok"))
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True)
-    return environment.get_template("inspect.html").render(
-        name=", ".join(data), style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    return page_environment().get_template("inspect.html").render(
+        name=", ".join(data), written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         figures=_figures(table, ok, len(corpus.records)), notes=_notes(table, corpus, config, sizes),
         reasons=_reasons([(item.path, item.reason) for item in skipped]), skipped_total=len(skipped),
         skipped_rows=[(item.record, item.reason.removeprefix(item.path).strip()) for item in skipped[:MAX_SKIPPED]],

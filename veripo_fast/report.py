@@ -42,9 +42,16 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     return target
 
 
-def _render(run: RunData) -> str:
+def page_environment() -> jinja2.Environment:
+    """How pages are rendered; templates find the style sheet as `style`."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
+    environment.globals["style"] = Markup((ASSETS / "report.css").read_text(encoding="utf-8"))
+    return environment
+
+
+def _render(run: RunData) -> str:
+    environment = page_environment()
     environment.filters |= {"percent": report_scores.percent, "tidy": report_scores.tidy}
     environment.globals |= {"interval": report_scores.interval, "other_score": report_scores.other_score,
                             "stage_state": report_scores.stage_state, "stage_text": report_scores.stage_text}
@@ -59,7 +66,6 @@ def _context(run: RunData) -> Row:
     return {
         "run": run,
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "style": Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
         "script": Markup(script),
         "script_hash": f"sha256-{digest}",
         "figures": report_scores.headline(run),

@@ -1,7 +1,8 @@
 """The linear ops in plain torch: tiles of the vocabulary against runs of rows, so that logits never exist as a whole.
 
 Products are taken in float32 (float64 stays) whatever the inputs' type, so nothing is rounded between hidden states and
-loss. `linear_triton.py` has the same three entry points: `statistics`, `gradients` and `Workspace`.
+loss. `linear_triton.py` has the same four entry points: `statistics`, `statistics_and_direction`, `gradients` and
+`Workspace`.
 
 Letters: T rows, R rows of a run, V vocabulary, D hidden.
 """
@@ -134,10 +135,11 @@ def statistics(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, *, ent
         for start, tile in _tiles(head, rows.dtype):
             online.add(_logits(rows, tile, start, head, buffer), _own(token_ids[run], start, len(tile)), entropy)
         parts.append(online.statistics())
-    return _cat(parts, hidden)
+    return joined(parts, hidden)
 
 
-def _cat(parts: list[Statistics], hidden: torch.Tensor) -> Statistics:
+def joined(parts: list[Statistics], hidden: torch.Tensor) -> Statistics:
+    """Statistics of all rows from those of their runs, of which there may be none."""
     empty = hidden.new_empty(0, dtype=product_dtype(hidden))
     return Statistics(*(torch.cat([empty, *(getattr(part, name) for part in parts)])
                         for name in ("logprobs", "entropy", "logsumexp")))
@@ -164,7 +166,7 @@ def statistics_and_direction(hidden: torch.Tensor, head: Head, token_ids: torch.
         # with the own token kept out of the sums: (1 - p_y) W_y - sum over the others of p W
         scale = (online.maximum - found.logsumexp).exp()[:, None] / head.temperature
         directions.append(scale * (online.others[:, None] * own_pull - pulled))
-    return _cat(parts, hidden), torch.cat(directions)
+    return joined(parts, hidden), torch.cat(directions)
 
 
 def _steepness(logits: torch.Tensor, head: Head) -> torch.Tensor | None:
@@ -195,14 +197,24 @@ def _own_slopes(logprobs: torch.Tensor, slopes: torch.Tensor, entropy_slopes: to
     return by_logprob - torch.where(p > 0, entropy_slopes * p * (logprobs + entropy), 0)
 
 
+def live_rows(slopes: torch.Tensor, entropy_slopes: torch.Tensor | None) -> torch.Tensor:
+    """The rows that have a slope, int64."""
+    return (slopes != 0 if entropy_slopes is None else (slopes != 0) | (entropy_slopes != 0)).nonzero()[:, 0]
+
+
+def few_rows(slopes: torch.Tensor, entropy_slopes: torch.Tensor | None = None) -> torch.Tensor | None:
+    """`live_rows`, or None where leaving the others out saves less than picking these costs."""
+    live = live_rows(slopes, entropy_slopes)
+    return live if 8 * len(live) <= 7 * len(slopes) else None
+
+
 def gradients(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, found: Statistics, slopes: torch.Tensor,
               entropy_slopes: torch.Tensor | None, *, needs: tuple[bool, bool, bool]) -> Gradients:
     """Gradients of sum(slopes * logprobs + entropy_slopes * entropy) by hidden, weight and bias, where `needs` says so.
 
     Logits are computed again (three products with the two gradients), for the rows with a slope only.
     """
-    live = slopes != 0 if entropy_slopes is None else (slopes != 0) | (entropy_slopes != 0)
-    rows = live.nonzero()[:, 0]
+    rows = live_rows(slopes, entropy_slopes)
     dtype = product_dtype(hidden)
     dhidden = torch.zeros(len(rows), hidden.shape[1], dtype=dtype, device=hidden.device)
     dweight = (torch.empty_like if len(rows) else torch.zeros_like)(head.weight) if needs[1] else None
@@ -241,12 +253,6 @@ def gradients(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, found: 
     return Gradients(full, dweight, dbias)
 
 
-def live_rows(slopes: torch.Tensor, entropy_slopes: torch.Tensor | None = None) -> torch.Tensor | None:
-    """The rows that have a slope, int64; None where leaving the others out saves less than picking these costs."""
-    live = (slopes != 0 if entropy_slopes is None else (slopes != 0) | (entropy_slopes != 0)).nonzero()[:, 0]
-    return live if 8 * len(live) <= 7 * len(slopes) else None
-
-
 class Workspace:
     """Logits of one run of rows, kept between `open` (their statistics) and `close` (both gradients): three products.
 
@@ -254,8 +260,7 @@ class Workspace:
     """
 
     def __init__(self, head: Head, hidden: torch.Tensor, rows: int, *, needs_hidden: bool, needs_weight: bool) -> None:
-        self.head, self.rows = head, rows
-        self.dtype = product_dtype(hidden)
+        self.head, self.dtype = head, product_dtype(hidden)
         self.logits = torch.empty(rows, head.vocabulary, dtype=self.dtype, device=hidden.device)
         self.dhidden = torch.zeros_like(hidden) if needs_hidden else None
         self.dweight = torch.zeros(head.weight.shape, dtype=self.dtype, device=hidden.device) if needs_weight else None
@@ -279,7 +284,7 @@ class Workspace:
 
     def close(self, slopes: torch.Tensor, entropy_slopes: torch.Tensor | None, rows: torch.Tensor) -> None:
         """Add the gradients for slopes [R]; `rows` int64 [R] says which rows of the whole the run was."""
-        found, x, ids, some = self.found, self.x, self.ids, live_rows(slopes, entropy_slopes)
+        found, x, ids, some = self.found, self.x, self.ids, few_rows(slopes, entropy_slopes)
         if some is not None:  # clipped tokens, say
             x, ids, rows, slopes = x[some], ids[some], rows[some], slopes[some]
             entropy_slopes = None if entropy_slopes is None else entropy_slopes[some]

@@ -17,7 +17,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from veripo_kernels.jit import linear as jit
-from veripo_kernels.linear_torch import Gradients, Head, Statistics, live_rows
+from veripo_kernels.linear_torch import Gradients, Head, Statistics, few_rows, joined, live_rows
 
 _ROWS = 8192
 """Rows whose statistics are taken at once: the sums of their tiles are 58 MiB for V = 151,936."""
@@ -91,17 +91,12 @@ class _Tiles:
 
 def statistics(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, *, entropy: bool) -> Statistics:
     """As in `linear_torch.statistics`."""
-    parts = [Statistics(*hidden.new_empty(3, 0, dtype=torch.float32))]
+    parts: list[Statistics] = []
     for start in range(0, len(hidden), _ROWS):
         tiles = _Tiles(hidden[start:start + _ROWS], head, token_ids[start:start + _ROWS])
         tiles.run(jit.STATISTICS, entropy)
         parts.append(tiles.combine(entropy)[0])
-    return _joined(parts)
-
-
-def _joined(parts: list[Statistics]) -> Statistics:
-    return Statistics(*(torch.cat([getattr(part, name) for part in parts])
-                        for name in ("logprobs", "entropy", "logsumexp")))
+    return joined(parts, hidden)
 
 
 def statistics_and_direction(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, workspace_bytes: int = 1 << 30
@@ -109,20 +104,20 @@ def statistics_and_direction(hidden: torch.Tensor, head: Head, token_ids: torch.
     """As in `linear_torch.statistics_and_direction`."""
     rows = min(Workspace.rows_for(workspace_bytes, head, hidden), max(len(hidden), 1))
     space = Workspace(head, hidden, rows, needs_hidden=True, needs_weight=False, dhidden_dtype=torch.float32)
-    parts = [Statistics(*hidden.new_empty(3, 0, dtype=torch.float32))]
+    parts: list[Statistics] = []
     for index in torch.arange(len(hidden), device=hidden.device).split(rows):
         parts.append(space.open(hidden[index], token_ids[index], None))
         space.close(torch.ones_like(parts[-1].logprobs), None, index)
     direction = space.finish().hidden
     assert direction is not None
-    return _joined(parts), direction
+    return joined(parts, hidden), direction
 
 
 def gradients(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, found: Statistics, slopes: torch.Tensor,
               entropy_slopes: torch.Tensor | None, *, needs: tuple[bool, bool, bool], workspace_bytes: int = 1 << 30
               ) -> Gradients:
     """As in `linear_torch.gradients`."""
-    live = (slopes != 0 if entropy_slopes is None else (slopes != 0) | (entropy_slopes != 0)).nonzero()[:, 0]
+    live = live_rows(slopes, entropy_slopes)
     rows = min(Workspace.rows_for(workspace_bytes, head, hidden), max(len(live), 1))
     space = Workspace(head, hidden, rows, needs_hidden=needs[0], needs_weight=needs[1])
     dbias = torch.zeros(head.vocabulary, dtype=torch.float32, device=hidden.device) if needs[2] else None
@@ -195,7 +190,7 @@ class Workspace:
     def accumulate(self, kept: torch.Tensor, scale: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor) -> None:
         """dhidden[rows] = scale * (kept @ head), dweight += kept.T @ (scale * hidden)."""
         scale = torch.where(scale == 0, 0, scale / self.head.temperature)
-        some = live_rows(scale)
+        some = few_rows(scale)
         if some is not None:  # clipped tokens, say; their rows of `kept` are left out slab by slab
             scale, hidden, rows = scale[some], hidden[some], rows[some]
         scaled, power = hidden.float() * scale[:, None], 1.0
