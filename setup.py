@@ -18,9 +18,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-CPU = Extension("veripo_kernels._cpp", ["csrc/gather_logprobs.cpp"], optional=True,
-                depends=["csrc/gather_logprobs.h", "csrc/rows.h"])
-CUDA = Extension("veripo_kernels._cuda", ["csrc/gather_logprobs.cu"], optional=True, depends=["csrc/gather_logprobs.h"])
+HEADERS = ["csrc/gather_logprobs.h", "csrc/frames_to_patches.h", "csrc/rows.h"]
+CPU = Extension("veripo_kernels._cpp", ["csrc/gather_logprobs.cpp", "csrc/frames_to_patches.cpp"], optional=True,
+                depends=HEADERS)
+CUDA = Extension("veripo_kernels._cuda", ["csrc/gather_logprobs.cu"], optional=True, depends=HEADERS)
 FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020B000000000000"]  # the oldest torch that may load it: 2.11
 
 

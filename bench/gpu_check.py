@@ -25,7 +25,7 @@ from typing import Any
 import kernel_child
 
 REPOSITORY = kernel_child.BENCH.parent
-GPU_TESTS = ("tests/test_gather.py", "tests/test_attention_backends.py")
+GPU_TESTS = ("tests/test_gather.py", "tests/test_attention_backends.py", "tests/test_video_gpu.py")
 """Test files that put their tensors on a GPU where there is one; the others test kernels in the interpreter."""
 BUDGET_SECONDS, PART_SECONDS = 570, 150
 _RESULT = "RESULT "
@@ -117,9 +117,16 @@ def part_memory(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
                   workspace_bytes=sizes.workspace_bytes)
 
 
+def part_video(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
+    import video_gpu
+
+    return list(video_gpu.rows(device, video_gpu.TINY if sizes.tiny else video_gpu.Sizes()))
+
+
 PARTS: dict[str, Callable[[Any, Sizes], list[dict[str, Any]]]] = {
     "trainable-head": _part_products(True), "frozen-head": _part_products(False), "gather": part_gather,
-    "losses": part_losses, "idle": part_idle, "memory": part_memory, "accuracy": part_accuracy, "sweep": part_sweep,
+    "losses": part_losses, "idle": part_idle, "memory": part_memory, "accuracy": part_accuracy, "video": part_video,
+    "sweep": part_sweep,
 }
 """In the order of what a short visit to a GPU should bring home first."""
 

@@ -203,3 +203,12 @@ def answer(folder: Path) -> None:
 
 if __name__ == "__main__":
     answer(Path(sys.argv[1]))
+
+
+def test_fingerprint_knows_gpu_decoders(tmp_path: Path) -> None:
+    """CPU decoders give the same bits (test_video_exactness.py); NVDEC and DALI round colours in their own ways."""
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    keys = {decoder: fingerprint(Video(str(tmp_path / "a.mp4")), VideoConfig(decoder=decoder))
+            for decoder in ("auto", "pyav", "torchcodec", "nvdec", "dali")}
+    assert keys["auto"] == keys["pyav"] == keys["torchcodec"]
+    assert len(set(keys.values())) == 3

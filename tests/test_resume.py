@@ -32,7 +32,7 @@ def records(path):
     """Without wall times and what a new process has to decode again; none when there is no file."""
     if not path.exists():
         return []
-    left_out = ("seconds", "video_decodes", "tower_runs", "cache_hits")
+    left_out = ("seconds", "video_decodes", "tower_runs", "cache_hits", "decoder_fallbacks")
     return [{k: v for k, v in json.loads(line).items() if k not in left_out} for line in path.read_text().splitlines()]
 
 

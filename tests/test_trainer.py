@@ -22,7 +22,8 @@ from veripo_fast.types import Completion, Image, Prompt, RolloutGroup, Video
 from veripo_fast.verifier import read_pairs
 
 STAGES = ["grpo-1", "grpo-1", "dpo-1", "dpo-1", "grpo-2", "grpo-2"]
-STATE = {"global_step", "stage", "kind", "step", "seconds", "video_decodes", "tower_runs", "cache_hits"}
+STATE = {"global_step", "stage", "kind", "step", "seconds", "video_decodes", "tower_runs", "cache_hits",
+         "decoder_fallbacks"}
 GRPO = STATE | {"reward_mean", "accuracy_mean", "format_mean", "length_mean", "finished_share", "zero_variance_share",
                 "prompts", "updates", "loss", "kl", "clip_share", "ratio_max", "parity_max", "grad_norm",
                 "learning_rate", "skipped_updates", "packed_tokens"}

@@ -66,6 +66,9 @@ class VideoConfig:
     """Smallest frame area after resizing, in pixels."""
     max_pixels: int = 128 * 28 * 28
     """Largest frame area after resizing, in pixels."""
+    decoder: Literal["auto", "pyav", "torchcodec", "nvdec", "dali"] = "auto"
+    """`auto`: PyAV or torchcodec on the CPU, per file; or the one to begin with, another takes over where it refuses a
+    file: `pyav`, `torchcodec`, or on a GPU `nvdec` (torchcodec) or `dali`. GPU decoders round colours differently."""
     workers: int = 2
     """Threads that decode; each holds one video."""
     timeout_seconds: float = 60.0

@@ -1,8 +1,8 @@
 """Data files -> prompts, the order in which they are used, and the list of what was left out.
 
-JSONL, JSON arrays and Parquet are read through the `datasets` library; data_layouts.py says which keys. A record that
-cannot be used is skipped with its reason and never replaced by another. A prompt id that occurs twice gets `#2`, `#3`,
-... in the order of the files.
+JSONL, JSON arrays and Parquet are read through the `datasets` library, WebDataset tars by shards.py; data_layouts.py
+says which keys. A record that cannot be used is skipped with its reason and never replaced by another. A prompt id that
+occurs twice gets `#2`, `#3`, ... in the order of the files.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from veripo_fast.config import DataConfig
-from veripo_fast.data_layouts import KNOWN_KEYS, Record, RecordError, read_record
-from veripo_fast.errors import DataError
+from veripo_fast.data_layouts import KNOWN_KEYS, Record, RecordError, names_media, read_record
+from veripo_fast.errors import DataError, MediaError
 from veripo_fast.reward import check_gold, infer_problem_type
+from veripo_fast.shards import find_member, is_archive, locate, samples
 from veripo_fast.types import Message, ProblemType, Prompt
 
 _LOG = logging.getLogger(__name__)
@@ -60,24 +61,35 @@ def load_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
     Raises:
         DataError: a file is missing or unreadable as a whole, or no record can be used.
     """
+    prompts, skipped = read_prompts(files, config)
+    if not prompts:
+        raise DataError(_no_prompts(files, skipped))
+    return prompts, skipped
+
+
+def read_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt], list[Skipped]]:
+    """As `load_prompts`, also where no record can be used."""
     prompts: list[Prompt] = []
     skipped: list[Skipped] = []
     unknown: set[str] = set()
     seen: dict[str, int] = {}
     for file in files:
-        locate = partial(_locate, base=Path(config.media_root) if config.media_root else Path(file).parent)
+        base = Path(config.media_root) if config.media_root else Path(file).parent
+        find = partial(_locate, base=base, archive=file if is_archive(file) else "")
         for where, row in _rows(file):
             try:
                 if isinstance(row, RecordError):
                     raise row
                 unknown |= {key for key, value in row.items() if value is not None} - KNOWN_KEYS
-                prompts.append(_prompt(read_record(row, locate), where, config, seen))
+                prompts.append(_prompt(read_record(row, find), where, config, seen))
             except (RecordError, DataError) as error:
                 name = f" ({row['problem_id']})" if isinstance(row, dict) and row.get("problem_id") is not None else ""
                 skipped.append(Skipped(where + name, getattr(error, "path", "") or file, str(error)))
     if unknown:
         _LOG.warning("keys not used: %s", ", ".join(sorted(unknown)))
-    _check_some(files, prompts, skipped)
+    if skipped:
+        _LOG.warning("%d of %d records of %s were skipped; the first, %s: %s", len(skipped),
+                     len(prompts) + len(skipped), ", ".join(map(str, files)), skipped[0].record, skipped[0].reason)
     return prompts, skipped
 
 
@@ -128,27 +140,29 @@ def _holds_options(text: str, options: Sequence[str]) -> bool:
                for number, option in enumerate(options))
 
 
-def _check_some(files: Sequence[str], prompts: list[Prompt], skipped: list[Skipped]) -> None:
+def _no_prompts(files: Sequence[str], skipped: list[Skipped]) -> str:
     names = ", ".join(map(str, files)) or "no data file"
-    if not prompts and not skipped:
-        raise DataError(f"no prompts: {names} given, without a single record")
-    if not prompts:
-        raise DataError(f"all {len(skipped)} records of {names} were skipped; the first, {skipped[0].record}: "
-                        f"{skipped[0].reason}")
-    if skipped:
-        _LOG.warning("%d of %d records of %s were skipped; the first, %s: %s", len(skipped),
-                     len(prompts) + len(skipped), names, skipped[0].record, skipped[0].reason)
+    if not skipped:
+        return f"no prompts: {names} given, without a single record"
+    return f"all {len(skipped)} records of {names} were skipped; the first, {skipped[0].record}: {skipped[0].reason}"
 
 
-def _locate(source: str | bytes, base: Path) -> str:
-    """Path of an existing file; bytes that a Parquet file embeds are kept in the user's cache by content."""
+def _locate(source: str | bytes, base: Path, archive: str) -> str:
+    """Path of an existing file or member of an archive, first that of the record; bytes that a Parquet file embeds are
+    kept in the user's cache by content."""
     if isinstance(source, bytes):
         return _cached(source)
     if _ANOTHER_SCHEME.match(source):
         raise RecordError("media must be local files, not URLs", source[:200])
-    path = base / source.removeprefix("file://")
-    if not path.is_file():
-        raise RecordError(f"media file {path} does not exist", str(path))
+    source = source.removeprefix("file://")
+    if archive and (member := find_member(archive, source)):
+        return member
+    path = base / source
+    try:
+        if locate(str(path)) is None and not path.is_file():
+            raise RecordError(f"media file {path} does not exist", str(path))
+    except MediaError as error:
+        raise RecordError(str(error), str(path)) from error
     return str(path)
 
 
@@ -176,8 +190,10 @@ def _rows(file: str) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
             yield f"{file}:row {number}", row
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
         yield from _array(path) if _starts_array(path) else _lines(path)
+    elif is_archive(file):
+        yield from _members(file)
     else:
-        raise DataError(f"data file {file} must end in .jsonl, .json or .parquet")
+        raise DataError(f"data file {file} must end in .jsonl, .json or .parquet, or be a .tar of samples")
 
 
 def _stream(builder: str, path: Path, **options: str) -> Iterator[dict[str, Any]]:
@@ -227,6 +243,29 @@ def _array(path: Path) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
     for number, value in enumerate(values, start=1):
         is_object = isinstance(value, dict)
         yield f"{path}:item {number}", value if is_object else RecordError(f"must be a JSON object, got {value!r:.80}")
+
+
+def _members(file: str) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
+    """(`file:key`, record) of every sample of a WebDataset archive, with the sample's media where it names none."""
+    try:
+        found, problem = samples(file)
+    except MediaError as error:
+        raise DataError(f"data file {error}") from error
+    for sample in found:
+        where = f"{file}:{sample.key}"
+        member = locate(f"{file}/{sample.record}") if sample.record else None
+        if member is None:
+            yield where, RecordError("its sample has no .json")
+            continue
+        row = _object(member.read().decode("utf-8-sig", errors="replace"))
+        try:
+            if isinstance(row, dict) and not names_media(row):
+                row |= {"videos": sample.videos} if sample.videos else {"images": sample.images}
+            yield where, row
+        except RecordError as error:
+            yield where, error
+    if problem:
+        yield file, RecordError(problem)
 
 
 # -- order ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from veripo_fast.shards import IMAGE_SUFFIXES
 from veripo_fast.types import Image, Media, Message, Video
 
 QUESTION_KEYS = ("messages", "message", "prompt", "problem", "question")
@@ -28,9 +29,9 @@ MEDIA_KEYS = ("path", "videos", "video", "images", "image")
 KNOWN_KEYS = frozenset({*QUESTION_KEYS, *GOLD_KEYS, *MEDIA_KEYS, "options", "problem_type", "problem_id", "id",
                         "data_type", "data_source", "reward_model", "extra_info", "process", "ability"})
 """Keys that are read, or known to carry nothing that training needs (`process`: CoT-165k's traces; `ability`: verl)."""
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKER = re.compile(r"(<video>|<image>)")
+_MEDIA_PARTS = ("video", "image", "video_url", "image_url")
 Kind = Literal["video", "image"]
 Locate = Callable[[str | bytes], str]
 """Turns what a record says of a medium (a path, or the bytes themselves) into the path of a file."""
@@ -75,6 +76,17 @@ def read_record(row: dict[str, Any], locate: Locate) -> Record:
     declared = row.get("problem_type")
     return Record(messages, gold, _options(row.get("options")), str(declared) if declared else None,
                   None if identity is None else str(identity), str(row.get("data_source") or ""))
+
+
+def names_media(row: dict[str, Any]) -> bool:
+    """Whether a record says which media it is about, beside the question or in a part of a chat turn.
+
+    Raises:
+        RecordError: as `read_record`, of its question.
+    """
+    parts = [part for turn in _turns(row) if isinstance(turn["content"], list) for part in turn["content"]]
+    return any(row.get(key) for key in MEDIA_KEYS) or any(
+        isinstance(part, dict) and part.get("type") in _MEDIA_PARTS and _named(part) for part in parts)
 
 
 # -- question ---------------------------------------------------------------------------------------------------------
@@ -137,7 +149,7 @@ def _kind_of_path(row: dict[str, Any]) -> Kind:
         return "video" if declared == "video" else "image"
     if declared:
         raise RecordError(f"data_type must be video or image for a record with a path, got {declared!r}")
-    return "image" if str(row["path"]).lower().endswith(_IMAGE_SUFFIXES) else "video"
+    return "image" if str(row["path"]).lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
 
 
 def _medium(kind: Kind, value: Any, locate: Locate) -> Media:
@@ -188,10 +200,9 @@ def _with_media(turns: list[dict[str, Any]], listed: dict[Kind, list[Media]], lo
 def _parts(content: str | list[Any], take: Callable[[Kind], Media], locate: Locate) -> list[str | Media]:
     parts: list[str | Media] = []
     for part in [content] if isinstance(content, str) else content:
-        if isinstance(part, dict) and part.get("type") in ("video", "image", "video_url", "image_url"):
+        if isinstance(part, dict) and part.get("type") in _MEDIA_PARTS:
             kind: Kind = "video" if part["type"].startswith("video") else "image"
-            named = any(part.get(key) for key in (kind, f"{kind}_url", "path", "url"))
-            parts.append(_medium(kind, part, locate) if named else take(kind))
+            parts.append(_medium(kind, part, locate) if _named(part) else take(kind))
             continue
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
@@ -202,6 +213,12 @@ def _parts(content: str | list[Any], take: Callable[[Kind], Media], locate: Loca
             elif piece.strip():
                 parts.append(piece.strip("\n"))
     return parts
+
+
+def _named(part: dict[str, Any]) -> bool:
+    """Whether a media part of a chat turn says which file it shows."""
+    kind = part["type"].removesuffix("_url")
+    return any(part.get(key) for key in (kind, f"{kind}_url", "path", "url"))
 
 
 # -- gold and options -------------------------------------------------------------------------------------------------

@@ -185,9 +185,11 @@ class PromptEncoder:
                            merge_size=spec.merge_size, mean=spec.mean, std=spec.std)
 
 
-def decode_frames(media: Sequence[Media], contract: VideoConfig, factor: int
+def decode_frames(media: Sequence[Media], contract: VideoConfig, factor: int, device: str = "cuda"
                   ) -> list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]]:
     """Kind, uint8 frames [T, 3, H, W] and their times in seconds, of every medium; sides are multiples of `factor`.
+
+    `device` is the GPU that decodes where the contract names a GPU decoder.
 
     Raises:
         MediaError: a file that cannot be decoded.
@@ -195,7 +197,7 @@ def decode_frames(media: Sequence[Media], contract: VideoConfig, factor: int
     frames: list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]] = []
     for medium in media:
         if isinstance(medium, Video):
-            decoded = decode(medium, contract, factor)
+            decoded = decode(medium, contract, factor, device)
             frames.append(("video", decoded.pixels, decoded.pts_seconds))
         else:
             pixels = decode_image(medium, contract, factor)

@@ -23,10 +23,13 @@ from tqdm import tqdm
 
 from veripo_fast.checkpoint import atomic_write_bytes
 from veripo_fast.config import Config
-from veripo_fast.data import Skipped, load_prompts
-from veripo_fast.errors import ConfigError, DataError, MediaError
+from veripo_fast.data import Skipped
+from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.report_frames import data_uri, spread
+from veripo_fast.shards import locate
+from veripo_fast.sources import check_some, evenly, find_sources, read_records
 from veripo_fast.types import Image, Media, Video
+from veripo_fast.video.choose import readers
 from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
 from veripo_fast.video.decode import decode, decode_image
 from veripo_fast.video.ffmpeg import torchcodec_decoder
@@ -36,9 +39,6 @@ from veripo_fast.video.probe import Probe, VideoFacts, probe_video
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-VIDEO_SUFFIXES = frozenset({".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
-                            ".ogv", ".ts", ".webm", ".wmv"})
-"""Files of a folder that are taken for videos, whatever they hold."""
 SAMPLES = 3
 """Frames decoded of a video that looks whole: the first and last wanted one, and one half way."""
 MAX_SHOWN = 60
@@ -126,7 +126,7 @@ class Sampled:
     """What decoding for real showed."""
 
     decoder: str
-    """`torchcodec`, `pyav`, or `pillow` for an image."""
+    """As video.decoder names it, `pyav-sequential`, or `pillow` for an image."""
     sampled_frames: int
     sampled_decode_frames: int
     """Frames that were decoded for them."""
@@ -191,30 +191,17 @@ def find_media(data: Sequence[Path], config: Config, limit: int | None) -> Corpu
     Raises:
         DataError: a path does not exist, a data file cannot be read, or there is no medium.
     """
-    videos: list[str] = []
-    files: list[str] = []
-    other_files = 0
-    for path in data:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-            videos += [str(file) for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
-            other_files += sum(file.suffix.lower() not in VIDEO_SUFFIXES for file in found)
-        elif not path.exists():
-            raise DataError(f"{path} does not exist")
-        else:
-            (videos if path.suffix.lower() in VIDEO_SUFFIXES else files).append(str(path))
-    prompts, skipped = load_prompts(files, config.data) if files else ([], [])
+    sources = find_sources(data)
+    files = sources.files
+    prompts, skipped = read_records(sources, config.data)
     uses: Counter[Media] = Counter(medium for prompt in prompts for medium in prompt.media)
     missing = Counter((item.path, item.reason) for item in skipped if item.path not in files)
     targets = [Target(medium, count) for medium, count in uses.items()]
-    targets += [Target(Video(path), 0) for path in dict.fromkeys(videos) if Video(path) not in uses]
+    targets += [Target(medium, 0) for medium in sources.media if medium not in uses]
     targets += [Target(Video(path), count, reason) for (path, reason), count in missing.items()]
-    if not targets:
-        raise DataError(f"{', '.join(map(str, data))} holds no video (a folder is searched for files that end in "
-                        f"{', '.join(sorted(VIDEO_SUFFIXES))})")
-    chosen = targets if limit is None else [targets[i * len(targets) // min(limit, len(targets))]
-                                            for i in range(min(limit, len(targets)))]
-    return Corpus(chosen, len(targets), [item for item in skipped if item.path in files], other_files)
+    check_some(targets, data)
+    records = [item for item in skipped if item.path in files] + sources.broken
+    return Corpus(evenly(targets, limit), len(targets), records, sources.other_files)
 
 
 def policy_sizes(config: Config) -> PolicySizes:
@@ -272,10 +259,9 @@ def _inspect_video(video: Video, config: Config, sizes: PolicySizes) -> Iterator
     frames = decode(video, contract, sizes.factor)
     seconds = time.perf_counter() - started
     pictures = [_picture(pixels) for pixels in spread(list(frames.pixels), SAMPLES)]
-    seeks = frames.decoder == "torchcodec"
-    yield replace(plan, decode_frames=probe.frames_to_decode(wanted, seeks=seeks)), pictures
+    yield replace(plan, decode_frames=probe.frames_to_decode(wanted, frames.decoder)), pictures
     positions = [position for position in frames.indices if position < probe.facts.frames]
-    yield Sampled(frames.decoder, len(frames.indices), probe.frames_to_decode(positions, seeks=seeks), seconds,
+    yield Sampled(frames.decoder, len(frames.indices), probe.frames_to_decode(positions, frames.decoder), seconds,
                   _jpeg_bytes(pictures) * len(wanted) // len(pictures)), pictures
 
 
@@ -308,9 +294,10 @@ def _plan(probe: Probe, wanted: Sequence[int], config: Config, sizes: PolicySize
         height, width = resized_size(height, width, sizes.factor, config.video.min_pixels, config.video.max_pixels)
     except ValueError as error:
         raise MediaError(f"the video cannot be resized: {error}") from error
+    decoder = (*readers(probe.timeline, config.video.decoder), "pyav-sequential")[0]
     pairs = -(-len(wanted) // TEMPORAL_PATCH)
     tokens = pairs * (height // sizes.factor) * (width // sizes.factor)
-    return Plan(len(wanted), width, height, tokens, probe.frames_to_decode(wanted),
+    return Plan(len(wanted), width, height, tokens, probe.frames_to_decode(wanted, decoder),
                 len(wanted) * 3 * height * width, tokens * sizes.bytes_per_token)
 
 
@@ -337,8 +324,9 @@ def _jpeg_bytes(pictures: Sequence[Picture]) -> int:
 
 def _bytes(path: str) -> int | None:
     try:
-        return Path(path).stat().st_size
-    except OSError:
+        member = locate(path)
+        return member.size if member else Path(path).stat().st_size
+    except (MediaError, OSError):
         return None
 
 

@@ -316,7 +316,8 @@ class Trainer:
         work = self.loader.work - before
         seconds["vision"] -= work.wait_seconds
         seconds["decode"] = work.wait_seconds
-        counts.update(video_decodes=work.video_decodes, tower_runs=work.tower_runs, cache_hits=work.cache_hits)
+        counts.update(video_decodes=work.video_decodes, tower_runs=work.tower_runs, cache_hits=work.cache_hits,
+                      decoder_fallbacks=work.decoder_fallbacks)
 
     def load(self, files: tuple[str, ...]) -> list[Prompt]:
         """Prompts of data files; records that cannot be used are named in skipped.jsonl."""

@@ -49,7 +49,7 @@ class Frames:
     source_fps: float
     """Average frame rate of the source, frames per second."""
     decoder: str
-    """Which decoder produced them: `torchcodec` or `pyav`."""
+    """Which decoder produced them: a name of choose.readers, or `pyav-sequential`."""
 
 
 @dataclass(frozen=True)

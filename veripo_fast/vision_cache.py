@@ -26,6 +26,7 @@ from veripo_fast.prefetch import MediaSlots
 from veripo_fast.rollout import LoadedPrompt
 from veripo_fast.types import Media, MediaInputs, Prompt, Video
 from veripo_fast.video.contract import TEMPORAL_PATCH
+from veripo_fast.video.decode import fallbacks
 from veripo_fast.vision_store import (
     DecodedMedia,
     VisionStore,
@@ -54,6 +55,8 @@ class VideoWork:
     """Files that went through the tower; updates of a tower that trains run it again and are not counted here."""
     cache_hits: int = 0
     """Files that were not decoded because a level had their tower output or their frames."""
+    decoder_fallbacks: int = 0
+    """Times that a decoder refused a file and the next one was tried."""
 
     def __sub__(self, other: VideoWork) -> VideoWork:
         return VideoWork(*(now - before for now, before in zip(astuple(self), astuple(other), strict=True)))
@@ -106,6 +109,7 @@ class PromptLoader:
         self.cache = VisionCache(self.config.host_bytes)
         self.gpu_cache = VisionCache(self.config.gpu_bytes if policy.device.type == "cuda" else 0)
         self.work = VideoWork()
+        self._refused = sum(fallbacks().values())
         self.bad: set[Prompt] = set()
         """By prompt, not by its id: training and evaluation files number their records alike."""
         self.store = VisionStore(Path(self.config.folder), self.config.disk_bytes) if self.config.folder else None
@@ -136,7 +140,9 @@ class PromptLoader:
         entries = {media: self._on_device(found) for media, found in results.items() if isinstance(found, tuple)}
         fresh = [len(found.frames) for found in decoded.values() if not found.from_disk]
         files = sum(len(media) for media, found in results.items() if not isinstance(found, MediaError))
-        self._count(video_decodes=sum(fresh), cache_hits=files - sum(fresh))
+        refused = sum(fallbacks().values())
+        self._count(video_decodes=sum(fresh), cache_hits=files - sum(fresh), decoder_fallbacks=refused - self._refused)
+        self._refused = refused
         self._keep_frames(decoded)
         entries |= self._run_tower(decoded)
         loaded = []
@@ -166,8 +172,8 @@ class PromptLoader:
             decoded = read_frames(self.store, key)
             if decoded is not None:
                 return decoded
-        factor = self.policy.encoder.vision.factor
-        return DecodedMedia(encoding.decode_frames(prompt.media, self.contract, factor), key)
+        factor, device = self.policy.encoder.vision.factor, str(self.policy.device)
+        return DecodedMedia(encoding.decode_frames(prompt.media, self.contract, factor, device), key)
 
     def _most_bytes(self, prompt: Prompt) -> int:
         """Bound on the frames that the contract takes of a prompt's media."""

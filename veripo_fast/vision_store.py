@@ -69,7 +69,7 @@ class VisionStore:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
-        self.damaged = self.evicted = self.failed_writes = 0
+        self.damaged = self.evicted = self.failed_writes = self.too_large = self.written_bytes = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -105,6 +105,16 @@ class VisionStore:
         self._touch(path)
         return tensors, json.loads(header["about"])
 
+    def renew(self, name: str) -> int | None:
+        """Bytes of the entry, which counts as used from now on, without reading it; None when there is none."""
+        path = self._path(name)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            return None
+        self._touch(path)
+        return size
+
     def write_later(self, name: str, tensors: Mapping[str, torch.Tensor], about: object) -> None:
         """Have the entry written; `tensors` lie on the CPU and must not change. Call it from one thread."""
         while self._pending and (self._pending[0].done() or len(self._pending) >= MAX_PENDING):
@@ -115,6 +125,7 @@ class VisionStore:
         path = self._path(name)
         data = save({key: value.contiguous() for key, value in tensors.items()},
                     {"about": about, "crc32": str(_crc32(tensors, about))})
+        self.too_large += len(data) > self.max_bytes
         if len(data) > self.max_bytes or path.exists():
             return
         try:
@@ -124,6 +135,7 @@ class VisionStore:
             if self.failed_writes == 1:
                 log.warning("cannot write to the vision cache %s: %s; the run goes on without", self.folder, error)
             return
+        self.written_bytes += len(data)
         self._bytes += len(data)
         self._unlisted += len(data)
         if self._bytes > self.max_bytes or self._unlisted > self.max_bytes // SLACK:
@@ -174,17 +186,27 @@ def tower_version(policy: Policy) -> str:
     return digest.hexdigest()[:16]
 
 
+def tower_name(key: str, version: str) -> str:
+    """Entry of the output of the tower of this version for the media of `key`."""
+    return f"{key}-{version}.tower"
+
+
+def frames_name(key: str) -> str:
+    """Entry of the decoded frames of the media of `key`."""
+    return f"{key}.frames"
+
+
 def write_tower(store: VisionStore, version: str, media: MediaInputs, features: VisionFeatures) -> None:
     """Keep a tower's output, which lies on the CPU."""
     levels = {f"deepstack.{number}": level for number, level in enumerate(features.deepstack)}
-    store.write_later(f"{media.key}-{version}.tower",
+    store.write_later(tower_name(media.key, version),
                       {"grid_thw": media.grid_thw, "embeddings": features.embeddings, **levels},
                       {"kinds": media.kinds, "grid_seconds": media.grid_seconds})
 
 
 def read_tower(store: VisionStore, version: str, key: str) -> tuple[MediaInputs, VisionFeatures] | None:
     """Media without pixels, and the output of the tower of this version."""
-    found = store.read(f"{key}-{version}.tower")
+    found = store.read(tower_name(key, version))
     if found is None:
         return None
     tensors, about = found
@@ -199,12 +221,12 @@ def write_frames(store: VisionStore, decoded: DecodedMedia) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for number, (_, pixels, seconds) in enumerate(decoded.frames):
         tensors |= {f"pixels.{number}": pixels, f"seconds.{number}": seconds}
-    store.write_later(f"{decoded.key}.frames", tensors, [kind for kind, _, _ in decoded.frames])
+    store.write_later(frames_name(decoded.key), tensors, [kind for kind, _, _ in decoded.frames])
 
 
 def read_frames(store: VisionStore, key: str) -> DecodedMedia | None:
     """Frames that were decoded before."""
-    found = store.read(f"{key}.frames")
+    found = store.read(frames_name(key))
     if found is None:
         return None
     tensors = found[0]

@@ -1,11 +1,13 @@
-"""Loads the compiled gather_logprobs (csrc/) and gives its ops to torch: shapes for compiling, and one function each.
+"""Loads the compiled ops (csrc/) and gives them to torch: shapes for compiling, and one function each.
 
 Letters: T rows, V vocabulary. Definition: reference.gather_logprobs and reference.entropy. No autograd is attached
-here; `veripo_kernels.gather` does that. Logits may have any row stride, but must be contiguous along V.
+here; `veripo_kernels.gather` does that. Logits may have any row stride, but must be contiguous along V. The ops on
+video frames are defined by `frames_torch.py`; `frames.py` has their arguments and checks them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -87,6 +89,32 @@ def fused(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tens
     return torch.ops.veripo_cpp.gather_logprobs_fused(logits, token_ids, coefficient, temperature)
 
 
+def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """`frames.resize_frames`, unchecked but for what keeps memory safe."""
+    return torch.ops.veripo_cpp.resize_frames(frames, height, width)
+
+
+def frames_to_patches(frames: torch.Tensor, height: int, width: int, mean: Sequence[float], std: Sequence[float],
+                      patch_size: int, merge_size: int, temporal_patch_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """`frames.frames_to_patches`."""
+    return torch.ops.veripo_cpp.frames_to_patches(frames, height, width, mean, std, patch_size, merge_size,
+                                                  temporal_patch_size, dtype)
+
+
+def planes_to_frames(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height: int, width: int, matrix: Sequence[int]
+                     ) -> torch.Tensor:
+    """`frames.planes_to_frames`, with the integers of `frames_torch.yuv_matrix`."""
+    return torch.ops.veripo_cpp.planes_to_frames(y, u, v, height, width, matrix)
+
+
+def planes_to_patches(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height: int, width: int, matrix: Sequence[int],
+                      mean: Sequence[float], std: Sequence[float], patch_size: int, merge_size: int,
+                      temporal_patch_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """`frames.planes_to_patches`, with the integers of `frames_torch.yuv_matrix`."""
+    return torch.ops.veripo_cpp.planes_to_patches(y, u, v, height, width, matrix, mean, std, patch_size, merge_size,
+                                                  temporal_patch_size, dtype)
+
+
 def isa() -> str:
     """Which clone of the CPU loops runs: avx512, avx2 or baseline (also what other processors than x86-64 have)."""
     return torch.ops.veripo_cpp.isa()
@@ -118,3 +146,28 @@ def _register_fakes() -> None:
     def _(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: float
           ) -> tuple[torch.Tensor, torch.Tensor]:
         return vector(logits), logits.new_empty(logits.shape)
+
+    def patches(like: torch.Tensor, height: int, width: int, patch: int, temporal: int, dtype: torch.dtype
+                ) -> torch.Tensor:
+        times = (like.shape[0] + temporal - 1) // temporal
+        return like.new_empty((times * (height // patch) * (width // patch), 3 * temporal * patch**2), dtype=dtype)
+
+    @torch.library.register_fake("veripo_cpp::resize_frames")
+    def _(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return frames.new_empty((frames.shape[0], 3, height, width))
+
+    @torch.library.register_fake("veripo_cpp::frames_to_patches")
+    def _(frames: torch.Tensor, height: int, width: int, mean: Sequence[float], std: Sequence[float], patch_size: int,
+          merge_size: int, temporal_patch_size: int, dtype: torch.dtype) -> torch.Tensor:
+        return patches(frames, height, width, patch_size, temporal_patch_size, dtype)
+
+    @torch.library.register_fake("veripo_cpp::planes_to_frames")
+    def _(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height: int, width: int, matrix: Sequence[int]
+          ) -> torch.Tensor:
+        return y.new_empty((y.shape[0], 3, height, width))
+
+    @torch.library.register_fake("veripo_cpp::planes_to_patches")
+    def _(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height: int, width: int, matrix: Sequence[int],
+          mean: Sequence[float], std: Sequence[float], patch_size: int, merge_size: int, temporal_patch_size: int,
+          dtype: torch.dtype) -> torch.Tensor:
+        return patches(y, height, width, patch_size, temporal_patch_size, dtype)

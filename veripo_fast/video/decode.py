@@ -1,54 +1,68 @@
 """video file -> frames: uint8 RGB, already resized to what the policy sees, with their true times.
 
-torchcodec decodes; PyAV takes over where torchcodec refuses (said once per reason). Which frames are wanted is decided
-before, from the packets (timeline.py) under the contract (contract.py), so both decoders answer the same question.
+Which frames are wanted is decided first, from the packets (timeline.py) under the contract (contract.py), then who
+decodes them (choose.py): all decoders answer the same question, and the next one takes over where one refuses. That is
+counted, and said once per reason.
 """
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image as PilImage
 from PIL import ImageOps
+from veripo_kernels import resize_frames
 
 from veripo_fast.config import VideoConfig
 from veripo_fast.errors import MediaError
+from veripo_fast.shards import locate
 from veripo_fast.types import Frames, Image, Video
+from veripo_fast.video.choose import readers, refuses
 from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.pool import MediaPool, run_with_deadline
 from veripo_fast.video.readers import RefusedError, read_pyav, read_torchcodec
 from veripo_fast.video.timeline import Timeline, check_complete, check_file, scan_decoded, scan_packets
 
-__all__ = ["MediaPool", "decode", "decode_image"]
+__all__ = ["MediaPool", "decode", "decode_image", "fallbacks"]
 
 _LOG = logging.getLogger(__name__)
 _LOCK = threading.Lock()
-_SAID: set[str] = set()
+_FALLBACKS: Counter[str] = Counter()
+_DIGITS = re.compile(r"\d+(\.\d+)?")
 
 
-def decode(video: Video, contract: VideoConfig, factor: int) -> Frames:
+def decode(video: Video, contract: VideoConfig, factor: int, device: str = "cuda") -> Frames:
     """Decode the frames that the contract takes from a video.
 
     Args:
         video: the file; `start_seconds` and `end_seconds` count from its first frame.
         factor: frame sides are multiples of it, in pixels (patch size * merge size).
+        device: GPU that decodes where `contract.decoder` is `nvdec` or `dali`.
 
     Returns:
-        Frames with pixels uint8 [T, 3, H, W] in RGB, upright.
+        Frames with pixels uint8 [T, 3, H, W] in RGB, upright, in host memory.
 
     Raises:
         MediaError: the file is missing, damaged, no video, or took longer than `contract.timeout_seconds`.
     """
     decoder_class = torchcodec_decoder()  # before the clock starts: its first import takes seconds
-    return run_with_deadline(lambda deadline: _decode(video, contract, factor, decoder_class, deadline),
+    return run_with_deadline(lambda deadline: _decode(video, contract, factor, decoder_class, device, deadline),
                              video.path, contract.timeout_seconds)
+
+
+def fallbacks() -> dict[str, int]:
+    """How often this process decoded by another decoder than the chosen one, by reason (numbers in it as `#`)."""
+    with _LOCK:
+        return dict(_FALLBACKS)
 
 
 def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tensor:
@@ -63,23 +77,39 @@ def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tens
     return _resize(pixels, image.path, contract, factor).expand(TEMPORAL_PATCH, -1, -1, -1).contiguous()
 
 
-def _decode(video: Video, contract: VideoConfig, factor: int, decoder_class: Any, deadline: float) -> Frames:
+def _decode(video: Video, contract: VideoConfig, factor: int, decoder_class: Any, device: str,
+            deadline: float) -> Frames:
     timeline = scan_packets(video.path, deadline)
     check_complete(video.path, timeline, video.end_seconds)
     reason = "its packets carry no time stamps"
-    for name in ("torchcodec", "pyav") if timeline.has_stamps else ():
+    for name in readers(timeline, contract.decoder):
         if name == "torchcodec" and decoder_class is None:
             continue
+        wanted = _wanted(video, timeline, contract)
         try:
-            wanted = _wanted(video, timeline, contract)
-            chunks = (read_torchcodec(decoder_class, video.path, timeline, wanted, deadline) if name == "torchcodec"
-                      else read_pyav(video.path, timeline, wanted, deadline))
+            chunks = _read(name, decoder_class, video.path, timeline, wanted, device, deadline)
             return _collect(chunks, video, timeline, wanted, contract, factor, name)
         except RefusedError as refusal:
-            reason = str(refusal)
-            if name == "torchcodec":
-                _say_once(video.path, reason)
+            _count_fallback(name, video.path, str(refusal))
+            if name == "pyav":  # it says which frame cannot be had
+                reason = str(refusal)
     return _decode_as_it_comes(video, contract, factor, timeline, reason, deadline)
+
+
+def _read(name: str, decoder_class: Any, path: str, timeline: Timeline, wanted: Sequence[int], device: str,
+          deadline: float) -> Iterator[torch.Tensor]:
+    reason = refuses(name, timeline)
+    if reason is not None:
+        raise RefusedError(reason)
+    if name == "pyav":
+        return read_pyav(path, timeline, wanted, deadline)
+    if name == "dali":
+        from veripo_fast.video.dali import read_dali
+
+        return read_dali(path, timeline, wanted, deadline, torch.device(device))
+    if decoder_class is None:
+        raise RefusedError("torchcodec cannot be loaded")
+    return read_torchcodec(decoder_class, path, timeline, wanted, deadline, device if name == "nvdec" else "cpu")
 
 
 def _decode_as_it_comes(video: Video, contract: VideoConfig, factor: int, promised: Timeline, reason: str,
@@ -91,8 +121,8 @@ def _decode_as_it_comes(video: Video, contract: VideoConfig, factor: int, promis
         raise MediaError(f"{video.path} is damaged: {reason}")
     wanted = _wanted(video, timeline, contract)
     try:
-        return _collect(read_pyav(video.path, timeline, wanted, deadline), video, timeline, wanted, contract, factor,
-                        "pyav")
+        chunks = read_pyav(video.path, timeline, wanted, deadline, sequential=True)
+        return _collect(chunks, video, timeline, wanted, contract, factor, "pyav-sequential")
     except RefusedError as refusal:
         raise MediaError(f"{video.path} is damaged: {refusal}") from refusal
 
@@ -109,7 +139,17 @@ def _wanted(video: Video, timeline: Timeline, contract: VideoConfig) -> list[int
 
 def _collect(chunks: Iterator[torch.Tensor], video: Video, timeline: Timeline, wanted: Sequence[int],
              contract: VideoConfig, factor: int, decoder: str) -> Frames:
-    pixels = torch.cat([_resize(chunk, video.path, contract, factor) for chunk in chunks])
+    pixels: torch.Tensor | None = None
+    done = 0
+    for chunk in chunks:
+        resized = _resize(chunk, video.path, contract, factor)
+        if pixels is None:
+            pixels = torch.empty(len(wanted), *resized.shape[1:], dtype=torch.uint8)
+        if resized.shape[1:] != pixels.shape[1:]:
+            raise MediaError(f"{video.path} changes its frame size on the way")
+        pixels[done:done + len(resized)] = resized
+        done += len(resized)
+    assert pixels is not None and done == len(wanted)
     start = window(timeline.seconds, video.start_seconds, video.end_seconds).start
     times = [timeline.seconds[position] - timeline.seconds[start] for position in wanted]
     return Frames(pixels, torch.tensor(times, dtype=torch.float64), tuple(wanted), timeline.fps, decoder)
@@ -121,16 +161,15 @@ def _resize(pixels: torch.Tensor, path: str, contract: VideoConfig, factor: int)
         size = resized_size(pixels.shape[2], pixels.shape[3], factor, contract.min_pixels, contract.max_pixels)
     except ValueError as error:
         raise MediaError(f"{path} cannot be resized: {error}") from error
-    if size != tuple(pixels.shape[2:]):
-        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
-    return pixels.contiguous()
+    return resize_frames(pixels, *size)
 
 
 def _load_image(path: str) -> torch.Tensor:
     """uint8 [1, 3, H, W]."""
     check_file(path)
     try:
-        with PilImage.open(path) as file:
+        member = locate(path)
+        with PilImage.open(path if member is None else io.BytesIO(member.read())) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
@@ -141,9 +180,10 @@ def _load_image(path: str) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
-def _say_once(path: str, reason: str) -> None:
+def _count_fallback(decoder: str, path: str, reason: str) -> None:
+    kind = f"{decoder}: {_DIGITS.sub('#', reason)}"
     with _LOCK:
-        if reason in _SAID:
+        _FALLBACKS[kind] += 1
+        if _FALLBACKS[kind] > 1:
             return
-        _SAID.add(reason)
-    _LOG.warning("torchcodec refuses %s (%s); PyAV decodes it and others like it, sequentially", path, reason)
+    _LOG.warning("%s refuses %s (%s); another decoder takes it and others like it", decoder, path, reason)

@@ -1,4 +1,4 @@
-"""Which frames a video file holds and when each is shown, before any of them is decoded.
+"""Which frames a video file holds, when each is shown, and what must be decoded for it, before any is decoded.
 
 Packets are read without decoding (7 ms for 900 frames, 0.1 s for half an hour of video), so frame counts and times come
 from the stream itself and not from the header, which lies for cut, truncated and variable-rate files.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,49 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from veripo_fast.errors import MediaError
+from veripo_fast.shards import ffmpeg_source, locate
+from veripo_fast.video.units import Units, length_bytes, read_units
 
 LOST_SECONDS, LOST_SHARE = 0.5, 0.02
 """A file may lack so much at its end (the larger of the two) before it counts as truncated: headers round."""
 
 
 @dataclass(frozen=True)
+class Stream:
+    """What a decoder is chosen by."""
+
+    index: int
+    container: str
+    """FFmpeg's name of the format, the first of its synonyms."""
+    codec: str
+    pixel_format: str | None
+    width: int
+    """As stored, in pixels."""
+    height: int
+    matrix: int
+    """Code point of the colour matrix (ITU-T H.273); 2 where the stream names none."""
+
+
+@dataclass(frozen=True)
+class PacketFacts:
+    """What a packet with content says of itself."""
+
+    stamp: int | None
+    """Presentation time stamp."""
+    duration: int
+    """0 where unknown."""
+    key: bool
+    hidden: bool
+    """Decoded and not shown: an edit list cuts it off."""
+    corrupt: bool
+    """The container says so."""
+    units: Units | None
+    """None where the packet is not written as units with their lengths, or they do not add up."""
+
+
+@dataclass(frozen=True)
 class Timeline:
-    """Frames of one video stream in presentation order."""
+    """Frames of one video stream in presentation order, and where their packets stand in the file."""
 
     seconds: tuple[float, ...]
     """Presentation time of each frame on the stream's own clock, ascending."""
@@ -40,7 +76,38 @@ class Timeline:
     """When the last frame leaves the screen, on the stream's own clock."""
     promised_seconds: float | None
     """Duration of the stream as the header has it, or None where it has none."""
-    stream_index: int
+    stream: Stream
+    places: tuple[int, ...] = ()
+    """Of each frame: the number of its packet in the file. Empty where packets carry no time stamps."""
+    key_stamps: tuple[int, ...] = ()
+    """Time stamps of the key frames, ascending."""
+    key_places: tuple[int, ...] = ()
+    """Their packets' numbers, in the same order."""
+    spare: frozenset[int] = frozenset()
+    """Numbers of packets that no other frame refers to: left out, they change no other picture."""
+    hidden: int = 0
+    """Frames that an edit list hides."""
+
+    def runs(self, wanted: Sequence[int]) -> list[range]:
+        """Packets to decode for the frames at positions `wanted`: from each one's key frame up to its own packet.
+
+        A frame that leads its key frame (open GOP) is decoded from the key frame before. Empty without `places`.
+        """
+        runs: list[range] = []
+        for place, position in sorted((self.places[position], position) for position in wanted if self.places):
+            key = bisect_right(self.key_stamps, self.keys[position]) - 1
+            while key >= 0 and self.key_places[key] > place:
+                key -= 1
+            start = self.key_places[key] if key >= 0 else 0
+            if runs and start <= runs[-1].stop:
+                runs[-1] = range(min(start, runs[-1].start), place + 1)
+            else:
+                runs.append(range(start, place + 1))
+        return runs
+
+    def left_out(self, wanted: Sequence[int]) -> frozenset[int]:
+        """Packets that need not be decoded for the frames at positions `wanted`, also inside of their runs."""
+        return self.spare.difference(self.places[position] for position in wanted) if self.spare else self.spare
 
     @property
     def length(self) -> float:
@@ -61,15 +128,14 @@ def check_deadline(path: str, deadline: float) -> None:
 
 
 def check_file(path: str) -> bytes:
-    """The first 512 bytes of a regular, readable, non-empty file that is not a web page; MediaError otherwise."""
+    """The first 512 bytes of a regular, readable, non-empty file (or member of a tar archive) that is not a web page.
+
+    Raises:
+        MediaError: it is none.
+    """
     try:
-        status = Path(path).stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise MediaError(f"{path} is a directory, not a media file")
-        if not stat.S_ISREG(status.st_mode):
-            raise MediaError(f"{path} is not a regular file")
-        with Path(path).open("rb") as file:
-            head = file.read(512)
+        member = locate(path)
+        head = _head(path) if member is None else member.read(512)
     except FileNotFoundError:
         raise MediaError(f"{path} does not exist") from None
     except PermissionError:
@@ -84,12 +150,22 @@ def check_file(path: str) -> bytes:
     return head
 
 
+def _head(path: str) -> bytes:
+    status = Path(path).stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise MediaError(f"{path} is a directory, not a media file")
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(f"{path} is not a regular file")
+    with Path(path).open("rb") as file:
+        return file.read(512)
+
+
 @contextmanager
 def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its best video stream, decoded on one thread; MediaError when there is none."""
     head = check_file(path)
     try:
-        container = av.open(path)
+        container = av.open(ffmpeg_source(path))
     except (av.FFmpegError, UnicodeError, ValueError) as error:
         if head[4:8] == b"ftyp":
             raise MediaError(_no_index(path)) from error
@@ -114,34 +190,74 @@ def scan_packets(path: str, deadline: float) -> Timeline:
         MediaError: unreadable, without video stream, or without a single frame.
     """
     with open_video(path) as (container, stream):
-        packets = [(packet.pts, packet.duration or 0) for packet in _packets(path, container, stream, deadline)
-                   if packet.size and not packet.is_discard and not packet.is_corrupt]
-        return _timeline(path, stream, packets)
+        return timeline_of(path, container, stream, read_packets(path, container, stream, deadline))
+
+
+def read_packets(path: str, container: InputContainer, stream: VideoStream, deadline: float) -> list[PacketFacts]:
+    """Every packet with content, in the order of the file, none decoded."""
+    codec, prefix = stream.codec_context.name, length_bytes(stream.codec_context)
+    return [PacketFacts(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, packet.is_corrupt,
+                        read_units(memoryview(packet), prefix, codec) if prefix else None)
+            for packet in _packets(path, container, stream, deadline) if packet.size]
+
+
+def timeline_of(path: str, container: InputContainer, stream: VideoStream, packets: Sequence[PacketFacts]) -> Timeline:
+    """From all packets of a stream; MediaError when none of them would be shown."""
+    shown = [(packet.stamp, packet.duration) for packet in packets if not packet.hidden and not packet.corrupt]
+    keys, seconds, end, has_stamps = _times(path, stream, shown)
+    numbers = {packet.stamp: number for number, packet in enumerate(packets)}
+    stamped = has_stamps and len(numbers) == len(packets)
+    key_packets = sorted((packet.stamp, number) for number, packet in enumerate(packets)
+                         if packet.key and packet.stamp is not None) if stamped else []
+    top = max((packet.units.layer for packet in packets if packet.units), default=0)
+    return Timeline(
+        seconds, keys, has_stamps, end, _promised(stream), _stream(container, stream),
+        places=tuple(numbers[key] for key in keys) if stamped else (),
+        key_stamps=tuple(stamp for stamp, _ in key_packets), key_places=tuple(number for _, number in key_packets),
+        spare=frozenset(number for number, packet in enumerate(packets)
+                        if packet.units and packet.units.spare and packet.units.layer == top and not packet.key),
+        hidden=sum(packet.hidden for packet in packets))
 
 
 def scan_decoded(path: str, deadline: float) -> Timeline:
     """Timeline from the frames that the decoder really returns: for streams whose packets carry no usable times."""
     with open_video(path) as (container, stream):
-        return _timeline(path, stream, [(frame.pts, 0) for frame in decoded_frames(path, container, stream, deadline)])
+        shown = [(frame.pts, 0) for frame in decoded_frames(path, container, stream, deadline)]
+        keys, seconds, end, has_stamps = _times(path, stream, shown)
+        return Timeline(seconds, keys, has_stamps, end, _promised(stream), _stream(container, stream))
 
 
-def decoded_frames(path: str, container: InputContainer, stream: VideoStream, deadline: float) -> Iterator[VideoFrame]:
-    """Every good frame in presentation order.
+def decoded_frames(path: str, container: InputContainer, stream: VideoStream, deadline: float,
+                   runs: Sequence[range] | None = None, left_out: Container[int] = ()) -> Iterator[VideoFrame]:
+    """Good frames in presentation order: all of them, or those of some runs of packets (see Timeline.runs).
 
     Damaged packets are left out, and with them every frame up to the next key frame, because it may refer to what is
     missing.
     """
+    wanted = iter(runs if runs is not None else [range(1 << 62)])
+    run, number = next(wanted, range(0)), -1
     damaged = False
     for packet in _packets(path, container, stream, deadline):
+        number += packet.size > 0
+        if packet.size and (number < run.start or number in left_out):
+            continue
         try:
             frames = packet.decode()
+            if number == run.stop - 1:  # what the decoder still holds back comes out, and it starts anew
+                frames += stream.codec_context.decode(None)
+                stream.codec_context.flush_buffers()
         except av.FFmpegError:  # damage shows as InvalidData, but codecs return other codes as well
             damaged = True
-            continue
+            frames = []
         for frame in frames:
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             if not damaged:
                 yield frame
+        if number == run.stop - 1:
+            following = next(wanted, None)
+            if following is None:
+                return
+            run, damaged = following, False
 
 
 def _packets(path: str, container: InputContainer, stream: VideoStream, deadline: float) -> Iterator[Packet]:
@@ -163,8 +279,9 @@ def check_complete(path: str, timeline: Timeline, end_seconds: float | None) -> 
         raise MediaError(f"{path} is truncated: it holds {held:.1f} s of the {promised:.1f} s that its header promises")
 
 
-def _timeline(path: str, stream: VideoStream, shown: list[tuple[int | None, int]]) -> Timeline:
-    """From the time stamp and duration (0: unknown) of every frame, in any order."""
+def _times(path: str, stream: VideoStream, shown: list[tuple[int | None, int]]
+           ) -> tuple[tuple[int, ...], tuple[float, ...], float, bool]:
+    """Keys, seconds, end and has_stamps of a Timeline, from stamp and duration (0: unknown) of its frames."""
     if not shown:
         raise MediaError(f"{path} holds no video frame")
     stamps = sorted({stamp for stamp, _ in shown if stamp is not None})
@@ -172,12 +289,17 @@ def _timeline(path: str, stream: VideoStream, shown: list[tuple[int | None, int]
         numerator, denominator = stream.time_base.numerator, stream.time_base.denominator
         spread = (stamps[-1] - stamps[0]) // max(len(stamps) - 1, 1)
         end = max(stamp + (duration or spread) for stamp, duration in shown if stamp is not None)
-        return Timeline(tuple(stamp * numerator / denominator for stamp in stamps), tuple(stamps), True,
-                        end * numerator / denominator, _promised(stream), stream.index)
+        return (tuple(stamps), tuple(stamp * numerator / denominator for stamp in stamps),
+                end * numerator / denominator, True)
     rate = float(stream.guessed_rate or stream.average_rate or 25)
     numbers = tuple(range(len(shown)))
-    return Timeline(tuple(number / rate for number in numbers), numbers, False, len(shown) / rate,
-                    _promised(stream), stream.index)
+    return numbers, tuple(number / rate for number in numbers), len(shown) / rate, False
+
+
+def _stream(container: InputContainer, stream: VideoStream) -> Stream:
+    context = stream.codec_context
+    return Stream(stream.index, container.format.name.partition(",")[0], context.codec.canonical_name,
+                  context.pix_fmt, context.width, context.height, int(context.colorspace))
 
 
 def _promised(stream: VideoStream) -> float | None:

@@ -1,0 +1,176 @@
+"""No wrong frame: every clip of the set through every CPU decoder, and the packets that are left out change no bit.
+
+Which frame came back is read from its bar code and compared with how the clip was made (clips.py), never with another
+decoder. Picking packets is compared with decoding every frame from the start, bit by bit.
+"""
+
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import clips
+from veripo_fast.config import VideoConfig
+from veripo_fast.errors import MediaError
+from veripo_fast.types import Video
+from veripo_fast.video import timeline as module
+from veripo_fast.video.choose import HD_LINES, nvdec_refuses, readers, refuses, untagged_hd
+from veripo_fast.video.decode import decode
+from veripo_fast.video.readers import read_pyav
+from veripo_fast.video.timeline import Stream, Timeline, decoded_frames, open_video, scan_packets
+
+torch.set_num_threads(1)
+NAMES = [*clips.PLAIN, *clips.MADE]
+TAKEN_OVER = {"pyav": {"mpeg4-b.avi", "torn-stream.ts"},
+              "torchcodec": {"mpeg4-b.avi", "stream.ts", "torn-stream.ts", "untagged.mp4", "edit-list.mp4"}}
+"""Clips that a decoder refuses, or must not be given."""
+SPARE = {"h264-closed.mp4": 0.3, "h264-open.mp4": 0.2, "h264-long.mp4": 0.25, "h264-weighted.mp4": 0.15,
+         "h264-10-bit.mp4": 0.15, "h264-444.mp4": 0.3, "h264-odd.mp4": 0.3, "hevc.mp4": 0.05, "hevc-open.mp4": 0.5,
+         "hevc-layers.mp4": 0.4, "hevc-10-bit.mp4": 0.4, "variable-rate.mp4": 0.2, "matroska.mkv": 0.2,
+         "late-start.mp4": 0.3, "turned.mp4": 0.3, "edit-list.mp4": 0.2, "half-hour.mp4": 0.3}
+"""Clips with frames that nothing refers to, and the least share of them; the others have none, or do not tell."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, clips.Clip]:
+    return clips.make_clip_set(tmp_path_factory.mktemp("set"))
+
+
+def scan(clip: clips.Clip) -> Timeline:
+    return scan_packets(str(clip.path), time.monotonic() + 60)
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav", "torchcodec"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_frame_is_wrong(made: dict[str, clips.Clip], name: str, decoder: str) -> None:
+    clip = made[name]
+    count = min(64 if name == "half-hour.mp4" else 32, len(clip.frames))
+    contract = VideoConfig(fps=None, num_frames=count, decoder=decoder, max_pixels=256 * 28 * 28)
+    frames = decode(Video(str(clip.path)), contract, 28)
+    assert clip.read(frames.pixels) == [clip.frames[index] for index in frames.indices]
+    assert len(set(frames.indices)) == count and frames.indices[-1] == len(clip.frames) - 1
+    if clip.times is not None:
+        expected = [clip.times[index] for index in frames.indices]
+        assert frames.pts_seconds.tolist() == pytest.approx(expected, abs=0.0011)
+    if decoder != "auto" and name not in TAKEN_OVER[decoder]:
+        assert frames.decoder == decoder
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TAKEN_OVER["pyav"]])
+def test_what_is_left_out_changes_no_bit(made: dict[str, clips.Clip], name: str) -> None:
+    timeline, dice = scan(made[name]), random.Random(name)
+    total = min(len(timeline.seconds), 2000)
+    subsets = [dice.sample(range(total), min(count, total)) for count in (1, 2, 5, 17)] + [list(range(total))[-3:]]
+    deadline = time.monotonic() + 60
+    for wanted in map(sorted, subsets):
+        picked = [frame.clone() for frame in read_pyav(str(made[name].path), timeline, wanted, deadline)]
+        whole = [frame.clone() for frame in
+                 read_pyav(str(made[name].path), timeline, wanted, deadline, sequential=True)]
+        assert len(picked) == len(whole) == len(wanted)
+        assert all(map(torch.equal, picked, whole)), wanted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_how_much_is_left_out(made: dict[str, clips.Clip], name: str) -> None:
+    """Frames that come out of the decoder are counted, not packets that we believe to have left out."""
+    timeline = scan(made[name])
+    share = len(timeline.spare) / len(timeline.seconds)
+    assert share >= SPARE[name] if name in SPARE else share == 0
+    wanted = [max(range(min(240, len(timeline.seconds))), key=timeline.places.__getitem__)]
+    runs, left_out = timeline.runs(wanted), timeline.left_out(wanted)
+    with open_video(str(made[name].path)) as (container, stream):
+        shown = [frame.pts for frame in decoded_frames(str(made[name].path), container, stream, time.monotonic() + 60,
+                                                       runs, left_out)]
+    fed = sum(number not in left_out for run in runs for number in run)
+    assert len(shown) <= fed < timeline.places[wanted[0]] + 1 or timeline.key_places == (0,)
+    assert timeline.keys[wanted[0]] in shown or name in TAKEN_OVER["pyav"]
+
+
+def test_only_the_highest_temporal_layer_is_left_out(made: dict[str, clips.Clip]) -> None:
+    """A frame without referrers in its own layer may still have some in a higher one (ITU-T H.265 7.4.2.2)."""
+    with open_video(str(made["hevc-layers.mp4"].path)) as (container, stream):
+        packets = module.read_packets("", container, stream, time.monotonic() + 20)
+    timeline = scan(made["hevc-layers.mp4"])
+    layers = {packet.units.layer for packet in packets if packet.units}
+    assert len(layers) == 3
+    assert {packets[number].units.layer for number in timeline.spare} == {max(layers)}  # type: ignore[union-attr]
+
+
+def hand_made(stamps: list[int], keys: dict[int, int], spare: set[int]) -> Timeline:
+    """Packets with these stamps in the order of the file; keys: stamp -> packet."""
+    order = sorted(stamps)
+    return Timeline(tuple(map(float, order)), tuple(order), True, order[-1] + 1.0, None,
+                    Stream(0, "mov", "h264", "yuv420p", 64, 64, 1), tuple(stamps.index(stamp) for stamp in order),
+                    tuple(sorted(keys)), tuple(keys[stamp] for stamp in sorted(keys)), frozenset(spare))
+
+
+def test_runs_by_hand() -> None:
+    """File order I0 P3 b1 b2 | I6 b4 b5 (they lead I6 and refer to P3) P8 b7; b: nothing refers to it."""
+    timeline = hand_made([0, 3, 1, 2, 6, 4, 5, 8, 7], {0: 0, 6: 4}, {2, 3, 5, 6, 8})
+    assert timeline.runs([0]) == [range(0, 1)]
+    assert timeline.runs([2]) == [range(0, 4)] and timeline.left_out([2]) == {2, 5, 6, 8}
+    assert timeline.runs([5]) == [range(0, 7)], "a frame that leads its key frame starts at the one before"
+    assert timeline.runs([6]) == [range(4, 5)]
+    assert timeline.runs([1, 7]) == [range(0, 3), range(4, 9)]
+    assert timeline.runs([3, 5, 8]) == [range(0, 8)]
+    assert timeline.left_out([1, 7]) == {3, 5, 6}
+
+
+@pytest.mark.parametrize("name", ["untagged.mp4", "tagged.mp4"])
+@pytest.mark.parametrize("decoder", ["auto", "pyav", "torchcodec"])
+def test_colours_of_high_definition(made: dict[str, clips.Clip], name: str, decoder: str) -> None:
+    """BT.709 is meant in both; taken as BT.601, saturated colours are off by 20 to 40 levels."""
+    contract = VideoConfig(fps=None, num_frames=4, decoder=decoder, max_pixels=720 * 1280)
+    frames = decode(Video(str(made[name].path)), contract, 20)
+    seen = torch.stack([clips.read_colours(frame) for frame in frames.pixels])
+    assert (seen - torch.tensor(clips.COLOURS)).abs().max() < 6
+    if name == "untagged.mp4" or decoder == "pyav":
+        assert frames.decoder == "pyav"
+
+
+def test_untagged_below_high_definition_is_bt601(made: dict[str, clips.Clip]) -> None:
+    for height, matrix, expected in ((HD_LINES, 2, True), (HD_LINES - 1, 2, False), (1080, 1, False), (1080, 5, False)):
+        assert untagged_hd(Stream(0, "mov", "h264", "yuv420p", 1280, height, matrix)) is expected
+
+
+def test_the_order_of_decoders() -> None:
+    plain, spare = hand_made([0, 1], {0: 0}, set()), hand_made([0, 1], {0: 0}, {1})
+    assert readers(plain, "auto") == ("torchcodec", "pyav")
+    assert readers(spare, "auto") == ("pyav", "torchcodec")
+    assert readers(plain, "pyav") == ("pyav", "torchcodec")
+    assert readers(spare, "dali") == ("dali", "pyav", "torchcodec")
+    assert readers(replace(plain, has_stamps=False), "auto") == ()
+    untagged = replace(plain, stream=replace(plain.stream, matrix=2, height=1080))
+    assert readers(untagged, "auto")[0] == "pyav"
+    assert refuses("pyav", untagged) is None and "BT.709" in (refuses("torchcodec", untagged) or "")
+    assert refuses("torchcodec", plain) is None
+
+
+def test_what_nvdec_takes() -> None:
+    stream = Stream(0, "mov", "h264", "yuv420p", 1920, 1080, 1)
+    assert nvdec_refuses(stream) is None
+    assert nvdec_refuses(replace(stream, codec="hevc", pixel_format="yuv420p10le")) is None
+    for change, words in (({"codec": "av1"}, "does not decode av1"), ({"pixel_format": "yuv420p10le"}, "yuv420p10le"),
+                          ({"width": 7680}, "up to 4096")):
+        assert words in (nvdec_refuses(replace(stream, **change)) or "")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav", "torchcodec"])
+def test_a_damaged_file_is_refused_or_right(tmp_path: Path, decoder: str) -> None:
+    """Flipped bytes may show garbage, which no decoder can know; but never another frame."""
+    good = clips.make_clip_set(tmp_path, ["h264-closed.mp4"])
+    refused = set()
+    for name, clip in clips.damaged(tmp_path, good).items():
+        contract = VideoConfig(fps=None, num_frames=32, decoder=decoder, timeout_seconds=20)
+        try:
+            frames = decode(Video(str(clip.path)), contract, 28)
+        except MediaError as error:
+            assert str(clip.path) in str(error)
+            refused.add(name)
+            continue
+        seen = clip.read(frames.pixels)
+        assert all(index in (-1, wanted) for index, wanted in zip(seen, frames.indices, strict=True))
+    assert refused >= {"truncated.mp4", "hole.mp4", "no-moov.mp4", "page.mp4", "empty.mp4"}
