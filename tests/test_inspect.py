@@ -393,7 +393,7 @@ def test_control_c_leaves_nothing(tmp_path: Path, folder: Path) -> None:
         seen += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (130, "")
+    assert (process.returncode, output) == (130, ""), errors
     assert errors.splitlines()[-1] == "veripo: interrupted" and "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["many"]
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from veripo_fast import encoding
 from veripo_fast.config_io import load_config
 from veripo_fast.data import load_prompts
 from veripo_fast.errors import ConfigError, DataError
@@ -204,6 +205,16 @@ def test_qwen2_5_vl_with_a_likelihood_judge_and_a_trained_tower(tmp_path):
     before, after = weights(runs.model("qwen2_5_vl")), weights(run.checkpoints / "step_000002")
     assert any("visual" in name and not torch.equal(after[name], before[name].float()) for name in after)
     assert len(read_records(run.metrics)) == 2
+
+
+def test_the_likelihood_judge_decodes_no_video_again(tmp_path, monkeypatch):
+    decoded = []
+    decode = encoding.decode
+    monkeypatch.setattr(encoding, "decode", lambda video, *rest: decoded.append(video) or decode(video, *rest))
+    train(runs.config(tmp_path / "run", grpo__steps=1, dpo__max_steps=1, eval__at="never", stages=[
+        {"kind": "grpo"}, {"kind": "dpo", "set": {"verifier.judge": "likelihood"}}]))
+    assert (RunDir(tmp_path / "run").verifier("dpo-1") / "verdicts.parquet").is_file()
+    assert 0 < len(decoded) == len(set(decoded))
 
 
 def test_a_dpo_stage_without_pairs_goes_on(tmp_path, caplog):

@@ -122,13 +122,15 @@ def test_likelihood_margin_comes_from_the_configuration():
 def fake_model(monkeypatch):
     """Stands in for the tokenizer and the model: these tests are about files."""
     used = []
-    encoding, model = ModuleType("veripo_fast.encoding"), ModuleType("veripo_fast.model")
+    encoding, model, cache = (ModuleType(f"veripo_fast.{name}") for name in ("encoding", "model", "vision_cache"))
     encoding.PromptEncoder = lambda path: SimpleNamespace(encode_completion=encode, eos_id=0)
     model.resolve_path = lambda path: used.append(path) or path
     model.load_policy = lambda config: ("policy", config.path)
-    model.answer_scorer = lambda policy, video: used.append(policy) or scores_b
+    model.answer_scorer = lambda policy, load: used.append((policy, load)) or scores_b
+    cache.PromptLoader = lambda *_: SimpleNamespace(load_one="load", close=lambda: used.append("closed"))
     monkeypatch.setitem(sys.modules, "veripo_fast.encoding", encoding)
     monkeypatch.setitem(sys.modules, "veripo_fast.model", model)
+    monkeypatch.setitem(sys.modules, "veripo_fast.vision_cache", cache)
     return used
 
 
@@ -150,7 +152,7 @@ def test_verify_files_with_the_likelihood_judge(tmp_path, fake_model):
     config = Config(verifier=VerifierConfig(judge="likelihood"))
     result = verify_files([tmp_path], None, config, model_path="other")
     assert [verdict.consistent for verdict in result.verdicts[0]] == [True, False, True, None]
-    assert fake_model == ["other", ("policy", "other")] and (tmp_path / "verifier" / "pairs.parquet").exists()
+    assert fake_model == ["other", (("policy", "other"), "load"), "closed"] and (tmp_path / "verifier" / "pairs.parquet").exists()
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "empty"])

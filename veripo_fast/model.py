@@ -11,19 +11,22 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForImageTextToText
 from veripo_kernels import linear_logprobs
 
 from veripo_fast import attention_backends, shared_prefix
-from veripo_fast.config import ModelConfig, VideoConfig
+from veripo_fast.config import ModelConfig
 from veripo_fast.encoding import PromptEncoder
 from veripo_fast.errors import CheckpointError
 from veripo_fast.liger import apply_liger
 from veripo_fast.packing import PackedBatch, pack
 from veripo_fast.types import MediaInputs, Prompt
+
+if TYPE_CHECKING:
+    from veripo_fast.rollout import LoadedPrompt
 
 TINY_POLICY = Path(__file__).parent / "tiny_policy"
 
@@ -188,8 +191,9 @@ def _check_shards(folder: Path) -> None:
             raise CheckpointError(f"the weight file {folder / name} is damaged: {error}") from error
 
 
-def answer_scorer(policy: Policy, contract: VideoConfig) -> Callable[[Prompt, list[str], list[str]], list[float]]:
-    """Mean log-probability of continuations of a prompt, for the likelihood judge.
+def answer_scorer(policy: Policy, load: Callable[[Prompt], LoadedPrompt]
+                  ) -> Callable[[Prompt, list[str], list[str]], list[float]]:
+    """Mean log-probability of continuations of a prompt, for the likelihood judge; `load` brings the prompt's media.
 
     The returned function takes a prompt, prefixes (what the policy wrote so far) and as many continuations, and gives
     for each pair the mean over the continuation's tokens of log p(token | prompt, prefix, tokens before), in nats.
@@ -198,12 +202,11 @@ def answer_scorer(policy: Policy, contract: VideoConfig) -> Callable[[Prompt, li
     @torch.no_grad()
     def score(prompt: Prompt, prefixes: list[str], continuations: list[str]) -> list[float]:
         encode = policy.encoder.encode_completion
-        media = policy.encoder.load_media(prompt, contract)
-        features = None if media is None else policy.vision_features(media)
+        loaded = load(prompt)
         pairs = [(encode(prefix), encode(continuation))
                  for prefix, continuation in zip(prefixes, continuations, strict=True)]
-        batch = pack([(policy.encoder.encode(prompt, media), [before + after for before, after in pairs])])
-        logprobs = policy.completion_logprobs(batch, [features]).split(batch.cu_seqlens.diff().tolist())
+        batch = pack([(loaded.encoded, [before + after for before, after in pairs])])
+        logprobs = policy.completion_logprobs(batch, [loaded.features]).split(batch.cu_seqlens.diff().tolist())
         return [float(row[len(before):].mean()) for row, (before, _) in zip(logprobs, pairs, strict=True)]
 
     return score

@@ -226,7 +226,7 @@ class Trainer:
             (folder / "ref_logprobs.parquet").unlink(missing_ok=True)  # of other pairs
             encoder = self.policy.encoder
             judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
-                               lambda: answer_scorer(self.policy, config.video))
+                               lambda: answer_scorer(self.policy, self.loader.load_one))
             result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
                             encoder.encode_completion, encoder.eos_id, derive_seed(config.seed, stage.name, "pairs"))
             write_result(folder, result)

@@ -156,6 +156,12 @@ class PromptLoader:
                 self._skip(prompt, str(error))
         return loaded
 
+    def load_one(self, prompt: Prompt) -> LoadedPrompt:
+        """A prompt that was loaded before. Raises MediaError when it cannot be any more."""
+        for loaded in self.load([prompt]):
+            return loaded
+        raise MediaError(f"the media of {prompt.prompt_id} cannot be read any more")
+
     # -- on worker threads --------------------------------------------------------------------------------------
 
     def _fetch(self, prompt: Prompt) -> Entry | DecodedMedia:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -92,9 +93,10 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
     config = replace(config, model=replace(config.model, path=model_path or config.model.path))
     encoder = PromptEncoder(resolve_path(config.model.path))
     groups = [group for file in files for group in read_groups(file)]
-    judge = make_judge(config.verifier, out / "judge_cache.jsonl", lambda: _scorer(config))
-    result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
-                    encoder.encode_completion, encoder.eos_id, config.seed)
+    with ExitStack() as stack:
+        judge = make_judge(config.verifier, out / "judge_cache.jsonl", lambda: _scorer(config, stack))
+        result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
+                        encoder.encode_completion, encoder.eos_id, config.seed)
     write_result(out, result)
     print(f"{result.account.completions} completions, {len(result.pairs)} pairs, in {out}")
     return result
@@ -110,7 +112,13 @@ def _rollout_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _scorer(config: Config) -> AnswerLogprobs:
+def _scorer(config: Config, stack: ExitStack) -> AnswerLogprobs:
+    """Scores under the policy of the configuration; `stack` stops its decoding threads."""
     from veripo_fast.model import answer_scorer, load_policy
+    from veripo_fast.vision_cache import PromptLoader
 
-    return answer_scorer(load_policy(config.model), config.video)
+    policy = load_policy(config.model)
+    loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
+                          config.cache)
+    stack.callback(loader.close)
+    return answer_scorer(policy, loader.load_one)
