@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from veripo_fast import encoding
 from veripo_fast.config_io import load_config
 from veripo_fast.data import load_prompts
-from veripo_fast.errors import ConfigError, DataError
+from veripo_fast.errors import ConfigError, DataError, UserError
 from veripo_fast.metrics import MetricsLog, read_records
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.rundir import RunDir
@@ -205,6 +205,13 @@ def test_qwen2_5_vl_with_a_likelihood_judge_and_a_trained_tower(tmp_path):
     before, after = weights(runs.model("qwen2_5_vl")), weights(run.checkpoints / "step_000002")
     assert any("visual" in name and not torch.equal(after[name], before[name].float()) for name in after)
     assert len(read_records(run.metrics)) == 2
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match="flash3"):
+            train(runs.config(tmp_path / "run", model__attention="flash3"))
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_likelihood_judge_decodes_no_video_again(tmp_path, monkeypatch):

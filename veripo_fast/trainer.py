@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,12 +72,18 @@ def train(config: Config, resume: bool = False) -> None:
     """
     run = _open_run(config, resume)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    with _InterruptFlag() as flag, MetricsLog(run.metrics, run.tensorboard) as metrics:
-        trainer = Trainer(config, run, metrics, flag.check)
-        try:
-            trainer.run_stages()
-        finally:
-            trainer.loader.close()
+    loaded = False
+    try:
+        with _InterruptFlag() as flag, MetricsLog(run.metrics, run.tensorboard) as metrics:
+            trainer = Trainer(config, run, metrics, flag.check)
+            loaded = True
+            try:
+                trainer.run_stages()
+            finally:
+                trainer.loader.close()
+    finally:
+        if not loaded and not resume:
+            shutil.rmtree(run.root)  # it was free: the next attempt shall find it so
 
 
 class Trainer:
