@@ -180,7 +180,8 @@ def told(row: dict[str, Any]) -> str:
         return f"not measured  {row['row']}: {row['not_measured']}"
     mark = "reached" if row["passed"] else "MISSED "
     details = {"value", "limit", "limits", "cases", "summary", "launches", "logprob_error_max", "logprob_error_mean",
-               "dhead_relative_rms", "tokens", "hidden", "vocabulary", "wrong"} & row.keys()
+               "dhead_relative_rms", "tokens", "hidden", "vocabulary", "wrong", "frames_per_second", "wrong_frames",
+               "psnr"} & row.keys()
     return f"{mark}       {row['row']}: " + ", ".join(f"{key} {row[key]}" for key in sorted(details))
 
 

@@ -152,7 +152,8 @@ def test_verify_files_with_the_likelihood_judge(tmp_path, fake_model):
     config = Config(verifier=VerifierConfig(judge="likelihood"))
     result = verify_files([tmp_path], None, config, model_path="other")
     assert [verdict.consistent for verdict in result.verdicts[0]] == [True, False, True, None]
-    assert fake_model == ["other", (("policy", "other"), "load"), "closed"] and (tmp_path / "verifier" / "pairs.parquet").exists()
+    assert fake_model == ["other", (("policy", "other"), "load"), "closed"]
+    assert (tmp_path / "verifier" / "pairs.parquet").exists()
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "empty"])

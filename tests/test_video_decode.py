@@ -130,6 +130,17 @@ def test_more_frames_than_one_chunk_and_no_resize(folder: Path, sixteen: VideoCo
     assert clips.read_indices(frames.pixels) == list(frames.indices)
 
 
+def test_gpu_decoders_hand_over_what_they_cannot_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FALLBACKS", Counter())
+    for decoder, name, taken_by in (("dali", "vp9.webm", "dali"), ("dali", "closed-gop.mp4", "pyav"),
+                                    ("nvdec", "vp9.webm", "torchcodec")):
+        frames = decode(Video(str(folder / name)), replace(SIXTEEN, decoder=decoder), 28, device="cpu")
+        assert frames.decoder == taken_by
+        assert clips.read_indices(frames.pixels) == list(frames.indices)
+    assert module.fallbacks() == {"dali: DALI decodes vp#, vp#, mjpeg on a CPU, not h#": 1,
+                                  "nvdec: NVDEC needs a GPU": 1}
+
+
 def test_a_fall_back_is_counted_and_said_once(folder: Path, caplog: pytest.LogCaptureFixture,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FALLBACKS", Counter())

@@ -117,6 +117,8 @@ def test_runs_by_hand() -> None:
     assert timeline.runs([1, 7]) == [range(0, 3), range(4, 9)]
     assert timeline.runs([3, 5, 8]) == [range(0, 8)]
     assert timeline.left_out([1, 7]) == {3, 5, 6}
+    odd = hand_made([0, 1, 7, 6], {0: 0, 6: 3}, set())  # 7 stands before the key frame that it is shown after
+    assert odd.runs([3]) == [range(0, 3)]
 
 
 @pytest.mark.parametrize("name", ["untagged.mp4", "tagged.mp4"])

@@ -36,7 +36,7 @@ def readers(timeline: Timeline, decoder: str) -> tuple[str, ...]:
 def refuses(name: str, timeline: Timeline) -> str | None:
     """Why a decoder must not be given this file although it might take it; None where it may."""
     stream = timeline.stream
-    if name != "pyav" and untagged_hd(stream):
+    if name in ("torchcodec", "nvdec") and untagged_hd(stream):
         return f"it has no colour tags, so BT.709 is meant from {HD_LINES} lines on, and {name} assumes BT.601"
     return nvdec_refuses(stream) if name == "nvdec" else None
 

@@ -25,6 +25,7 @@ from veripo_fast.config import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.shards import locate
 from veripo_fast.types import Frames, Image, Video
+from veripo_fast.video import dali
 from veripo_fast.video.choose import readers, refuses
 from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
 from veripo_fast.video.ffmpeg import torchcodec_decoder
@@ -54,7 +55,9 @@ def decode(video: Video, contract: VideoConfig, factor: int, device: str = "cuda
     Raises:
         MediaError: the file is missing, damaged, no video, or took longer than `contract.timeout_seconds`.
     """
-    decoder_class = torchcodec_decoder()  # before the clock starts: its first import takes seconds
+    decoder_class = torchcodec_decoder()  # before the clock starts: first imports take seconds
+    if contract.decoder == "dali":
+        dali.missing(torch.device(device))
     return run_with_deadline(lambda deadline: _decode(video, contract, factor, decoder_class, device, deadline),
                              video.path, contract.timeout_seconds)
 
@@ -104,11 +107,11 @@ def _read(name: str, decoder_class: Any, path: str, timeline: Timeline, wanted: 
     if name == "pyav":
         return read_pyav(path, timeline, wanted, deadline)
     if name == "dali":
-        from veripo_fast.video.dali import read_dali
-
-        return read_dali(path, timeline, wanted, deadline, torch.device(device))
+        return dali.read_dali(path, timeline, wanted, deadline, torch.device(device))
     if decoder_class is None:
         raise RefusedError("torchcodec cannot be loaded")
+    if name == "nvdec" and not device.startswith("cuda"):
+        raise RefusedError("NVDEC needs a GPU")
     return read_torchcodec(decoder_class, path, timeline, wanted, deadline, device if name == "nvdec" else "cpu")
 
 

@@ -257,7 +257,7 @@ def decoded_frames(path: str, container: InputContainer, stream: VideoStream, de
             following = next(wanted, None)
             if following is None:
                 return
-            run, damaged = following, False
+            run = following
 
 
 def _packets(path: str, container: InputContainer, stream: VideoStream, deadline: float) -> Iterator[Packet]:
