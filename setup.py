@@ -18,10 +18,11 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-HEADERS = ["csrc/gather_logprobs.h", "csrc/frames_to_patches.h", "csrc/rows.h"]
+HEADERS = [f"csrc/{name}.h" for name in ("clones", "frames_to_patches", "gather_logprobs", "huge_pages", "rows")]
 CPU = Extension("veripo_kernels._cpp", ["csrc/gather_logprobs.cpp", "csrc/frames_to_patches.cpp"], optional=True,
                 depends=HEADERS)
-CUDA = Extension("veripo_kernels._cuda", ["csrc/gather_logprobs.cu"], optional=True, depends=HEADERS)
+CUDA = Extension("veripo_kernels._cuda", ["csrc/gather_logprobs.cu", "csrc/frames_to_patches.cu"], optional=True,
+                 depends=HEADERS)
 FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020B000000000000"]  # the oldest torch that may load it: 2.11
 
 

@@ -1,18 +1,19 @@
 // veripo_cpp::{resize_frames,frames_to_patches,planes_to_frames,planes_to_patches} on the CPU, frames in parallel.
 //
 // One pass: a row of the source (converted to RGB where it is not) is filtered across into a ring of rows that the L1
-// and L2 caches hold; as soon as the window of an output row is complete it is filtered down and handed to a sink, which
-// writes uint8 frames or normalised patches. Nothing of the size of a frame is kept. No result depends on the threads.
+// and L2 caches hold; as soon as the window of an output row is complete it is filtered down and handed to a sink,
+// which writes uint8 frames or normalised patches. Nothing of the size of a frame is kept. No result depends on the
+// threads.
 
+#include "clones.h"
 #include "frames_to_patches.h"
-#include "rows.h"
+#include "huge_pages.h"
 
 #include <cstring>
-#include <limits>
 
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(VERIPO_DISPATCHED) || defined(__AVX2__))
 #include <immintrin.h>
-#define VERIPO_AVX2 __attribute__((target("avx2")))
+#define VERIPO_AVX2 __attribute__((target("arch=x86-64-v3")))
 #endif
 
 namespace veripo::frames {
@@ -23,45 +24,47 @@ constexpr int64_t kPad = 32;  // bytes a vector may read or write past the last 
 int64_t padded(int64_t count) { return (count + kPad - 1) / kPad * kPad; }
 
 bool has_avx2() {
-#if defined(VERIPO_AVX2) && defined(VERIPO_DISPATCHED)
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2");
-#elif defined(VERIPO_AVX2)
-  return true;
+#ifdef VERIPO_AVX2
+  return std::strcmp(instruction_set(), "baseline") != 0;
 #else
   return false;
 #endif
 }
 
-// -- rows of the source ------------------------------------------------------------------------------------------------
+// -- rows of the source -----------------------------------------------------------------------------------------------
 
-VERIPO_CLONES void interleave(const uint8_t* r, const uint8_t* g, const uint8_t* b, uint32_t* out, int64_t count) {
+// Pixels of four bytes, written as two halves: gcc makes better code of those than of four.
+VERIPO_CLONES void interleave(const uint8_t* r, const uint8_t* g, const uint8_t* b, uint16_t* out, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = r[i] | static_cast<uint32_t>(g[i]) << 8 | static_cast<uint32_t>(b[i]) << 16;
+  for (int64_t i = 0; i < count; ++i) {
+    out[2 * i] = static_cast<uint16_t>(r[i] | g[i] << 8);
+    out[2 * i + 1] = b[i];
+  }
 }
 
+// Each byte twice: one row of chroma as wide as the luma.
 VERIPO_CLONES void double_up(const uint8_t* in, int64_t step, uint8_t* out, int64_t count) {
   if (step == 1) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) out[2 * i] = out[2 * i + 1] = in[i];
+  } else if (step == 2) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[2 * i] = out[2 * i + 1] = in[2 * i];
   } else {
     for (int64_t i = 0; i < count; ++i) out[2 * i] = out[2 * i + 1] = in[step * i];
   }
 }
 
-VERIPO_CLONES void to_rgb(const uint8_t* y, const uint8_t* u, const uint8_t* v, uint32_t* out, int64_t count, Matrix m) {
-  constexpr int32_t half = 1 << (kMatrixShift - 1);
+VERIPO_CLONES void to_rgb(const uint8_t* y, const uint8_t* u, const uint8_t* v, uint16_t* out, int64_t count,
+                          Matrix m) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t grey = (y[i] - m.black) * m.luma + half, cu = u[i] - 128, cv = v[i] - 128;
-    int32_t r = (grey + cv * m.red_v) >> kMatrixShift;
-    int32_t g = (grey + cu * m.green_u + cv * m.green_v) >> kMatrixShift;
-    int32_t b = (grey + cu * m.blue_u) >> kMatrixShift;
-    r = r < 0 ? 0 : r > 255 ? 255 : r;
-    g = g < 0 ? 0 : g > 255 ? 255 : g;
-    b = b < 0 ? 0 : b > 255 ? 255 : b;
-    out[i] = static_cast<uint32_t>(r | g << 8 | b << 16);
+    const int16_t grey = product(static_cast<int16_t>(y[i] - m.black), m.luma);
+    const int16_t cu = static_cast<int16_t>(u[i] - 128), cv = static_cast<int16_t>(v[i] - 128);
+    const uint16_t r = clamped(static_cast<int16_t>(grey + product(cv, m.red_v)));
+    const uint16_t g = clamped(static_cast<int16_t>(grey + product(cu, m.green_u) + product(cv, m.green_v)));
+    out[2 * i] = static_cast<uint16_t>(r | g << 8);
+    out[2 * i + 1] = clamped(static_cast<int16_t>(grey + product(cu, m.blue_u)));
   }
 }
 
@@ -73,8 +76,8 @@ struct Row {
 
 // Room for one converted row and the chroma that belongs to it.
 struct Scratch {
-  explicit Scratch(int64_t width) : pixels(width + kPad), u(width + 1), v(width + 1) {}
-  std::vector<uint32_t> pixels;
+  explicit Scratch(int64_t width) : pixels(2 * (width + kPad)), u(width + 1), v(width + 1) {}
+  std::vector<uint16_t> pixels;
   std::vector<uint8_t> u, v;
 };
 
@@ -129,13 +132,14 @@ struct YuvSource {
     const uint8_t* luma = at(y, line);
     double_up(at(u, line / 2), u.strides[2], scratch.u.data(), (width + 1) / 2);
     double_up(at(v, line / 2), v.strides[2], scratch.v.data(), (width + 1) / 2);
+    uint16_t* const pixels = scratch.pixels.data();
     if (y.strides[2] == 1) {
-      to_rgb(luma, scratch.u.data(), scratch.v.data(), scratch.pixels.data(), width, matrix);
+      to_rgb(luma, scratch.u.data(), scratch.v.data(), pixels, width, matrix);
     } else {
       for (int64_t x = 0; x < width; ++x)
-        to_rgb(luma + x * y.strides[2], &scratch.u[x], &scratch.v[x], &scratch.pixels[x], 1, matrix);
+        to_rgb(luma + x * y.strides[2], &scratch.u[x], &scratch.v[x], pixels + 2 * x, 1, matrix);
     }
-    return {reinterpret_cast<const uint8_t*>(scratch.pixels.data()), 4};
+    return {reinterpret_cast<const uint8_t*>(pixels), 4};
   }
 
   int64_t count, height, width;
@@ -145,16 +149,17 @@ struct YuvSource {
 
 VERIPO_CLONES void deinterleave(Row row, uint8_t* out, int64_t stride, int64_t count) {
   uint8_t *r = out, *g = out + stride, *b = out + 2 * stride;
+  const uint8_t* const in = row.pixels;
   if (row.step == 3) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) r[i] = row.pixels[3 * i], g[i] = row.pixels[3 * i + 1], b[i] = row.pixels[3 * i + 2];
+    for (int64_t i = 0; i < count; ++i) r[i] = in[3 * i], g[i] = in[3 * i + 1], b[i] = in[3 * i + 2];
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) r[i] = row.pixels[4 * i], g[i] = row.pixels[4 * i + 1], b[i] = row.pixels[4 * i + 2];
+    for (int64_t i = 0; i < count; ++i) r[i] = in[4 * i], g[i] = in[4 * i + 1], b[i] = in[4 * i + 2];
   }
 }
 
-// -- filters -----------------------------------------------------------------------------------------------------------
+// -- filters ----------------------------------------------------------------------------------------------------------
 
 // Filters rows of pixels across: in [width] pixels, out uint8 [3, stride].
 class Across {
@@ -171,18 +176,23 @@ class Across {
   }
 
  private:
+  struct alignas(32) Group {
+    int16_t weights[16];
+  };
+
   // Four taps of a pixel as the products want them: w0 w1 four times, then w2 w3 four times. A window that would end
   // beyond the row starts earlier, with weights of zero in front.
   void spread(int64_t from) {
     const int64_t taps = filter_.taps, columns = (width_ + 3) / 4 * 4;
     first_.resize(columns);
-    spread_.resize(columns * taps * 4);
+    spread_.resize(columns * taps / 4);
+    auto* const weights = reinterpret_cast<int16_t*>(spread_.data());
     for (int64_t x = 0; x < width_; ++x) {
       first_[x] = std::min<int32_t>(filter_.first[x], std::max<int64_t>(from - taps, 0));
       const int64_t early = filter_.first[x] - first_[x];
       for (int64_t i = 0; i < taps * 4; ++i) {
         const int64_t tap = i / 16 * 4 + i % 16 / 8 * 2 + i % 2 - early;
-        spread_[x * taps * 4 + i] = tap < 0 ? 0 : filter_.weights[x * taps + tap];
+        weights[x * taps * 4 + i] = tap < 0 ? 0 : filter_.weights[x * taps + tap];
       }
     }
   }
@@ -215,12 +225,14 @@ class Across {
     const auto* weights = reinterpret_cast<const __m256i*>(spread_.data());
     for (int64_t x = 0; x < width_; x += 4) {
       __m256i sums[4];
+#pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const uint8_t* window = pixels + first_[x + i] * step;
         __m256i sum = _mm256_setzero_si256();
+#pragma GCC unroll 4
         for (int64_t group = 0; group < groups; ++group, window += 4 * step) {
           const __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window)));
-          const __m256i products = _mm256_madd_epi16(_mm256_shuffle_epi8(four, pick), _mm256_loadu_si256(weights++));
+          const __m256i products = _mm256_madd_epi16(_mm256_shuffle_epi8(four, pick), _mm256_load_si256(weights++));
           sum = _mm256_add_epi32(sum, products);
         }
         sums[i] = sum;
@@ -246,7 +258,7 @@ class Across {
   int64_t width_;
   bool simd_;
   std::vector<int32_t> first_;
-  std::vector<int16_t> spread_;
+  std::vector<Group> spread_;
 };
 
 // Weighted sum of `taps` rows of `count` bytes, count a multiple of kPad.
@@ -268,28 +280,26 @@ VERIPO_CLONES void down(const uint8_t* const* rows, const int16_t* weights, int6
 }
 
 #ifdef VERIPO_AVX2
-VERIPO_AVX2 void down_avx2(const uint8_t* const* rows, const int16_t* weights, int64_t taps, int32_t shift, uint8_t* out,
-                           int64_t count) {
+VERIPO_AVX2 void down_avx2(const uint8_t* const* rows, const int16_t* weights, int64_t taps, int32_t shift,
+                           uint8_t* out, int64_t count) {
   const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(1 << shift >> 1);
   const __m128i by = _mm_cvtsi32_si128(shift);
-  const auto load = [](const uint8_t* bytes) VERIPO_AVX2 {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
-  };
   for (int64_t start = 0; start < count; start += kPad) {
     __m256i sums[4] = {half, half, half, half};
     for (int64_t tap = 0; tap < taps; tap += 2) {
       int32_t pair;
       std::memcpy(&pair, weights + tap, 4);
       const __m256i by_pair = _mm256_set1_epi32(pair);
-      const __m256i a = load(rows[tap] + start), b = load(rows[tap + 1] + start);
+      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[tap] + start));
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[tap + 1] + start));
       const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
       const __m256i words[4] = {_mm256_unpacklo_epi8(low, zero), _mm256_unpackhi_epi8(low, zero),
                                 _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
       for (int i = 0; i < 4; ++i) sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(words[i], by_pair));
     }
     for (int i = 0; i < 4; ++i) sums[i] = _mm256_sra_epi32(sums[i], by);
-    const __m256i levels = _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + start), levels);
+    const __m256i low = _mm256_packs_epi32(sums[0], sums[1]), high = _mm256_packs_epi32(sums[2], sums[3]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + start), _mm256_packus_epi16(low, high));
   }
 }
 #endif
@@ -301,7 +311,7 @@ Down fastest_down() {
   return down;
 }
 
-// -- sinks -------------------------------------------------------------------------------------------------------------
+// -- sinks ------------------------------------------------------------------------------------------------------------
 
 struct FrameSink {
   struct Room {
@@ -363,7 +373,7 @@ struct PatchSink {
   Normal normal;
 };
 
-// -- one pass ----------------------------------------------------------------------------------------------------------
+// -- one pass ---------------------------------------------------------------------------------------------------------
 
 template <typename Source, typename Sink>
 void copy_frames(const Source& source, const Sink& sink, int64_t begin, int64_t end) {
@@ -417,53 +427,29 @@ void run(const Source& source, const Sink& sink, int64_t count) {
   });
 }
 
-template <typename Source>
-Tensor write_frames(const Source& source, const Tensor& like, int64_t height, int64_t width) {
-  Tensor out = empty_frames(like, source.count, height, width);
-  run(source, FrameSink{static_cast<uint8_t*>(out.mutable_data_ptr()), height, width}, source.count);
-  return out;
-}
+struct Write {
+  template <typename Source>
+  static Tensor frames(const Source& source, const Tensor& like, int64_t height, int64_t width) {
+    Tensor out = on_huge_pages(empty_frames(like, source.count, height, width));
+    run(source, FrameSink{static_cast<uint8_t*>(out.mutable_data_ptr()), height, width}, source.count);
+    return out;
+  }
 
-template <typename Source>
-Tensor write_patches(const Source& source, const Tensor& like, const PatchOrder& order, const Normal& normal,
-                     ScalarType dtype) {
-  const int64_t times = (source.count + order.temporal - 1) / order.temporal;
-  Tensor out = empty_patches(like, times, order, dtype);
-  void* const data = out.mutable_data_ptr();
-  const auto write = [&](auto* values) {
-    using T = std::remove_pointer_t<decltype(values)>;
-    run(source, PatchSink<T>{values, order.height, order.width, order, normal}, times * order.temporal);
-  };
-  dtype == ScalarType::Float ? write(static_cast<float*>(data)) : write(static_cast<BFloat16*>(data));
-  return out;
-}
+  template <typename Source>
+  static Tensor patches(const Source& source, const Tensor& like, const PatchOrder& order, const Normal& normal,
+                        ScalarType dtype) {
+    const int64_t times = (source.count + order.temporal - 1) / order.temporal;
+    Tensor out = on_huge_pages(empty_patches(like, times, order, dtype));
+    const auto write = [&]<typename T>(T* values) {
+      run(source, PatchSink<T>{values, order.height, order.width, order, normal}, times * order.temporal);
+    };
+    void* const data = out.mutable_data_ptr();
+    dtype == ScalarType::Float ? write(static_cast<float*>(data)) : write(static_cast<BFloat16*>(data));
+    return out;
+  }
+};
 
-Tensor resize_frames(const Tensor& frames, int64_t height, int64_t width) {
-  check_frames(frames, height, width);
-  return write_frames(RgbSource(frames), frames, height, width);
-}
-
-Tensor frames_to_patches(const Tensor& frames, int64_t height, int64_t width, std::vector<double> mean,
-                         std::vector<double> std, int64_t patch_size, int64_t merge_size, int64_t temporal_patch_size,
-                         ScalarType dtype) {
-  check_frames(frames, height, width);
-  const auto order = patch_order(height, width, mean, std, patch_size, merge_size, temporal_patch_size, dtype);
-  return write_patches(RgbSource(frames), frames, order, Normal(mean, std), dtype);
-}
-
-Tensor planes_to_frames(const Tensor& y, const Tensor& u, const Tensor& v, int64_t height, int64_t width,
-                        std::vector<int64_t> matrix) {
-  check_planes(y, u, v, matrix, height, width);
-  return write_frames(YuvSource(y, u, v, matrix_of(matrix)), y, height, width);
-}
-
-Tensor planes_to_patches(const Tensor& y, const Tensor& u, const Tensor& v, int64_t height, int64_t width,
-                         std::vector<int64_t> matrix, std::vector<double> mean, std::vector<double> std,
-                         int64_t patch_size, int64_t merge_size, int64_t temporal_patch_size, ScalarType dtype) {
-  check_planes(y, u, v, matrix, height, width);
-  const auto order = patch_order(height, width, mean, std, patch_size, merge_size, temporal_patch_size, dtype);
-  return write_patches(YuvSource(y, u, v, matrix_of(matrix)), y, order, Normal(mean, std), dtype);
-}
+using OnCpu = Ops<RgbSource, YuvSource, Write>;
 
 STABLE_TORCH_LIBRARY_FRAGMENT(veripo_cpp, library) {
   library.def("resize_frames(Tensor frames, int height, int width) -> Tensor");
@@ -477,10 +463,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(veripo_cpp, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(veripo_cpp, CPU, library) {
-  library.impl("resize_frames", TORCH_BOX(&resize_frames));
-  library.impl("frames_to_patches", TORCH_BOX(&frames_to_patches));
-  library.impl("planes_to_frames", TORCH_BOX(&planes_to_frames));
-  library.impl("planes_to_patches", TORCH_BOX(&planes_to_patches));
+  library.impl("resize_frames", TORCH_BOX(&OnCpu::resize_frames));
+  library.impl("frames_to_patches", TORCH_BOX(&OnCpu::frames_to_patches));
+  library.impl("planes_to_frames", TORCH_BOX(&OnCpu::planes_to_frames));
+  library.impl("planes_to_patches", TORCH_BOX(&OnCpu::planes_to_patches));
 }
 
 }  // namespace

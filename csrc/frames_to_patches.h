@@ -80,11 +80,19 @@ VERIPO_BOTH inline uint8_t to_level(int32_t sum, int32_t shift) {
   return static_cast<uint8_t>(level < 0 ? 0 : level > 255 ? 255 : level);
 }
 
-// Integer YCbCr -> RGB: each weight w means w / 2^16. luma belongs to y - black, the others to u - 128 and v - 128.
-constexpr int32_t kMatrixShift = 16;
+// Integer YCbCr -> RGB: a weight w means w / 2^13. luma belongs to y - black, the others to u - 128 and v - 128. Every
+// product is cut off by itself, as in swscale's SIMD code.
 struct Matrix {
-  int32_t black, luma, red_v, green_u, green_v, blue_u;
+  int16_t black, luma, red_v, green_u, green_v, blue_u;
 };
+
+VERIPO_BOTH inline int16_t product(int16_t difference, int16_t weight) {
+  return static_cast<int16_t>(static_cast<int16_t>(difference * 8) * weight >> 16);  // one vpmulhw
+}
+
+VERIPO_BOTH inline uint8_t clamped(int16_t level) {
+  return static_cast<uint8_t>(level < 0 ? 0 : level > 255 ? 255 : level);
+}
 
 // The order of the vision tower: [time, row of merged tokens, column of them, m, m | channel, frame in time, p, p].
 struct PatchOrder {
@@ -129,7 +137,9 @@ inline void check_planes(const Tensor& y, const Tensor& u, const Tensor& v, cons
 }
 
 inline Matrix matrix_of(const std::vector<int64_t>& values) {
-  const auto at = [&](int i) { return static_cast<int32_t>(values[i]); };
+  for (const int64_t value : values)
+    STD_TORCH_CHECK(value == static_cast<int16_t>(value), "matrix must hold numbers of 16 bits, got ", value);
+  const auto at = [&](int i) { return static_cast<int16_t>(values[i]); };
   return {at(0), at(1), at(2), at(3), at(4), at(5)};
 }
 
@@ -163,5 +173,37 @@ inline Tensor empty_frames(const Tensor& like, int64_t frames, int64_t height, i
 inline Tensor empty_patches(const Tensor& like, int64_t times, const PatchOrder& order, ScalarType dtype) {
   return torch::stable::new_empty(like, {times * order.per_time(), order.features()}, dtype);
 }
+
+// The ops of a device: its sources of pixels, and `Write`, whose frames() and patches() run its loops or kernels.
+template <typename Rgb, typename Yuv, typename Write>
+struct Ops {
+  static Tensor resize_frames(const Tensor& frames, int64_t height, int64_t width) {
+    check_frames(frames, height, width);
+    return Write::frames(Rgb(frames), frames, height, width);
+  }
+
+  static Tensor frames_to_patches(const Tensor& frames, int64_t height, int64_t width, std::vector<double> mean,
+                                  std::vector<double> std, int64_t patch_size, int64_t merge_size,
+                                  int64_t temporal_patch_size, ScalarType dtype) {
+    check_frames(frames, height, width);
+    const auto order = patch_order(height, width, mean, std, patch_size, merge_size, temporal_patch_size, dtype);
+    return Write::patches(Rgb(frames), frames, order, Normal(mean, std), dtype);
+  }
+
+  static Tensor planes_to_frames(const Tensor& y, const Tensor& u, const Tensor& v, int64_t height, int64_t width,
+                                 std::vector<int64_t> matrix) {
+    check_planes(y, u, v, matrix, height, width);
+    return Write::frames(Yuv(y, u, v, matrix_of(matrix)), y, height, width);
+  }
+
+  static Tensor planes_to_patches(const Tensor& y, const Tensor& u, const Tensor& v, int64_t height, int64_t width,
+                                  std::vector<int64_t> matrix, std::vector<double> mean, std::vector<double> std,
+                                  int64_t patch_size, int64_t merge_size, int64_t temporal_patch_size,
+                                  ScalarType dtype) {
+    check_planes(y, u, v, matrix, height, width);
+    const auto order = patch_order(height, width, mean, std, patch_size, merge_size, temporal_patch_size, dtype);
+    return Write::patches(Yuv(y, u, v, matrix_of(matrix)), y, order, Normal(mean, std), dtype);
+  }
+};
 
 }  // namespace veripo::frames

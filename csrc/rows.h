@@ -1,36 +1,16 @@
-// Loops over a block of one row, written so that the compiler makes SIMD code of each: one clone per instruction set.
+// Loops over a block of one row, written so that the compiler makes SIMD code of each.
 //
-// gcc on x86-64 glibc compiles every VERIPO_CLONES function three times and the loader picks one; elsewhere it is one.
-// To force one: CXXFLAGS="-DVERIPO_CLONES= -march=x86-64-v3" (the tests do). Needs -fno-trapping-math: without it gcc
-// branches around a conditional exponential, and those loops stay scalar (the gradient took 8 times as long).
+// Needs -fno-trapping-math: without it gcc branches around a conditional exponential, and those loops stay scalar (the
+// gradient took 8 times as long).
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-#include <limits>
+#include "clones.h"
 
-#if !defined(VERIPO_CLONES) && defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define VERIPO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define VERIPO_DISPATCHED 1
-#elif !defined(VERIPO_CLONES)
-#define VERIPO_CLONES
-#endif
+#include <limits>
 
 namespace veripo {
 
 constexpr int64_t kBlock = 2048;  // elements: 8 KiB of float32, so that the second look at a block is in the L1 cache
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 // Multiplication by log2(e) / temperature, in two floats so that its rounding does not tilt the whole row.
 struct Exponent {
@@ -105,14 +85,6 @@ VERIPO_CLONES static void block_gradient(const float* x, float* out, int64_t cou
   }
 }
 
-// The 16-bit formats, as integers: gcc 11 and the instruction sets before v3 have no type for either.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 VERIPO_CLONES static void widen(const BFloat16* x, float* out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = from_bits(static_cast<uint32_t>(x[i].bits) << 16);
@@ -147,20 +119,6 @@ VERIPO_CLONES static void narrow(const float* x, Float16* out, int64_t count) {
     const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
     out[i].bits = static_cast<uint16_t>((magnitude >= 0x47800000 ? infinite : finite) | ((bits >> 16) & 0x8000));
   }
-}
-
-// The instruction set that the functions above run with in this process.
-inline const char* instruction_set() {
-#ifdef VERIPO_DISPATCHED
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("x86-64-v4") ? "avx512" : __builtin_cpu_supports("x86-64-v3") ? "avx2" : "baseline";
-#elif defined(__AVX512F__)
-  return "avx512";
-#elif defined(__AVX2__)
-  return "avx2";
-#else
-  return "baseline";
-#endif
 }
 
 }  // namespace veripo

@@ -496,11 +496,15 @@ def test_cuda_kernels_spill_nothing_and_use_clusters(cuda_library: Path) -> None
     usage, code = (subprocess.check_output([tools / "cuobjdump", option, cuda_library], text=True)
                    for option in ("-res-usage", "-sass"))
     kernels = re.findall(r"Function (\S+_kernel\S*):\s+REG:(\d+) STACK:(\d+)", usage)
-    assert len(kernels) == 18  # three, for three dtypes, with and without wide loads
+    of_frames = [name for name, _, _ in kernels if "6frames" in name]
+    assert len(of_frames) == 12  # two, for two sources and three results
+    assert len(kernels) - len(of_frames) == 18  # three, for three dtypes, with and without wide loads
     assert all(int(stack) == 0 and int(registers) <= 128 for _, registers, stack in kernels)
     assert not re.search(r"\b(LDL|STL)\b", code)
     bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", code, re.S))
     for name, body in bodies.items():
+        if name in of_frames:
+            continue
         cluster = [bool(re.search(pattern, body)) for pattern in (r"UCGABAR_ARV", r"UCGABAR_WAIT", r"\bLD\.E\b")]
         assert cluster == ["fused_kernel" in name] * 3, name  # barriers, and loads that reach another block's memory
         if not re.search(r"Li1E", name):  # 16 bytes at a time, a batch of loads under way

@@ -280,6 +280,20 @@ def test_damage_is_reported_and_never_a_crash(tmp_path: Path) -> None:
     assert list(read_index(path).places) == ["0.mp4"] and "damaged after its member 0.mp4" in read_index(path).problem
 
 
+def test_an_archive_without_its_end_mark_and_a_size_below_zero(tmp_path: Path) -> None:
+    made = tar(tmp_path / "x.tar", members())
+    data = bytearray(made.read_bytes())
+    offset, size = read_index(made).places["5.mp4"]
+    made.write_bytes(data[:offset + size + -size % 512])
+    assert len(read_index(made).places) == 6 and "no end mark after its member 5.mp4" in read_index(made).problem
+    header = memoryview(data)[offset - 512:offset]
+    header[124:136] = (-512).to_bytes(12, "big", signed=True)  # GNU's form of large and negative numbers
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    made.write_bytes(data)
+    assert len(read_index(made).places) == 5 and "damaged" in read_index(made).problem
+
+
 def test_a_member_of_an_archive_that_shrinks_meanwhile(tmp_path: Path) -> None:
     made = tar(tmp_path / "x.tar", members())
     member = locate(f"{made}/5.mp4")

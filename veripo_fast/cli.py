@@ -136,6 +136,15 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     inspect_command(options.data, config, options.out, options.workers, options.limit)
 
 
+def _precompute(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.config_io import load_config
+
+    config = load_config(options.config, overrides)
+    from veripo_fast.precompute import precompute_command
+
+    precompute_command(options.data, config, options.rank, options.world, options.limit, options.workers)
+
+
 def _verify(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.config_io import load_config
 
@@ -199,9 +208,17 @@ COMMANDS: dict[str, Command] = {
         ("--out", {"type": Path, "metavar": "DIR", "help": "also write scores and completions there"}),
     ), takes_overrides=True),
     "inspect": Command(_inspect, "probe videos: what they are, what would be skipped, what the contract costs", (
-        ("data", {"type": Path, "nargs": "+", "metavar": "DATA", "help": "data files, videos, or folders of videos"}),
+        ("data", {"type": Path, "nargs": "+", "metavar": "DATA", "help": "data files, videos, archives, or folders"}),
         ("--out", {"type": Path, "default": Path("inspect"), "metavar": "DIR", "help": "folder (default inspect)"}),
         ("--workers", {"type": int, "metavar": "N", "help": "media at a time (default one per core)"}),
+        ("--limit", {"type": int, "metavar": "N", "help": "only so many media, evenly spread over DATA"}),
+        _CONFIG,
+    ), takes_overrides=True),
+    "precompute": Command(_precompute, "decode videos and run the frozen tower ahead of training, into cache.folder", (
+        ("data", {"type": Path, "nargs": "+", "metavar": "DATA", "help": "data files, videos, archives, or folders"}),
+        ("--rank", {"type": int, "metavar": "R", "help": "do one share in W (default RANK, as torchrun sets it)"}),
+        ("--world", {"type": int, "metavar": "W", "help": "number of shares (default WORLD_SIZE)"}),
+        ("--workers", {"type": int, "metavar": "N", "help": "threads that decode (default video.workers)"}),
         ("--limit", {"type": int, "metavar": "N", "help": "only so many media, evenly spread over DATA"}),
         _CONFIG,
     ), takes_overrides=True),
@@ -225,8 +242,8 @@ COMMANDS: dict[str, Command] = {
         ("--family", {"choices": ["qwen3_vl", "qwen2_5_vl"], "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
         _SEED,
     )),
-    "bench": Command(_bench, "measure the kernels or a training step beside other libraries (in a checkout)", (
-        ("name", {"choices": ["kernels", "step"], "metavar": "kernels|step", "help": "what is measured"}),
+    "bench": Command(_bench, "measure the kernels, a training step or video beside other libraries (in a checkout)", (
+        ("name", {"choices": ["kernels", "step", "video"], "metavar": "kernels|step|video", "help": "what to measure"}),
         ("arguments", {"nargs": argparse.REMAINDER, "metavar": "OPTIONS",
                        "help": "options of that bench: veripo bench kernels --help"}),
     )),

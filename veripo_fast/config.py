@@ -117,7 +117,8 @@ class DataConfig:
     """Where the questions come from."""
 
     train: tuple[str, ...] = ()
-    """JSONL or Parquet files in any accepted layout (Video-R1, EasyR1/verl, chat messages)."""
+    """JSONL or Parquet files in any accepted layout (Video-R1, EasyR1/verl, chat messages), or WebDataset shards: plain
+    tar archives of KEY.json beside KEY.mp4."""
     eval: tuple[str, ...] = ()
     """Held-out files, same layouts."""
     media_root: str = ""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from veripo_fast.config import ConfigError, VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.report_data import Row, RunData, part
+from veripo_fast.shards import locate
 from veripo_fast.types import Image, Media
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class FrameStrips:
                        for i in spread(list(range(total)), MAX_FRAMES)]
 
     def _path(self, path: str) -> Path:
-        return Path(path) if Path(path).exists() or Path(path).is_absolute() else self.root / path
+        here = Path(path).is_absolute() or Path(path).exists() or locate(path) is not None
+        return Path(path) if here else self.root / path
 
 
 def _picture(pixels: torch.Tensor) -> Picture:

@@ -245,7 +245,9 @@ def _read(file: BinaryIO, archive: Path, size: int) -> Index:
             for info in _infos(tar):
                 last, end = info.name, info.offset_data + info.size
                 regular = info.isreg() and not info.issparse()
-                if info.size < 0 or (regular and end > size):
+                if end < info.offset_data:  # a negative size, which would lead back to this header for ever
+                    return Index(places, f"{archive} is damaged at its member {last}")
+                if regular and end > size:
                     return Index(places, f"{archive} is truncated: it ends inside its member {last}")
                 if name := _plain(last):
                     places[name] = (info.offset_data, info.size) if regular else (-1, 0)

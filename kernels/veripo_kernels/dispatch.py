@@ -23,6 +23,10 @@ OPS: dict[str, tuple[Impl, ...]] = {
     "group_advantages": ("triton", "torch"),
     "grpo_loss": ("triton", "torch"),
     "dpo_loss": ("triton", "torch"),
+    "resize_frames": ("cpp", "torch"),
+    "frames_to_patches": ("cpp", "torch"),
+    "planes_to_frames": ("cpp", "torch"),
+    "planes_to_patches": ("cpp", "torch"),
 }
 """Implementations of each op, in order of preference."""
 
@@ -65,7 +69,8 @@ def choose(op: str, impl: Impl, device: torch.device) -> Impl:
         ValueError: the op has no such implementation. RuntimeError: it has, but cannot be used here; says why.
     """
     if impl == "auto":
-        preferred: tuple[Impl, ...] = ("triton", "torch") if device.type == "cuda" else ("cpp", "torch")
+        on_gpu = device.type == "cuda" and "triton" in OPS[op]
+        preferred: tuple[Impl, ...] = ("triton", "torch") if on_gpu else ("cpp", "torch")
         return next(name for name in preferred if name in OPS[op] and refusal(name, device) is None)
     if impl not in OPS[op]:
         raise ValueError(f"{op} has no implementation '{impl}'; it has auto, {', '.join(OPS[op])}")

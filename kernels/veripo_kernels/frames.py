@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from veripo_kernels import cpp, frames_torch
+from veripo_kernels.dispatch import choose
 from veripo_kernels.frames_torch import YuvMatrix
 
 __all__ = ["YuvMatrix", "frames_to_patches", "planes_to_frames", "planes_to_patches", "resize_frames"]
@@ -36,7 +37,7 @@ def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor
     """
     _check_frames(frames)
     _check_size(height, width)
-    if _compiled(frames.device):
+    if choose("resize_frames", "auto", frames.device) == "cpp":
         return cpp.resize_frames(frames, height, width)
     return frames_torch.resize_frames(frames, height, width)
 
@@ -63,7 +64,7 @@ def frames_to_patches(frames: torch.Tensor, height: int, width: int, *, mean: Se
     """
     _check_frames(frames)
     _check_patches(height, width, mean, std, patch_size, merge_size, temporal_patch_size, dtype)
-    if _compiled(frames.device):
+    if choose("frames_to_patches", "auto", frames.device) == "cpp":
         return cpp.frames_to_patches(frames, height, width, mean, std, patch_size, merge_size, temporal_patch_size,
                                      dtype)
     return frames_torch.frames_to_patches(frames, height, width, mean=mean, std=std, patch_size=patch_size,
@@ -85,7 +86,7 @@ def planes_to_frames(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height: 
     """
     coefficients = _check_planes(y, u, v, matrix, full_range)
     _check_size(height, width)
-    if _compiled(y.device):
+    if choose("planes_to_frames", "auto", y.device) == "cpp":
         return cpp.planes_to_frames(y, u, v, height, width, coefficients)
     return frames_torch.resize_frames(frames_torch.planes_to_rgb(y, u, v, coefficients), height, width)
 
@@ -97,19 +98,12 @@ def planes_to_patches(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height:
     """`frames_to_patches` of the RGB that planes show; arguments as there and in `planes_to_frames`."""
     coefficients = _check_planes(y, u, v, matrix, full_range)
     _check_patches(height, width, mean, std, patch_size, merge_size, temporal_patch_size, dtype)
-    if _compiled(y.device):
+    if choose("planes_to_patches", "auto", y.device) == "cpp":
         return cpp.planes_to_patches(y, u, v, height, width, coefficients, mean, std, patch_size, merge_size,
                                      temporal_patch_size, dtype)
     rgb = frames_torch.planes_to_rgb(y, u, v, coefficients)
     return frames_torch.frames_to_patches(rgb, height, width, mean=mean, std=std, patch_size=patch_size,
                                           merge_size=merge_size, temporal_patch_size=temporal_patch_size, dtype=dtype)
-
-
-@torch.compiler.assume_constant_result
-def _compiled(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return cpp.missing_cuda() is None
-    return device.type == "cpu" and cpp.missing() is None
 
 
 def _check_frames(frames: torch.Tensor) -> None:

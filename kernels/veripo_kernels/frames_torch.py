@@ -27,10 +27,11 @@ def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor
 
 
 def resize_as_float(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """For devices on which torch resizes no uint8: rounded once, so at most a level from the integers, which round
-    between the two directions too."""
-    resized = F.interpolate(frames.float(), (height, width), mode="bicubic", antialias=True)
-    return resized.round().clamp(0, 255).to(torch.uint8)
+    """For devices on which torch resizes no uint8: rounded and clamped after each direction, as the integers are."""
+    for size in ((frames.shape[2], width), (height, width)):
+        resized = F.interpolate(frames.float(), size, mode="bicubic", antialias=True)
+        frames = resized.round_().clamp_(0, 255).to(torch.uint8)
+    return frames
 
 
 def frames_to_patches(frames: torch.Tensor, height: int, width: int, *, mean: Sequence[float], std: Sequence[float],
@@ -50,22 +51,25 @@ def frames_to_patches(frames: torch.Tensor, height: int, width: int, *, mean: Se
 
 
 def yuv_matrix(matrix: YuvMatrix, full_range: bool) -> list[int]:
-    """Integers for `planes_to_rgb`: the level of black, then 2^16 times what y, v (in red), u and v (in green) and u
+    """Integers for `planes_to_rgb`: the level of black, then 2^13 times what y, v (in red), u and v (in green) and u
     (in blue) are multiplied by."""
     red, blue = _LUMA_SHARES[matrix]
     luma, chroma = (1.0, 1.0) if full_range else (255 / 219, 255 / 224)
     from_v, from_u = 2 * (1 - red) * chroma, 2 * (1 - blue) * chroma
     green = 1 - red - blue
     factors = (luma, from_v, -from_u * blue / green, -from_v * red / green, from_u)
-    return [0 if full_range else 16, *(round(factor * 2**16) for factor in factors)]
+    return [0 if full_range else 16, *(round(factor * 2**13) for factor in factors)]
 
 
 def planes_to_rgb(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, matrix: Sequence[int]) -> torch.Tensor:
-    """uint8 [T, 3, H, W] of y [T, H, W] and u, v [T, ceil(H / 2), ceil(W / 2)]; each chroma sample colours its 2 x 2
-    pixels, as swscale has it by default."""
+    """uint8 [T, 3, H, W] of y [T, H, W] and u, v [T, ceil(H / 2), ceil(W / 2)].
+
+    The bits of swscale on x86, which PyAV and torchcodec convert with and by which policies were trained: a chroma
+    sample colours its 2 x 2 pixels, and every product is cut off, not rounded (a level or so darker than exact).
+    """
     black, luma, red_v, green_u, green_v, blue_u = matrix
     height, width = y.shape[1:]
     u, v = (plane.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width].int() - 128 for plane in (u, v))
-    grey = (y.int() - black) * luma + 2**15
-    colours = torch.stack([grey + red_v * v, grey + green_u * u + green_v * v, grey + blue_u * u], 1)
-    return (colours >> 16).clamp(0, 255).to(torch.uint8)
+    grey = (y.int() - black) * luma >> 13
+    colours = [grey + (red_v * v >> 13), grey + (green_u * u >> 13) + (green_v * v >> 13), grey + (blue_u * u >> 13)]
+    return torch.stack(colours, 1).clamp(0, 255).to(torch.uint8)
