@@ -77,7 +77,7 @@ class BuildExt(build_ext):
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             print(result.stderr, flush=True)
-            say_left_out(f"{command[0]} could not compile {ext.sources[0]}, see above")
+            say_left_out(f"{command[0]} could not compile {' and '.join(ext.sources)}, see above")
 
     def cpu_command(self, ext: Extension, target: Path) -> list[str]:
         torch = torch_folder()

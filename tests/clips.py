@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -83,7 +84,7 @@ def make_clip(
     moments = list(times) if times is not None else [index / fps for index in range(frames)]
     height, width = size
     muxer = {"movflags": "faststart"} if faststart and path.suffix in {".mp4", ".mov"} else {}
-    with av.open(str(path), "w", options=muxer) as container:
+    with usual_priority(), av.open(str(path), "w", options=muxer) as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream(codec, rate=rate, options=options if options is not None else closed_gop())
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
@@ -103,6 +104,17 @@ def make_clip(
         if sound is not None:
             _silence(container, sound)
     return path
+
+
+@contextmanager
+def usual_priority() -> Iterator[None]:
+    """Undo what SVT-AV1 does where it may: it makes the thread that calls it SCHED_FIFO 99, above everything else on
+    the machine, and threads and processes started later inherit that."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def closed_gop(gop: int = 12) -> dict[str, str]:
@@ -201,6 +213,10 @@ PLAIN: dict[str, tuple[str, dict]] = {
         "codec": "mpeg4", "options": {"g": "24"}, "time_base": Fraction(1, 30)}),
     "mpeg4-b.avi": ("the same with B frames", {
         "codec": "mpeg4", "options": {"g": "24", "bf": "2"}, "time_base": Fraction(1, 30)}),
+    "mpeg4-b.mkv": ("the same in Matroska, which keeps times", {
+        "codec": "mpeg4", "options": {"g": "24", "bf": "2"}, "time_base": Fraction(1, 30)}),
+    "h264-refresh.mkv": ("intra refresh: packets called key frames that refer to others", {"options": {
+        "preset": "veryfast", "x264-params": "intra-refresh=1:keyint=30:bframes=0"}}),
     "variable-rate.mp4": ("intervals from 10 ms to 0.5 s, open groups", {"options": open_gop(), "times": VARIABLE}),
     "matroska.mkv": ("times rounded to milliseconds, with sound", {"options": open_gop(), "audio": True}),
     "late-start.mp4": ("first frame at 5 s", {"times": [5 + index / 30 for index in range(240)]}),

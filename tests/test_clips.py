@@ -5,6 +5,7 @@ What a clip shows is known from how it was made; a clip that has lost its diffic
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import av
@@ -115,3 +116,9 @@ def test_damage_is_where_it_is_said(made: dict[str, clips.Clip], tmp_path: Path)
     assert len(data["hole.mp4"]) == len(good) and bytes(20_000) in data["hole.mp4"]
     assert b"moov" not in data["no-moov.mp4"] and data["no-moov.mp4"].endswith(good[media:])
     assert [name for name, clip in bad.items() if not clip.frames] == ["no-moov.mp4", "page.mp4", "empty.mp4"]
+
+
+def test_making_clips_leaves_the_priority_of_the_process(tmp_path: Path) -> None:
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    clips.make_clip_set(tmp_path, ["av1.mp4"])
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before

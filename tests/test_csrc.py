@@ -457,6 +457,12 @@ def test_the_wheel(tmp_path: Path, compiler: str | None) -> None:
     assert wheel.name.endswith("-py3-none-any.whl") == (compiler is not None) and "-py3-none-" in wheel.name
 
 
+def test_a_library_of_an_older_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lacks ops that were added since; torch takes over, and nothing fails inside of it."""
+    monkeypatch.setattr(cpp, "OPS", (*cpp.OPS, "added_tomorrow"))
+    assert "is older than this file: install again" in cpp.missing.__wrapped__()
+
+
 @pytest.mark.parametrize(("content", "words"), [(None, "the extension was not built"),
                                                 (b"", "_cpp.so cannot be loaded")])
 def test_a_library_that_is_missing_or_broken(tmp_path: Path, content: bytes | None, words: str) -> None:

@@ -172,7 +172,7 @@ def test_plan_by_hand(folder: Path) -> None:
     found = row(folder / "plain.mp4")
     expected = {"status": "ok", "reason": "", "taken_frames": 8, "resized_width": 196, "resized_height": 112,
                 "tokens": 4 * 7 * 4, "proxy_bytes": 8 * 3 * 196 * 112, "tower_bytes": 112 * 200,
-                "decoder": "torchcodec", "sampled_frames": 3, "bytes": (folder / "plain.mp4").stat().st_size}
+                "decoder": "pyav", "sampled_frames": 3, "bytes": (folder / "plain.mp4").stat().st_size}
     assert {key: found[key] for key in expected} == expected
     # wanted: 0, 8, 17, 25, 34, 42, 51, 59
     assert found["decode_frames"] == 9 + 6 + 11 + 7 + 12

@@ -163,10 +163,48 @@ def test_media_of_a_record_belong_together_and_parts_are_media(tmp_path: Path, c
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
+def test_of_a_shard_that_is_data_only_what_records_name(tmp_path: Path, command: Callable, folder: Path,
+                                                        decoded: Counter[str],
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """A whole video is not made where training reads a part of it; an end that is cut off is named."""
+    record = {"problem": "?", "answer": "red", "video": {"video": "a.mp4", "video_start": 0.1, "video_end": 0.3}}
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, path in (("a.mp4", folder / "0.mp4"), ("b.mp4", folder / "1.mp4"), ("c.mp4", folder / "2.mp4")):
+            archive.add(path, name)
+            if name == "a.mp4":
+                (tmp_path / "a.json").write_text(json.dumps(record))
+                archive.add(tmp_path / "a.json", "a.json")
+    data = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(data[:data.rindex(b"c.mp4") + 700])
+    assert main(command(tmp_path / "x.tar")) == 0
+    assert decoded == {"a.mp4": 1}
+    assert "1 new, 0 already there, 1 skipped" in capsys.readouterr().out
+    assert "truncated" in (tmp_path / "cache" / "precompute_skipped.jsonl").read_text()
+
+
+def test_a_file_replaced_while_it_is_decoded_is_not_kept_as_the_new_one(
+        tmp_path: Path, command: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(folder / "7.mp4", tmp_path / "a.mp4")
+    decode = precompute.decode_frames
+
+    def replaced(*arguments: Any) -> Any:
+        frames = decode(*arguments)
+        shutil.copy(folder / "0.mp4", tmp_path / "a.mp4")
+        return frames
+
+    monkeypatch.setattr(precompute, "decode_frames", replaced)
+    arguments = command(tmp_path / "a.mp4", model__freeze_vision=False)
+    assert main(arguments) == 0
+    old = entries(tmp_path / "cache")
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert len(old) == 1 and len(entries(tmp_path / "cache")) == 2
+
+
 def test_what_is_there_is_not_decoded_again(tmp_path: Path, command: Callable, folder: Path, decoded: Counter[str],
                                             capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(folder, "--limit", 3, cache__frames=True)) == 0
-    assert re.search(r"3 media: 3 new, 0 already there, 0 skipped; [\d.]+ [KM]?B written in [\d.]+ s, \d+ frames per",
+    assert re.search(r"3 media: 3 new, 0 already there, 0 skipped; [\d.]+ [KM]?B written in [\d.]+ s, [\d.]+ new",
                      capsys.readouterr().out)
     assert decoded == {"0.mp4": 1, "2.mp4": 1, "5.mp4": 1}, "evenly spread"
     cache = tmp_path / "cache"
@@ -303,6 +341,10 @@ def test_a_cache_too_small_is_said_before_and_refused_when_it_is_full(
     assert "may take up to" in caplog.text and f"cache.disk_bytes {size // 2}" in caplog.text
     assert f"cache.disk_bytes {size // 2} is too small for these media" in capsys.readouterr().err
     assert 2 <= len(entries(tmp_path / "cache")) <= 4
+    for rank in ("0", "1"):  # each may fill its half: otherwise the second would delete what the first has made
+        assert main(command(folder, "--rank", rank, "--world", "2", cache__disk_bytes=size * 3 // 4,
+                            cache__folder=str(tmp_path / "shared"))) == 2
+        assert f"(this rank's part is {size * 3 // 8})" in capsys.readouterr().err
     assert main(command(folder, cache__disk_bytes=1000)) == 2
     assert "cache.disk_bytes 1000 is too small" in capsys.readouterr().err
     caplog.clear()
@@ -322,7 +364,7 @@ def test_the_bound_is_what_the_largest_video_takes(tmp_path: Path, caplog: pytes
     assert main(command(data, **options)) == 0
     size = sum(map(len, entries(tmp_path / "cache").values()))
     config = configured(tmp_path, **options)
-    filler = precompute.Filler(config, "none.jsonl")
+    filler = precompute.Filler(config, 1, "none.jsonl")
     bound = sum(filler._most_bytes(policies.prompt_of(Video(str(path)))) for path in data)
     filler.close()
     pixels = 4096 * 3
@@ -354,6 +396,13 @@ def test_wrong_options_are_one_sentence(command: Callable, folder: Path, capsys:
     assert main(command(data, *arguments)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("veripo: error: ")]
     assert len(lines) == 1 and words in lines[0]
+
+
+def test_ranks_that_the_environment_names_wrongly(command: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "first")
+    assert main(command(folder)) == 2
+    assert "RANK and WORLD_SIZE in the environment must be whole numbers" in capsys.readouterr().err
 
 
 def test_nothing_to_do(tmp_path: Path, command: Callable, capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,6 +212,16 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
         with pytest.raises(UserError, match="flash3"):
             train(runs.config(tmp_path / "run", model__attention="flash3"))
         assert not (tmp_path / "run").exists()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    with pytest.raises(UserError, match="flash3"):
+        train(runs.config(tmp_path / "link", model__attention="flash3"))
+    assert list((tmp_path / "link").iterdir()) == []
+    with pytest.raises(DataError, match="mistyped"):
+        train(runs.config(tmp_path / "run", data__train=("mistyped.jsonl",)))
+    with pytest.raises(ConfigError, match=r"video\.decoder dali needs a GPU"):
+        train(runs.config(tmp_path / "run", video__decoder="dali", model__device="cpu"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_likelihood_judge_decodes_no_video_again(tmp_path, monkeypatch):

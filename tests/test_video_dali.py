@@ -308,6 +308,17 @@ def test_what_is_missing_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     dali.missing.cache_clear()
 
 
+def test_a_pipeline_that_cannot_start_is_a_refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a driver that is older than this DALI."""
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA driver version is insufficient\nStack trace")
+
+    monkeypatch.setattr(dali, "_IDLE", {})
+    monkeypatch.setattr(dali, "make_pipeline", broken)
+    with pytest.raises(RefusedError, match=r"DALI cannot start \(CUDA driver version is insufficient\)"):
+        next(dali.read_dali(str(folder / "vp9.webm"), scan(folder / "vp9.webm"), [0], soon(), CPU))
+
+
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 

@@ -155,15 +155,13 @@ def _locate(source: str | bytes, base: Path, archive: str) -> str:
     if _ANOTHER_SCHEME.match(source):
         raise RecordError("media must be local files, not URLs", source[:200])
     source = source.removeprefix("file://")
-    if archive and (member := find_member(archive, source)):
-        return member
-    path = base / source
+    path = (find_member(archive, source) if archive else "") or str(base / source)
     try:
-        if locate(str(path)) is None and not path.is_file():
-            raise RecordError(f"media file {path} does not exist", str(path))
+        if locate(path) is None and not Path(path).is_file():
+            raise RecordError(f"media file {path} does not exist", path)
     except MediaError as error:
-        raise RecordError(str(error), str(path)) from error
-    return str(path)
+        raise RecordError(str(error), path) from error
+    return path
 
 
 def _cached(content: bytes) -> str:

@@ -176,8 +176,8 @@ class PromptEncoder:
         """
         if not prompt.media:
             return None
-        frames = decode_frames(prompt.media, contract, self.vision.factor)
-        return self.media_inputs(frames, self.media_key(prompt, contract))
+        key = self.media_key(prompt, contract)  # before decoding: a file replaced meanwhile must not be kept as the new
+        return self.media_inputs(decode_frames(prompt.media, contract, self.vision.factor), key)
 
     def media_key(self, prompt: Prompt, contract: VideoConfig) -> str:
         """Fingerprint of all media of the prompt, their order, the contract and the patch geometry."""

@@ -26,6 +26,7 @@ from veripo_fast.model import load_policy, resolve_device, resolve_path
 from veripo_fast.sources import check_some, evenly, find_sources, read_records
 from veripo_fast.types import Media, Message, Prompt, Video
 from veripo_fast.video.contract import TEMPORAL_PATCH
+from veripo_fast.video.decode import check_decoder
 from veripo_fast.video.pool import MediaPool
 from veripo_fast.vision_cache import PromptLoader
 from veripo_fast.vision_store import (
@@ -62,8 +63,6 @@ class Account:
     there: int = 0
     there_bytes: int = 0
     skipped: int = 0
-    frames: int = 0
-    """Decoded, an image counted as the two frames that the tower reads."""
 
 
 def precompute_command(data: Sequence[Path], config: Config, rank: int | None, world: int | None, limit: int | None,
@@ -89,7 +88,7 @@ def precompute_command(data: Sequence[Path], config: Config, rank: int | None, w
     config = replace(config, video=replace(config.video, workers=workers or config.video.workers))
     if torch.cuda.is_available() and resolve_device(config.model.device).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-    filler = Filler(config, "precompute_skipped.jsonl" if world == 1 else f"precompute_skipped-rank{rank}.jsonl")
+    filler = Filler(config, world, "precompute_skipped.jsonl" if world == 1 else f"precompute_skipped-rank{rank}.jsonl")
     started = time.perf_counter()
     try:
         filler.fill(wanted, f"precompute {rank}/{world}" if world > 1 else "precompute")
@@ -100,7 +99,7 @@ def precompute_command(data: Sequence[Path], config: Config, rank: int | None, w
     done = filler.account
     print(f"{len(wanted)} media{f' of rank {rank} of {world}' if world > 1 else ''}: {done.new} new, {done.there} "
           f"already there, {done.skipped} skipped{f' ({filler.skipped.path} says why)' if done.skipped else ''}; "
-          f"{memory(filler.store.written_bytes)} written in {seconds:.1f} s, {done.frames / seconds:.0f} frames per "
+          f"{memory(filler.store.written_bytes)} written in {seconds:.1f} s, {done.new / seconds:.1f} new media per "
           f"second" + (f"; {filler.store.evicted} older entries deleted" if filler.store.evicted else ""))
 
 
@@ -109,7 +108,10 @@ def share(rank: int | None, world: int | None) -> tuple[int, int]:
     if (rank is None) != (world is None):
         raise ConfigError("--rank and --world belong together")
     if rank is None or world is None:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        try:
+            rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        except ValueError as error:
+            raise ConfigError(f"RANK and WORLD_SIZE in the environment must be whole numbers ({error})") from error
     if not 0 <= rank < world:
         raise ConfigError(f"--rank must be at least 0 and below --world, got {rank} and {world}")
     return rank, world
@@ -124,9 +126,11 @@ def find_prompts(data: Sequence[Path], config: Config, limit: int | None) -> lis
     for prompt in prompts:
         if prompt.media:
             media.setdefault(prompt.media, prompt.prompt_id)
-    used = {medium for together in media for medium in together}
-    media |= {(medium,): medium.path for medium in sources.media if medium not in used}
-    gone = {item.path: item for item in skipped if item.path not in sources.files}
+    used = {medium.path for together in media for medium in together}
+    shards = tuple(f"{file}/" for file in sources.files)  # of those, training reads what their records name
+    media |= {(medium,): medium.path for medium in sources.media
+              if medium.path not in used and not medium.path.startswith(shards)}
+    gone = {item.path: item for item in skipped if item.path not in sources.files or item.record == item.path}
     found: list[Prompt | Skipped] = [Prompt(name, (Message("user", together),), "text", "")
                                      for together, name in media.items()]
     found += [*gone.values(), *sources.broken]
@@ -138,11 +142,16 @@ class Filler:
     """Makes the entries of one share of the media. With a frozen tower its output, by a PromptLoader that decodes
     ahead; and decoded frames alone where the tower trains, without loading it, or where only they are missing.
 
-    `skipped_name`: file in the folder of the cache that names what cannot be read; begun anew.
+    `world`: how many share the cache, each its part of the bytes. `skipped_name`: file in the folder of the cache that
+    names what cannot be read; begun anew.
     """
 
-    def __init__(self, config: Config, skipped_name: str) -> None:
+    def __init__(self, config: Config, world: int, skipped_name: str) -> None:
         self.config = config
+        self.max_bytes = config.cache.disk_bytes // world
+        self.device = resolve_device(config.model.device)
+        if self.device.type == "cuda":  # decoding threads would take the first one
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.account = Account()
         self.loader: PromptLoader | None = None
         self.encoder: PromptEncoder
@@ -157,6 +166,7 @@ class Filler:
             self.encoder, self.store = policy.encoder, self.loader.store
             self.version = tower_version(policy)
         else:
+            check_decoder(config.video, self.device)
             self.encoder = PromptEncoder(resolve_path(config.model.path))
             self.store = VisionStore(Path(cache.folder), cache.disk_bytes)
         path = self.store.folder / skipped_name
@@ -197,11 +207,13 @@ class Filler:
         if self.store.failed_writes:
             raise ConfigError(f"cache.folder {self.store.folder} takes no more entries (the log says why); run again "
                               f"to go on")
-        held, most = self.account.there_bytes + self.store.written_bytes, self.store.max_bytes
+        held, most = self.account.there_bytes + self.store.written_bytes, self.max_bytes
         kept = most - most // SLACK if self.store.evicted else most  # so far the store empties its folder
         if held > kept or self.store.too_large:
-            raise ConfigError(f"cache.disk_bytes {most} is too small for these media: after {held} bytes of entries "
-                              f"the first of them would be deleted; raise it, or take fewer media")
+            part = "" if most == self.store.max_bytes else f" (this rank's part is {most})"
+            raise ConfigError(f"cache.disk_bytes {self.store.max_bytes}{part} is too small for these media: after "
+                              f"{held} bytes of entries the first of them would be deleted; raise it, or take fewer "
+                              f"media")
 
     # -- what is missing ------------------------------------------------------------------------------------------
 
@@ -232,9 +244,10 @@ class Filler:
     def _warn_of_size(self, prompts: Sequence[Prompt]) -> None:
         """Say how much the contract allows the missing media to take, when the cache may not hold it."""
         most = self.account.there_bytes + sum(self._most_bytes(prompt) for prompt in prompts)
-        if most > self.store.max_bytes:
-            log.warning("these media may take up to %s under the contract, more than cache.disk_bytes %d (%s): once "
-                        "they do, filling stops", memory(most), self.store.max_bytes, memory(self.store.max_bytes))
+        if most > self.max_bytes:
+            log.warning("these media may take up to %s under the contract, more than the %s that cache.disk_bytes %d "
+                        "leaves for them: once they do, filling stops", memory(most), memory(self.max_bytes),
+                        self.store.max_bytes)
 
     def _most_bytes(self, prompt: Prompt) -> int:
         """Bound on the entries of a prompt."""
@@ -264,9 +277,7 @@ class Filler:
         for start in range(0, len(prompts), size):
             self.loader.prefetch(prompts[start:start + 2 * size])
             batch = prompts[start:start + size]
-            for item in self.loader.load(batch):
-                assert item.encoded.media is not None
-                self.account.frames += TEMPORAL_PATCH * int(item.encoded.media.grid_thw[:, 0].sum())
+            self.loader.load(batch)
             yield len(batch)
 
     def _make_frames(self, prompts: Sequence[Prompt]) -> Iterator[int]:
@@ -277,13 +288,12 @@ class Filler:
                     self.skip(prompt, str(found))
                 else:
                     write_frames(self.store, found)
-                    self.account.frames += sum(len(pixels) for _, pixels, _ in found.frames)
                 yield 1
 
     def _decode(self, prompt: Prompt) -> DecodedMedia:
-        device = str(resolve_device(self.config.model.device))
-        frames = decode_frames(prompt.media, self.config.video, self.encoder.vision.factor, device)
-        return DecodedMedia(frames, self.encoder.media_key(prompt, self.config.video))
+        key = self.encoder.media_key(prompt, self.config.video)
+        frames = decode_frames(prompt.media, self.config.video, self.encoder.vision.factor, str(self.device))
+        return DecodedMedia(frames, key)
 
     def _skipped(self, item: Skipped) -> None:
         self.account.skipped += 1

@@ -210,9 +210,9 @@ def _kept_index(archive: Path, key: tuple[str, int, int]) -> Index:
             with archive.open("rb") as file:
                 future.set_result(_read(file, archive, key[2]))
         except BaseException as error:  # handed to the threads that wait
-            future.set_exception(error)
             with _LOCK:
                 _INDEXES.pop(key, None)
+            future.set_exception(error)
         _forget()
     return future.result()
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def train(config: Config, resume: bool = False) -> None:
                 trainer.loader.close()
     finally:
         if not loaded and not resume:
-            shutil.rmtree(run.root)  # it was free: the next attempt shall find it so
+            _empty(run.root)  # it was free: the next attempt shall find it so
 
 
 class Trainer:
@@ -394,6 +394,9 @@ def _open_run(config: Config, resume: bool) -> RunDir:
         raise ConfigError(f"model.path {config.model.path} is not a folder")
     if any(stage.kind == "grpo" and not stage.data for stage in config.stages) and not config.data.train:
         raise ConfigError("data.train names no files")
+    for file in (*config.data.train, *config.data.eval, *(file for stage in config.stages for file in stage.data)):
+        if not Path(file).exists():
+            raise DataError(f"data file {file} does not exist")
     run.root.mkdir(parents=True, exist_ok=True)
     atomic_write_text(run.config, to_yaml(config))
     return run
@@ -402,6 +405,17 @@ def _open_run(config: Config, resume: bool) -> RunDir:
 def _is_free(root: Path) -> bool:
     """Whether nothing is there, or at most what a kill leaves before config.yaml has its name."""
     return not root.exists() or (root.is_dir() and all(entry.name.startswith(".tmp-") for entry in root.iterdir()))
+
+
+def _empty(root: Path) -> None:
+    """Remove what is in a folder, and the folder unless it is a mount point or a link."""
+    for entry in root.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+    with suppress(OSError):
+        root.rmdir()
 
 
 def _warn_of_changes(before: Config, now: Config) -> None:

@@ -26,7 +26,7 @@ from veripo_fast.prefetch import MediaSlots
 from veripo_fast.rollout import LoadedPrompt
 from veripo_fast.types import Media, MediaInputs, Prompt, Video
 from veripo_fast.video.contract import TEMPORAL_PATCH
-from veripo_fast.video.decode import fallbacks
+from veripo_fast.video.decode import check_decoder, fallbacks
 from veripo_fast.vision_store import (
     DecodedMedia,
     VisionStore,
@@ -101,6 +101,7 @@ class PromptLoader:
 
     def __init__(self, policy: Policy, contract: VideoConfig, max_prompt_tokens: int,
                  on_skip: Callable[[Prompt, str], None], cache: CacheConfig | None = None) -> None:
+        check_decoder(contract, policy.device)
         self.config = cache or CacheConfig()
         self.policy = policy
         self.contract = contract
@@ -110,8 +111,8 @@ class PromptLoader:
         self.gpu_cache = VisionCache(self.config.gpu_bytes if policy.device.type == "cuda" else 0)
         self.work = VideoWork()
         self._refused = sum(fallbacks().values())
-        self.bad: set[Prompt] = set()
-        """By prompt, not by its id: training and evaluation files number their records alike."""
+        self.bad: dict[Prompt, str] = {}
+        """Why; by prompt, not by its id: training and evaluation files number their records alike."""
         self.store = VisionStore(Path(self.config.folder), self.config.disk_bytes) if self.config.folder else None
         self._tower = tower_version(policy) if self.store and policy.frozen_vision else ""
         self._slots: MediaSlots[Entry | DecodedMedia] = MediaSlots(
@@ -157,10 +158,10 @@ class PromptLoader:
         return loaded
 
     def load_one(self, prompt: Prompt) -> LoadedPrompt:
-        """A prompt that was loaded before. Raises MediaError when it cannot be any more."""
+        """Load a prompt. Raises MediaError when it is a bad one."""
         for loaded in self.load([prompt]):
             return loaded
-        raise MediaError(f"the media of {prompt.prompt_id} cannot be read any more")
+        raise MediaError(f"{prompt.prompt_id}: {self.bad[prompt]}")
 
     # -- on worker threads --------------------------------------------------------------------------------------
 
@@ -254,7 +255,7 @@ class PromptLoader:
         return LoadedPrompt(prompt, encoded, features)
 
     def _skip(self, prompt: Prompt, reason: str) -> None:
-        self.bad.add(prompt)
+        self.bad[prompt] = reason
         log.warning("skipped %s: %s", prompt.prompt_id, reason)
         self.on_skip(prompt, reason)
 

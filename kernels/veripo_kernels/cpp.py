@@ -16,6 +16,8 @@ import torch
 LIBRARY = Path(__file__).with_name("_cpp.so")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 CUDA_CAPABILITY = (9, 0)
+OPS = ("gather_logprobs_forward", "gather_logprobs_backward", "gather_logprobs_fused", "isa", "resize_frames",
+       "frames_to_patches", "planes_to_frames", "planes_to_patches")
 
 
 @cache
@@ -24,6 +26,8 @@ def missing() -> str | None:
     if not LIBRARY.exists():
         return "the extension was not built (no C++ compiler or no torch when it was installed)"
     reason = _load(LIBRARY)
+    if reason is None and not all(hasattr(torch.ops.veripo_cpp, name) for name in OPS):
+        reason = f"{LIBRARY.name} is older than this file: install again (pip install --no-build-isolation)"
     if reason is None:
         _register_fakes()
     return reason

@@ -23,7 +23,7 @@ def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor
         return frames.contiguous()
     if frames.device.type == "cpu":
         return F.interpolate(frames, (height, width), mode="bicubic", antialias=True).contiguous()
-    return resize_as_float(frames, height, width)
+    return resize_as_float(frames, height, width).contiguous()
 
 
 def resize_as_float(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -118,7 +119,6 @@ def _scorer(config: Config, stack: ExitStack) -> AnswerLogprobs:
     from veripo_fast.vision_cache import PromptLoader
 
     policy = load_policy(config.model)
-    loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
-                          config.cache)
+    loader = PromptLoader(policy, config.video, sys.maxsize, lambda prompt, reason: None, config.cache)
     stack.callback(loader.close)
     return answer_scorer(policy, loader.load_one)

@@ -1,9 +1,9 @@
 """Which decoder takes a file, decided from its packets before anything is decoded.
 
 `pyav`: packets picked by us, decoded by FFmpeg; it leaves out frames that nothing refers to, a third to a half of a
-usual H.264 or HEVC file, and can be told the colours of a file without tags. `torchcodec`: as fast where there is
-nothing to leave out. `nvdec` (torchcodec on CUDA) and `dali` decode on the GPU. `pyav-sequential`: every frame from the
-start, the last resort.
+usual H.264 or HEVC file, notices damage, and can be told the colours of a file without tags. `torchcodec`: for codecs
+where there is nothing to leave out. `nvdec` (torchcodec on CUDA) and `dali` decode on the GPU. `pyav-sequential`: every
+frame from the start, the last resort.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 from veripo_fast.video.timeline import Stream, Timeline
 
 GPU_DECODERS = ("nvdec", "dali")
-HD_LINES = 720
-"""From so many lines on, a video without colour tags is taken as BT.709, below as BT.601: what encoders mean by it."""
+HD_WIDTH, HD_HEIGHT = 1280, 720
+"""From one of them on, a video without colour tags is taken as BT.709, below as BT.601: what encoders mean by it."""
+PICKED = ("h264", "hevc")
+"""Codecs whose packets tell what can be left out."""
 UNSPECIFIED = 2
 """Code point of a colour matrix that is not named (ITU-T H.273)."""
 _NVDEC = {"h264": (4096, {"yuv420p", "yuvj420p"}), "hevc": (8192, {"yuv420p", "yuvj420p", "yuv420p10le"}),
@@ -22,14 +24,15 @@ _NVDEC = {"h264": (4096, {"yuv420p", "yuvj420p"}), "hevc": (8192, {"yuv420p", "y
 
 def untagged_hd(stream: Stream) -> bool:
     """Whether BT.709 must be assumed."""
-    return stream.matrix == UNSPECIFIED and stream.height >= HD_LINES
+    return stream.matrix == UNSPECIFIED and (stream.width >= HD_WIDTH or stream.height >= HD_HEIGHT)
 
 
 def readers(timeline: Timeline, decoder: str) -> tuple[str, ...]:
     """Decoders to try, the best first; `decoder` is video.decoder of the configuration."""
     if not timeline.has_stamps:
         return ()
-    on_cpu = ("pyav", "torchcodec") if timeline.spare or untagged_hd(timeline.stream) else ("torchcodec", "pyav")
+    picked = timeline.stream.codec in PICKED or untagged_hd(timeline.stream)
+    on_cpu = ("pyav", "torchcodec") if picked else ("torchcodec", "pyav")
     return on_cpu if decoder == "auto" else (decoder, *(name for name in on_cpu if name != decoder))
 
 
@@ -37,7 +40,9 @@ def refuses(name: str, timeline: Timeline) -> str | None:
     """Why a decoder must not be given this file although it might take it; None where it may."""
     stream = timeline.stream
     if name in ("torchcodec", "nvdec") and untagged_hd(stream):
-        return f"it has no colour tags, so BT.709 is meant from {HD_LINES} lines on, and {name} assumes BT.601"
+        return f"it is HD without colour tags, so BT.709 is meant, and {name} assumes BT.601"
+    if name != "pyav" and timeline.trouble:
+        return timeline.trouble
     return nvdec_refuses(stream) if name == "nvdec" else None
 
 

@@ -216,8 +216,11 @@ def _pipeline(device: torch.device, bt709: bool) -> Iterator[Any]:
     with _LOCK:
         pipeline = _IDLE[key].pop() if _IDLE.get(key) else None
     if pipeline is None:
-        pipeline = make_pipeline(device, bt709)
-        pipeline.build()
+        try:
+            pipeline = make_pipeline(device, bt709)
+            pipeline.build()
+        except RuntimeError as error:  # a driver too old for this DALI, or no memory left
+            raise RefusedError(f"DALI cannot start ({str(error).strip().splitlines()[0]})") from error
     yield pipeline
     with _LOCK:
         _IDLE.setdefault(key, []).append(pipeline)

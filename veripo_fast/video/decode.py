@@ -22,18 +22,18 @@ from PIL import ImageOps
 from veripo_kernels import resize_frames
 
 from veripo_fast.config import VideoConfig
-from veripo_fast.errors import MediaError
+from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.shards import locate
 from veripo_fast.types import Frames, Image, Video
 from veripo_fast.video import dali
-from veripo_fast.video.choose import readers, refuses
+from veripo_fast.video.choose import GPU_DECODERS, readers, refuses
 from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.pool import MediaPool, run_with_deadline
-from veripo_fast.video.readers import RefusedError, read_pyav, read_torchcodec
+from veripo_fast.video.readers import LostFrameError, RefusedError, read_pyav, read_torchcodec
 from veripo_fast.video.timeline import Timeline, check_complete, check_file, scan_decoded, scan_packets
 
-__all__ = ["MediaPool", "decode", "decode_image", "fallbacks"]
+__all__ = ["MediaPool", "check_decoder", "decode", "decode_image", "fallbacks"]
 
 _LOG = logging.getLogger(__name__)
 _LOCK = threading.Lock()
@@ -60,6 +60,17 @@ def decode(video: Video, contract: VideoConfig, factor: int, device: str = "cuda
         dali.missing(torch.device(device))
     return run_with_deadline(lambda deadline: _decode(video, contract, factor, decoder_class, device, deadline),
                              video.path, contract.timeout_seconds)
+
+
+def check_decoder(contract: VideoConfig, device: torch.device) -> None:
+    """ConfigError when `contract.decoder` cannot be used on this machine at all: each would have other pixels."""
+    if contract.decoder not in GPU_DECODERS:
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"video.decoder {contract.decoder} needs a GPU, and the policy is on {device.type}")
+    reason = dali.missing(device) if contract.decoder == "dali" else None
+    if reason is not None:
+        raise ConfigError(f"video.decoder {contract.decoder} cannot be used: {reason}")
 
 
 def fallbacks() -> dict[str, int]:
@@ -93,9 +104,10 @@ def _decode(video: Video, contract: VideoConfig, factor: int, decoder_class: Any
             chunks = _read(name, decoder_class, video.path, timeline, wanted, device, deadline)
             return _collect(chunks, video, timeline, wanted, contract, factor, name)
         except RefusedError as refusal:
-            _count_fallback(name, video.path, str(refusal))
-            if name == "pyav":  # it says which frame cannot be had
-                reason = str(refusal)
+            reason = str(refusal)
+            _count_fallback(name, video.path, reason)
+            if isinstance(refusal, LostFrameError):  # another decoder would show what FFmpeg makes up for it
+                break
     return _decode_as_it_comes(video, contract, factor, timeline, reason, deadline)
 
 
@@ -189,4 +201,4 @@ def _count_fallback(decoder: str, path: str, reason: str) -> None:
         _FALLBACKS[kind] += 1
         if _FALLBACKS[kind] > 1:
             return
-    _LOG.warning("%s refuses %s (%s); another decoder takes it and others like it", decoder, path, reason)
+    _LOG.warning("%s refuses %s (%s); the next decoder is tried, as for others like it", decoder, path, reason)

@@ -39,7 +39,7 @@ def torchcodec_decoder() -> Any:
 
 def _load_torchcodec() -> Any:
     if importlib.util.find_spec("torchcodec") is None:
-        _LOG.warning("torchcodec is not installed; videos are decoded by PyAV, sequentially")
+        _LOG.warning("torchcodec is not installed; PyAV decodes all videos")
         return None
     if "torchcodec" not in sys.modules:
         register_bundled_ffmpeg()
@@ -47,7 +47,7 @@ def _load_torchcodec() -> Any:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: none of its FFmpeg variants could be loaded
         reason = str(error).strip().splitlines()[0]
-        _LOG.warning("torchcodec cannot be loaded (%s); videos are decoded by PyAV, sequentially", reason)
+        _LOG.warning("torchcodec cannot be loaded (%s); PyAV decodes all videos", reason)
         return None
     return VideoDecoder
 

@@ -61,8 +61,8 @@ def fingerprint(media: Media | Sequence[Media], contract: VideoConfig, **sizes: 
     A file is identified by its resolved path, size in bytes and modification time in nanoseconds, so that a hit costs
     one `stat` and no read; a copy elsewhere has another key. A member of a tar archive is its place in the archive and
     the archive's time. Part times, the fields of the contract that change pixels and `sizes` (patch and merge size,
-    mean, std, whatever the caller's tower depends on) enter as well; CPU decoders give the same bits, each GPU decoder
-    its own.
+    mean, std, whatever the caller's tower depends on) enter as well. CPU decoders give the same bits; a GPU decoder has
+    keys of its own, under which files that it refuses have the CPU's pixels.
 
     Raises:
         MediaError: a file is missing or may not be read.

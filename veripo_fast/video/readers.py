@@ -25,6 +25,10 @@ class RefusedError(Exception):
     """A decoder cannot give the frames asked for; the text says why."""
 
 
+class LostFrameError(RefusedError):
+    """A frame does not come out of FFmpeg although its packet is there: the file is damaged, or its times lie."""
+
+
 def read_torchcodec(decoder_class: Any, path: str, timeline: Timeline, wanted: Sequence[int],
                     deadline: float, device: str = "cpu") -> Iterator[torch.Tensor]:
     """Chunks of uint8 [k, 3, H, W] on `device` (NHWC in memory), the frames at positions `wanted` of the timeline.
@@ -56,10 +60,11 @@ def read_pyav(path: str, timeline: Timeline, wanted: Sequence[int], deadline: fl
     """Chunks of one frame, uint8 [1, 3, H, W]; a chunk is a view that is valid until the next one is asked for.
 
     Packets of other groups of pictures, and those that no wanted frame refers to, are not decoded; `sequential` decodes
-    every frame from the start. A file without colour tags is BT.709 from 720 lines on, otherwise BT.601.
+    every frame from the start. An HD file without colour tags is BT.709, a smaller one BT.601.
 
     Raises:
-        RefusedError: a wanted frame does not come out of the decoder.
+        LostFrameError: a wanted frame does not come out of the decoder.
+        RefusedError: its colours cannot be converted.
     """
     missing = {timeline.keys[position] for position in wanted}
     runs, left_out = (None, frozenset()) if sequential else (timeline.runs(wanted), timeline.left_out(wanted))
@@ -71,12 +76,15 @@ def read_pyav(path: str, timeline: Timeline, wanted: Sequence[int], deadline: fl
             if key not in missing:
                 continue
             missing.remove(key)
-            shown = reformatter.reformat(frame, format="rgb24", threads=1, **colours)
+            try:
+                shown = reformatter.reformat(frame, format="rgb24", threads=1, **colours)
+            except av.FFmpegError as error:  # swscale knows fewer colour matrices than codecs can name
+                raise RefusedError(f"swscale does not convert its colour matrix {timeline.stream.matrix}") from error
             yield _upright(shown, round(frame.rotation / 90))
             if not missing:
                 return
     first = timeline.seconds[timeline.keys.index(min(missing))] - timeline.seconds[0]
-    raise RefusedError(f"the frame at {first:.2f} s cannot be decoded")
+    raise LostFrameError(f"the frame at {first:.2f} s cannot be decoded")
 
 
 def _upright(frame: av.VideoFrame, quarters: int) -> torch.Tensor:

@@ -80,18 +80,21 @@ class Timeline:
     places: tuple[int, ...] = ()
     """Of each frame: the number of its packet in the file. Empty where packets carry no time stamps."""
     key_stamps: tuple[int, ...] = ()
-    """Time stamps of the key frames, ascending."""
+    """Time stamps of the key frames that decoding can begin at, ascending."""
     key_places: tuple[int, ...] = ()
     """Their packets' numbers, in the same order."""
     spare: frozenset[int] = frozenset()
     """Numbers of packets that no other frame refers to: left out, they change no other picture."""
     hidden: int = 0
     """Frames that an edit list hides."""
+    trouble: str | None = None
+    """Why decoders that trust the container would return wrong pictures in silence; None where they would not."""
 
     def runs(self, wanted: Sequence[int]) -> list[range]:
         """Packets to decode for the frames at positions `wanted`: from each one's key frame up to its own packet.
 
-        A frame that leads its key frame (open GOP) is decoded from the key frame before. Empty without `places`.
+        A frame that leads its key frame (open GOP) is decoded from the key frame before. Ascending and disjoint; empty
+        without `places`.
         """
         runs: list[range] = []
         for place, position in sorted((self.places[position], position) for position in wanted if self.places):
@@ -99,10 +102,9 @@ class Timeline:
             while key >= 0 and self.key_places[key] > place:
                 key -= 1
             start = self.key_places[key] if key >= 0 else 0
-            if runs and start <= runs[-1].stop:
-                runs[-1] = range(min(start, runs[-1].start), place + 1)
-            else:
-                runs.append(range(start, place + 1))
+            while runs and start <= runs[-1].stop:
+                start = min(start, runs.pop().start)
+            runs.append(range(start, place + 1))
         return runs
 
     def left_out(self, wanted: Sequence[int]) -> frozenset[int]:
@@ -207,8 +209,11 @@ def timeline_of(path: str, container: InputContainer, stream: VideoStream, packe
     keys, seconds, end, has_stamps = _times(path, stream, shown)
     numbers = {packet.stamp: number for number, packet in enumerate(packets)}
     stamped = has_stamps and len(numbers) == len(packets)
+    in_units = length_bytes(stream.codec_context) > 0
+    trusted = in_units or stream.codec_context.name not in ("h264", "hevc")
     key_packets = sorted((packet.stamp, number) for number, packet in enumerate(packets)
-                         if packet.key and packet.stamp is not None) if stamped else []
+                         if packet.key and packet.stamp is not None and (
+                             packet.units.entry if packet.units else trusted)) if stamped else []
     top = max((packet.units.layer for packet in packets if packet.units), default=0)
     return Timeline(
         seconds, keys, has_stamps, end, _promised(stream), _stream(container, stream),
@@ -216,7 +221,15 @@ def timeline_of(path: str, container: InputContainer, stream: VideoStream, packe
         key_stamps=tuple(stamp for stamp, _ in key_packets), key_places=tuple(number for _, number in key_packets),
         spare=frozenset(number for number, packet in enumerate(packets)
                         if packet.units and packet.units.spare and packet.units.layer == top and not packet.key),
-        hidden=sum(packet.hidden for packet in packets))
+        hidden=sum(packet.hidden for packet in packets), trouble=_trouble(packets, in_units))
+
+
+def _trouble(packets: Sequence[PacketFacts], in_units: bool) -> str | None:
+    if any(packet.corrupt or (in_units and packet.units is None) for packet in packets):
+        return "packets in it are damaged"
+    if any(packet.key and packet.units and not packet.units.entry for packet in packets):
+        return "it calls frames key frames that refer to others (intra refresh)"
+    return None
 
 
 def scan_decoded(path: str, deadline: float) -> Timeline:
@@ -241,19 +254,19 @@ def decoded_frames(path: str, container: InputContainer, stream: VideoStream, de
         number += packet.size > 0
         if packet.size and (number < run.start or number in left_out):
             continue
-        try:
-            frames = packet.decode()
-            if number == run.stop - 1:  # what the decoder still holds back comes out, and it starts anew
-                frames += stream.codec_context.decode(None)
-                stream.codec_context.flush_buffers()
-        except av.FFmpegError:  # damage shows as InvalidData, but codecs return other codes as well
-            damaged = True
-            frames = []
-        for frame in frames:
-            damaged = frame.is_corrupt or (damaged and not frame.key_frame)
-            if not damaged:
-                yield frame
-        if number == run.stop - 1:
+        ends = number == run.stop - 1
+        for part in (packet, None) if ends else (packet,):  # None: what the decoder still holds back
+            try:
+                frames = stream.codec_context.decode(part)
+            except av.FFmpegError:  # damage shows as InvalidData, but codecs return other codes as well
+                damaged = True
+                continue
+            for frame in frames:
+                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+                if not damaged:
+                    yield frame
+        if ends:
+            stream.codec_context.flush_buffers()
             following = next(wanted, None)
             if following is None:
                 return
