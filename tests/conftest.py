@@ -9,10 +9,15 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # xdist workers share the 
 
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell's background job ignores Ctrl-C, and so would the processes that tests start to interrupt them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _has_gpu() -> bool:
