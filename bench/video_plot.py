@@ -86,8 +86,8 @@ def _step(axis: Any, rows: list[Row]) -> None:
     _bars(axis, entries, "CPU seconds, without the tower")
     axis.set_xscale("log")
     if rows:
-        axis.set_title(f"video work of a GRPO step: {rows[0]['prompts']} prompts, G = {rows[0]['group']}, "
-                       f"{rows[0]['clip']}", fontsize=9)
+        axis.set_title(f"video work of a GRPO step: {rows[0]['prompts']} x {rows[0]['clip']}, G = {rows[0]['group']}",
+                       fontsize=9)
 
 
 def _frames(axis: Any, rows: list[Row], group: str, title: str) -> None:
