@@ -179,6 +179,12 @@ class PromptEncoder:
         key = self.media_key(prompt, contract)  # before decoding: a file replaced meanwhile must not be kept as the new
         return self.media_inputs(decode_frames(prompt.media, contract, self.vision.factor), key)
 
+    def tower_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of the tower's output per merged token, deepstack levels included; `dtype` is that of the weights."""
+        vision = self.config.vision_config
+        levels = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+        return int(levels * vision.out_hidden_size * {"float32": 4, "bfloat16": 2}[dtype])
+
     def media_key(self, prompt: Prompt, contract: VideoConfig) -> str:
         """Fingerprint of all media of the prompt, their order, the contract and the patch geometry."""
         spec = self.vision

@@ -210,11 +210,8 @@ def policy_sizes(config: Config) -> PolicySizes:
     from veripo_fast.model import resolve_path
 
     encoder = PromptEncoder(resolve_path(config.model.path))
-    vision = encoder.config.vision_config
-    levels = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-    value_bytes = {"float32": 4, "bfloat16": 2}[config.model.dtype]
     return PolicySizes(encoder.vision.patch_size, encoder.vision.merge_size,
-                       levels * vision.out_hidden_size * value_bytes)
+                       encoder.tower_bytes_per_token(config.model.dtype))
 
 
 # One medium

@@ -254,10 +254,8 @@ class Filler:
         pixels = sum(self._most_frames(medium) for medium in prompt.media) * self.config.video.max_pixels
         size = 3 * pixels if self.wants_frames else 0
         if self.loader:
-            vision = self.encoder.config.vision_config
-            levels = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-            per_token = levels * vision.out_hidden_size * {"float32": 4, "bfloat16": 2}[self.config.model.dtype]
-            size += pixels // TEMPORAL_PATCH // self.encoder.vision.factor**2 * per_token
+            tokens = pixels // TEMPORAL_PATCH // self.encoder.vision.factor**2
+            size += tokens * self.encoder.tower_bytes_per_token(self.config.model.dtype)
         return size
 
     def _most_frames(self, medium: Media) -> int:

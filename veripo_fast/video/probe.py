@@ -122,9 +122,8 @@ def _facts(container: InputContainer, stream: VideoStream, timeline: Timeline, p
     spread, variable = _variation(timeline, float(stream.time_base or 0))
     keys = [place for place, packet in enumerate(packets) if packet.key]
     gops = [after - before for before, after in pairwise(keys)] or [len(packets)]
-    in_units = length_bytes(context) > 0
-    tells = timeline.has_stamps and (context.name == "h264" or (context.name == "hevc" and in_units))
-    damaged = [packet for packet in packets if packet.corrupt or (in_units and packet.units is None)]
+    tells = timeline.has_stamps and (context.name == "h264" or (context.name == "hevc" and length_bytes(context) > 0))
+    damaged = [packet for packet in packets if packet.damaged]
     components = context.format.components if context.format else ()
     return VideoFacts(
         container=timeline.stream.container, codec=timeline.stream.codec,

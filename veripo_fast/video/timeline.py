@@ -60,6 +60,8 @@ class PacketFacts:
     """The container says so."""
     units: Units | None
     """None where the packet is not written as units with their lengths, or they do not add up."""
+    damaged: bool
+    """The container says so, or its units do not add up."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,13 @@ def scan_packets(path: str, deadline: float) -> Timeline:
 def read_packets(path: str, container: InputContainer, stream: VideoStream, deadline: float) -> list[PacketFacts]:
     """Every packet with content, in the order of the file, none decoded."""
     codec, prefix = stream.codec_context.name, length_bytes(stream.codec_context)
-    return [PacketFacts(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, packet.is_corrupt,
-                        read_units(memoryview(packet), prefix, codec) if prefix else None)
-            for packet in _packets(path, container, stream, deadline) if packet.size]
+    packets = []
+    for packet in _packets(path, container, stream, deadline):
+        if packet.size:
+            units = read_units(memoryview(packet), prefix, codec) if prefix else None
+            packets.append(PacketFacts(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard,
+                                       packet.is_corrupt, units, packet.is_corrupt or (prefix > 0 and units is None)))
+    return packets
 
 
 def timeline_of(path: str, container: InputContainer, stream: VideoStream, packets: Sequence[PacketFacts]) -> Timeline:
@@ -209,8 +215,7 @@ def timeline_of(path: str, container: InputContainer, stream: VideoStream, packe
     keys, seconds, end, has_stamps = _times(path, stream, shown)
     numbers = {packet.stamp: number for number, packet in enumerate(packets)}
     stamped = has_stamps and len(numbers) == len(packets)
-    in_units = length_bytes(stream.codec_context) > 0
-    trusted = in_units or stream.codec_context.name not in ("h264", "hevc")
+    trusted = length_bytes(stream.codec_context) > 0 or stream.codec_context.name not in ("h264", "hevc")
     key_packets = sorted((packet.stamp, number) for number, packet in enumerate(packets)
                          if packet.key and packet.stamp is not None and (
                              packet.units.entry if packet.units else trusted)) if stamped else []
@@ -221,11 +226,11 @@ def timeline_of(path: str, container: InputContainer, stream: VideoStream, packe
         key_stamps=tuple(stamp for stamp, _ in key_packets), key_places=tuple(number for _, number in key_packets),
         spare=frozenset(number for number, packet in enumerate(packets)
                         if packet.units and packet.units.spare and packet.units.layer == top and not packet.key),
-        hidden=sum(packet.hidden for packet in packets), trouble=_trouble(packets, in_units))
+        hidden=sum(packet.hidden for packet in packets), trouble=_trouble(packets))
 
 
-def _trouble(packets: Sequence[PacketFacts], in_units: bool) -> str | None:
-    if any(packet.corrupt or (in_units and packet.units is None) for packet in packets):
+def _trouble(packets: Sequence[PacketFacts]) -> str | None:
+    if any(packet.damaged for packet in packets):
         return "packets in it are damaged"
     if any(packet.key and packet.units and not packet.units.entry for packet in packets):
         return "it calls frames key frames that refer to others (intra refresh)"
