@@ -13,7 +13,11 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(VERIPO_DISPATCHED) || defined(__AVX2__))
 #include <immintrin.h>
+#ifdef __AVX2__
+#define VERIPO_AVX2  // the whole file is compiled for it or for more: gcc inlines no intrinsics into a lower target
+#else
 #define VERIPO_AVX2 __attribute__((target("arch=x86-64-v3")))
+#endif
 #endif
 
 namespace veripo::frames {
@@ -428,24 +432,21 @@ void run(const Source& source, const Sink& sink, int64_t count) {
 }
 
 struct Write {
+  static Tensor fresh(Tensor out) { return on_huge_pages(std::move(out)); }
+
   template <typename Source>
-  static Tensor frames(const Source& source, const Tensor& like, int64_t height, int64_t width) {
-    Tensor out = on_huge_pages(empty_frames(like, source.count, height, width));
-    run(source, FrameSink{static_cast<uint8_t*>(out.mutable_data_ptr()), height, width}, source.count);
-    return out;
+  static void frames(const Source& source, const Tensor& out) {
+    run(source, FrameSink{static_cast<uint8_t*>(out.mutable_data_ptr()), out.size(2), out.size(3)}, source.count);
   }
 
   template <typename Source>
-  static Tensor patches(const Source& source, const Tensor& like, const PatchOrder& order, const Normal& normal,
-                        ScalarType dtype) {
-    const int64_t times = (source.count + order.temporal - 1) / order.temporal;
-    Tensor out = on_huge_pages(empty_patches(like, times, order, dtype));
+  static void patches(const Source& source, const PatchOrder& order, const Normal& normal, const Tensor& out) {
+    const int64_t count = (source.count + order.temporal - 1) / order.temporal * order.temporal;
     const auto write = [&]<typename T>(T* values) {
-      run(source, PatchSink<T>{values, order.height, order.width, order, normal}, times * order.temporal);
+      run(source, PatchSink<T>{values, order.height, order.width, order, normal}, count);
     };
     void* const data = out.mutable_data_ptr();
-    dtype == ScalarType::Float ? write(static_cast<float*>(data)) : write(static_cast<BFloat16*>(data));
-    return out;
+    out.scalar_type() == ScalarType::Float ? write(static_cast<float*>(data)) : write(static_cast<BFloat16*>(data));
   }
 };
 
@@ -456,6 +457,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(veripo_cpp, library) {
   library.def(
       "frames_to_patches(Tensor frames, int height, int width, float[] mean, float[] std, int patch_size, "
       "int merge_size, int temporal_patch_size, ScalarType dtype) -> Tensor");
+  library.def("resize_frames_out(Tensor frames, Tensor(a!) out) -> ()");
+  library.def(
+      "frames_to_patches_out(Tensor frames, int height, int width, float[] mean, float[] std, int patch_size, "
+      "int merge_size, int temporal_patch_size, Tensor(a!) out) -> ()");
   library.def("planes_to_frames(Tensor y, Tensor u, Tensor v, int height, int width, int[] matrix) -> Tensor");
   library.def(
       "planes_to_patches(Tensor y, Tensor u, Tensor v, int height, int width, int[] matrix, float[] mean, float[] std, "
@@ -465,6 +470,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(veripo_cpp, library) {
 STABLE_TORCH_LIBRARY_IMPL(veripo_cpp, CPU, library) {
   library.impl("resize_frames", TORCH_BOX(&OnCpu::resize_frames));
   library.impl("frames_to_patches", TORCH_BOX(&OnCpu::frames_to_patches));
+  library.impl("resize_frames_out", TORCH_BOX(&OnCpu::resize_frames_out));
+  library.impl("frames_to_patches_out", TORCH_BOX(&OnCpu::frames_to_patches_out));
   library.impl("planes_to_frames", TORCH_BOX(&OnCpu::planes_to_frames));
   library.impl("planes_to_patches", TORCH_BOX(&OnCpu::planes_to_patches));
 }

@@ -165,26 +165,23 @@ void run(const Source& source, const Sink& sink, int64_t count, const Tensor& li
 }
 
 struct Write {
+  static Tensor fresh(Tensor out) { return out; }
+
   template <typename Source>
-  static Tensor frames(const Source& source, const Tensor& like, int64_t height, int64_t width) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-    Tensor out = empty_frames(like, source.count, height, width);
-    run(source, FrameSink{static_cast<uint8_t*>(out.mutable_data_ptr()), height, width}, source.count, like);
-    return out;
+  static void frames(const Source& source, const Tensor& out) {
+    const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+    run(source, FrameSink{static_cast<uint8_t*>(out.mutable_data_ptr()), out.size(2), out.size(3)}, source.count, out);
   }
 
   template <typename Source>
-  static Tensor patches(const Source& source, const Tensor& like, const PatchOrder& order, const Normal& normal,
-                        ScalarType dtype) {
-    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-    const int64_t times = (source.count + order.temporal - 1) / order.temporal;
-    Tensor out = empty_patches(like, times, order, dtype);
+  static void patches(const Source& source, const PatchOrder& order, const Normal& normal, const Tensor& out) {
+    const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+    const int64_t count = (source.count + order.temporal - 1) / order.temporal * order.temporal;
     const auto write = [&]<typename T>(T* values) {
-      run(source, PatchSink<T>{values, order.height, order.width, order, normal}, times * order.temporal, like);
+      run(source, PatchSink<T>{values, order.height, order.width, order, normal}, count, out);
     };
     void* const data = out.mutable_data_ptr();
-    dtype == ScalarType::Float ? write(static_cast<float*>(data)) : write(static_cast<__nv_bfloat16*>(data));
-    return out;
+    out.scalar_type() == ScalarType::Float ? write(static_cast<float*>(data)) : write(static_cast<__nv_bfloat16*>(data));
   }
 };
 
@@ -193,6 +190,8 @@ using OnCuda = Ops<RgbSource, YuvSource, Write>;
 STABLE_TORCH_LIBRARY_IMPL(veripo_cpp, CUDA, library) {
   library.impl("resize_frames", TORCH_BOX(&OnCuda::resize_frames));
   library.impl("frames_to_patches", TORCH_BOX(&OnCuda::frames_to_patches));
+  library.impl("resize_frames_out", TORCH_BOX(&OnCuda::resize_frames_out));
+  library.impl("frames_to_patches_out", TORCH_BOX(&OnCuda::frames_to_patches_out));
   library.impl("planes_to_frames", TORCH_BOX(&OnCuda::planes_to_frames));
   library.impl("planes_to_patches", TORCH_BOX(&OnCuda::planes_to_patches));
 }

@@ -1,5 +1,6 @@
-// What the CPU and the CUDA half of veripo_cpp::{resize_frames,frames_to_patches,planes_to_frames,planes_to_patches}
-// share: the checks at the door, the weights of the filter, and where a pixel goes in the order of patches.
+// What the CPU and the CUDA half of veripo_cpp::{resize_frames,frames_to_patches} (each also into a given tensor: _out)
+// and {planes_to_frames,planes_to_patches} share: the checks at the door, the weights of the filter, and where a pixel
+// goes in the order of patches.
 //
 // Letters: T frames, H and W sides in pixels, N patches. Definition: veripo_kernels/frames.py.
 #pragma once
@@ -166,20 +167,39 @@ struct Normal {
   float shift[3], scale[3];
 };
 
-inline Tensor empty_frames(const Tensor& like, int64_t frames, int64_t height, int64_t width) {
-  return torch::stable::new_empty(like, {frames, 3, height, width});
+inline int64_t times_of(const Tensor& frames, int64_t temporal) { return (frames.size(0) + temporal - 1) / temporal; }
+
+inline Tensor empty_frames(const Tensor& like, int64_t height, int64_t width) {
+  return torch::stable::new_empty(like, {like.size(0), 3, height, width});
 }
 
-inline Tensor empty_patches(const Tensor& like, int64_t times, const PatchOrder& order, ScalarType dtype) {
-  return torch::stable::new_empty(like, {times * order.per_time(), order.features()}, dtype);
+inline Tensor empty_patches(const Tensor& like, const PatchOrder& order, ScalarType dtype) {
+  return torch::stable::new_empty(like, {times_of(like, order.temporal) * order.per_time(), order.features()}, dtype);
 }
 
-// The ops of a device: its sources of pixels, and `Write`, whose frames() and patches() run its loops or kernels.
+inline void check_out(const Tensor& out, const Tensor& like, const std::vector<int64_t>& shape, const char* what) {
+  bool fits = out.dim() == static_cast<int64_t>(shape.size()) && out.is_contiguous() &&
+              out.is_cuda() == like.is_cuda() && out.get_device() == like.get_device();
+  for (size_t axis = 0; fits && axis < shape.size(); ++axis) fits = out.size(axis) == shape[axis];
+  STD_TORCH_CHECK(fits, "out must be contiguous ", what, " on the device of frames");
+}
+
+// The ops of a device: its sources of pixels, and `Write`, whose fresh() makes memory ready for a result and whose
+// frames() and patches() run its loops or kernels.
 template <typename Rgb, typename Yuv, typename Write>
 struct Ops {
   static Tensor resize_frames(const Tensor& frames, int64_t height, int64_t width) {
     check_frames(frames, height, width);
-    return Write::frames(Rgb(frames), frames, height, width);
+    Tensor out = Write::fresh(empty_frames(frames, height, width));
+    Write::frames(Rgb(frames), out);
+    return out;
+  }
+
+  static void resize_frames_out(const Tensor& frames, const Tensor& out) {
+    STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.dim() == 4, "out must be uint8 [T, 3, H, W]");
+    check_frames(frames, out.size(2), out.size(3));
+    check_out(out, frames, {frames.size(0), 3, out.size(2), out.size(3)}, "[T, 3, H, W]");
+    Write::frames(Rgb(frames), out);
   }
 
   static Tensor frames_to_patches(const Tensor& frames, int64_t height, int64_t width, std::vector<double> mean,
@@ -187,13 +207,27 @@ struct Ops {
                                   int64_t temporal_patch_size, ScalarType dtype) {
     check_frames(frames, height, width);
     const auto order = patch_order(height, width, mean, std, patch_size, merge_size, temporal_patch_size, dtype);
-    return Write::patches(Rgb(frames), frames, order, Normal(mean, std), dtype);
+    Tensor out = Write::fresh(empty_patches(frames, order, dtype));
+    Write::patches(Rgb(frames), order, Normal(mean, std), out);
+    return out;
+  }
+
+  static void frames_to_patches_out(const Tensor& frames, int64_t height, int64_t width, std::vector<double> mean,
+                                    std::vector<double> std, int64_t patch_size, int64_t merge_size,
+                                    int64_t temporal_patch_size, const Tensor& out) {
+    check_frames(frames, height, width);
+    const auto order =
+        patch_order(height, width, mean, std, patch_size, merge_size, temporal_patch_size, out.scalar_type());
+    check_out(out, frames, {times_of(frames, order.temporal) * order.per_time(), order.features()}, "[N, features]");
+    Write::patches(Rgb(frames), order, Normal(mean, std), out);
   }
 
   static Tensor planes_to_frames(const Tensor& y, const Tensor& u, const Tensor& v, int64_t height, int64_t width,
                                  std::vector<int64_t> matrix) {
     check_planes(y, u, v, matrix, height, width);
-    return Write::frames(Yuv(y, u, v, matrix_of(matrix)), y, height, width);
+    Tensor out = Write::fresh(empty_frames(y, height, width));
+    Write::frames(Yuv(y, u, v, matrix_of(matrix)), out);
+    return out;
   }
 
   static Tensor planes_to_patches(const Tensor& y, const Tensor& u, const Tensor& v, int64_t height, int64_t width,
@@ -202,7 +236,9 @@ struct Ops {
                                   ScalarType dtype) {
     check_planes(y, u, v, matrix, height, width);
     const auto order = patch_order(height, width, mean, std, patch_size, merge_size, temporal_patch_size, dtype);
-    return Write::patches(Yuv(y, u, v, matrix_of(matrix)), y, order, Normal(mean, std), dtype);
+    Tensor out = Write::fresh(empty_patches(y, order, dtype));
+    Write::patches(Yuv(y, u, v, matrix_of(matrix)), order, Normal(mean, std), out);
+    return out;
   }
 };
 

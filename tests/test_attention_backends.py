@@ -58,8 +58,13 @@ def sides(groups: tuple[GroupSpan, ...], dtype: torch.dtype = torch.float32) -> 
 
 def loop_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
                 scaling: float | None, from_the_end: bool = True) -> torch.Tensor:
-    """Varlen attention written out: one sequence and one softmax after another, causal from the last key."""
-    repeat = query.shape[1] // key.shape[1]
+    """Varlen attention written out: one sequence and one softmax after another, causal from the last key.
+
+    Adds in more than the precision of its inputs, as the kernels that it stands for do: what remains is our own error.
+    """
+    wider = torch.float32 if query.dtype == torch.bfloat16 else torch.float64
+    dtype, repeat = query.dtype, query.shape[1] // key.shape[1]
+    query, key, value = (side.to(wider) for side in (query, key, value))
     out = []
     for s in range(len(cu_q) - 1):
         q, k, v = query[cu_q[s]:cu_q[s + 1]], key[cu_k[s]:cu_k[s + 1]], value[cu_k[s]:cu_k[s + 1]]
@@ -67,7 +72,7 @@ def loop_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_
         hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(1 + (len(k) - len(q) if from_the_end else 0))
         scores = torch.einsum("qhd,khd->hqk", q, k) * (scaling or q.shape[-1] ** -0.5)
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v))
-    return torch.cat(out)
+    return torch.cat(out).to(dtype)
 
 
 def flash_stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,

@@ -45,6 +45,7 @@ def built(name: str, **environment: str) -> Path:
     if not folder.exists():
         own = folder.with_name(f"{folder.name}.{os.getpid()}")
         build(own, **environment)
+        assert (own / "veripo_kernels" / "_cpp.so").exists(), f"the build {name} left the op out"
         if not folder.exists():
             own.rename(folder)
     return folder / "veripo_kernels"

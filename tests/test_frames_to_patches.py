@@ -364,6 +364,39 @@ def test_nothing_after_the_last_pixel_is_read() -> None:
     assert result.stdout == "done\n", (result.returncode, result.stderr)
 
 
+# -- into a given tensor -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+@pytest.mark.parametrize("size", [(20, 30), (28, 56)], ids=["filtered", "copied"])
+def test_a_given_tensor_is_filled_and_nothing_beside_it(impl: str, size: tuple[int, int],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veripo_kernels.frames.choose", lambda *_: impl)
+    frames = random_frames(3, *size)
+    room = torch.full((5, 3, 28, 56), 7, dtype=torch.uint8)
+    given = resize_frames(frames, 28, 56, out=room[1:4])
+    assert given.data_ptr() == room[1].data_ptr()
+    assert torch.equal(given, resize_frames(frames, 28, 56)) and bool((room[::4] == 7).all())
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = frames_to_patches(frames, 28, 56, **QWEN, dtype=dtype)
+        room = torch.full((len(expected) + 2, 1176), 7.0, dtype=dtype)
+        given = frames_to_patches(frames, 28, 56, **QWEN, dtype=dtype, out=room[1:-1])
+        assert given.data_ptr() == room[1].data_ptr()
+        assert torch.equal(given, expected) and bool((room[[0, -1]] == 7).all())
+
+
+@pytest.mark.parametrize("out", [torch.zeros(2, 3, 28, 57, dtype=torch.uint8), torch.zeros(2, 3, 28, 56),
+                                 torch.zeros(1, 3, 28, 56, dtype=torch.uint8),
+                                 torch.zeros(2, 3, 28, 56, dtype=torch.uint8, device="meta"),
+                                 torch.zeros(2, 3, 56, 28, dtype=torch.uint8).transpose(2, 3)])
+def test_a_given_tensor_that_does_not_fit_is_named(out: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"out must be contiguous torch.uint8 \[2, 3, 28, 56\] on cpu, got"):
+        resize_frames(FRAMES, 28, 56, out=out)
+    patches = torch.zeros(16, 1176, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"out must be contiguous torch.float32 \[8, 1176\] on cpu, got"):
+        frames_to_patches(FRAMES, 28, 56, **QWEN, out=patches[::2])
+
+
 # -- torch -------------------------------------------------------------------------------------------------------------
 
 
@@ -371,7 +404,10 @@ def test_opcheck() -> None:
     frames, planes = random_frames(3, 20, 30), random_planes(3, 20, 30, True)
     patches = [*CLIP, 14, 2, 2, torch.bfloat16]
     matrix = frames_torch.yuv_matrix("bt601", False)
+    room = torch.empty(16, 1176, dtype=torch.bfloat16)
     for name, values in (("resize_frames", [frames, 28, 56]), ("frames_to_patches", [frames, 28, 56, *patches]),
+                         ("resize_frames_out", [frames, torch.empty(3, 3, 28, 56, dtype=torch.uint8)]),
+                         ("frames_to_patches_out", [frames, 28, 56, *patches[:-1], room]),
                          ("planes_to_frames", [*planes, 28, 56, matrix]),
                          ("planes_to_patches", [*planes, 28, 56, matrix, *patches])):
         torch.library.opcheck(getattr(torch.ops.veripo_cpp, name).default, values)
@@ -441,6 +477,11 @@ def test_wrong_planes_are_named(changes: dict[str, Any], words: str) -> None:
     ("frames_to_patches", [FRAMES, 28, 56, [0.5], CLIP[1], 14, 2, 2, torch.float32], "mean and std must have 3"),
     ("frames_to_patches", [FRAMES, 28, 56, *CLIP, 14, 0, 2, torch.float32], "must be positive"),
     ("frames_to_patches", [FRAMES, 28, 56, *CLIP, 14, 2, 2, torch.float16], "dtype must be float32 or bfloat16"),
+    ("resize_frames_out", [FRAMES, torch.zeros(2, 3, 28, 56)], "out must be uint8 [T, 3, H, W]"),
+    ("resize_frames_out", [FRAMES, torch.zeros(1, 3, 28, 56, dtype=torch.uint8)], "out must be contiguous [T, 3"),
+    ("resize_frames_out", [FRAMES, torch.zeros(2, 3, 56, 28, dtype=torch.uint8).mT], "must be contiguous [T, 3, H, W]"),
+    ("frames_to_patches_out", [FRAMES, 28, 56, *CLIP, 14, 2, 2, torch.zeros(7, 1176)], "must be contiguous [N, "),
+    ("frames_to_patches_out", [FRAMES, 28, 56, *CLIP, 14, 2, 2, torch.zeros(8, 1176).int()], "dtype must be float32"),
     ("planes_to_frames", [Y, UV[:, :14], UV, 28, 56, [0] * 6], "half the rows and columns of y"),
     ("planes_to_frames", [Y, UV[:1], UV, 28, 56, [0] * 6], "with the same T > 0"),
     ("planes_to_frames", [Y, UV, UV, 28, 56, [0] * 5], "matrix must have 6 numbers, got 5"),

@@ -130,7 +130,9 @@ def check_training(build: Callable[..., Any], base: type, model_path: Path, tmp_
     timed = {"step_time", "mean_token_accuracy"}
     for log, our_log in zip(logs, our_logs, strict=True):
         assert our_log.keys() | timed >= log.keys() >= our_log.keys()
-        for name in our_log.keys() - timed:
+        # in the first step of DPO policy and reference are one: which reward is larger is decided by rounding alone
+        undecided = {"rewards/accuracies"} if log.get("rewards/margins") == 0 else set()
+        for name in our_log.keys() - timed - undecided:
             assert our_log[name] == pytest.approx(log[name], rel=1e-4, abs=1e-5, nan_ok=True), name
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PilImage
+from veripo_kernels import resize_frames
 
 from veripo_fast.config import VideoConfig
 from veripo_fast.errors import MediaError
@@ -90,11 +91,11 @@ def test_patchify_equals_the_processor(oracle: dict[str, Any], name: str, frames
 @pytest.mark.parametrize("name", GEOMETRY)
 @pytest.mark.parametrize("size", SIZES)
 def test_resize_and_patchify_equal_the_processor(oracle: dict[str, Any], name: str, size: tuple[int, int]) -> None:
-    from veripo_fast.video.decode import _resize
-
     mean, std, patch, merge = GEOMETRY[name]
     case = f"{name}/{size[0]}x{size[1]}/resize"
-    frames = _resize(oracle["cases"]["videos"][case], case, CONTRACT, patch * merge)
+    pixels = oracle["cases"]["videos"][case]
+    frames = resize_frames(pixels, *resized_size(*pixels.shape[2:], patch * merge, CONTRACT.min_pixels,
+                                                 CONTRACT.max_pixels))
     values, grid = patchify(frames, mean, std, patch, merge)
     expected, expected_grid = oracle["videos"][case]
     assert grid.tolist() == expected_grid[0].tolist()

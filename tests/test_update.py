@@ -469,11 +469,11 @@ def test_a_video_is_decoded_and_encoded_once(loader_of: Callable[..., PromptLoad
     first = loader.load(prompts)
     assert [item.prompt.prompt_id for item in first] == ["a", "b", "c", "d"]
     assert sorted(video.path for video in loader.decoded.calls) == [files[0].path, files[1].path]
-    assert len(loader.tower) == 1, "all new videos in one call"
+    assert len(loader.tower) == 2, "each new video once"
     assert first[0].features is first[3].features and first[1].features is None
     assert len(first[0].encoded.token_ids) != len(first[3].encoded.token_ids)
     second = loader.load([about(files[1], "e"), about(files[0], "f")])
-    assert len(loader.decoded) == 2 and len(loader.tower) == 1
+    assert len(loader.decoded) == 2 and len(loader.tower) == 2
     assert second[0].features is first[2].features and second[1].features is first[0].features
     assert torch.equal(second[1].encoded.token_ids, first[0].encoded.token_ids)
     assert torch.equal(second[1].encoded.positions, first[0].encoded.positions)
@@ -494,6 +494,28 @@ def test_cached_output_is_the_towers_and_holds_no_more_memory(policy: Policy, lo
         assert item.encoded.media.pixel_values is None
         assert item.encoded.media.grid_seconds == media.grid_seconds
     assert loader.cache.bytes == sum(f.nbytes for _, f in loader.cache._entries.values()) > 0
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_the_towers_output_does_not_depend_on_the_company(loader_of: Callable[..., PromptLoader], files: list[Video],
+                                                          frozen: bool) -> None:
+    """What a resumed run computes alone must be what the first one computed among others, bit for bit."""
+    owner = policies.policy(FAMILY, freeze_vision=frozen)
+    prompts = [about(video, video.path) for video in files[:3]]
+    together = loader_of(owner).load(prompts)
+    for prompt, item in zip(prompts, together, strict=True):
+        (alone,) = loader_of(owner).load([prompt])
+        assert torch.equal(alone.features.embeddings, item.features.embeddings)
+        if not frozen:
+            assert torch.equal(alone.encoded.media.pixel_values, item.encoded.media.pixel_values)
+
+
+def test_patches_are_made_in_the_type_of_the_tower(loader_of: Callable[..., PromptLoader], files: list[Video]) -> None:
+    owner = policies.policy(FAMILY, freeze_vision=False)
+    exact = loader_of(owner).load_one(about(files[0], "a")).encoded.media.pixel_values
+    owner.model.model.visual.to(torch.bfloat16)
+    halved = loader_of(owner).load_one(about(files[0], "a")).encoded.media.pixel_values
+    assert exact.dtype == torch.float32 and torch.equal(halved, exact.to(torch.bfloat16))
 
 
 def test_a_trained_tower_is_not_cached(loader_of: Callable[..., PromptLoader], files: list[Video]) -> None:

@@ -23,7 +23,7 @@ from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.positions import GridSpan, TextSpan, grid_times, mrope_positions
 from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Prompt, Video
 from veripo_fast.video.decode import decode, decode_image
-from veripo_fast.video.patches import fingerprint, patchify
+from veripo_fast.video.patches import fingerprint, patchify, room
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -44,6 +44,16 @@ class VisionSpec:
     def factor(self) -> int:
         """Frame sides are multiples of this, in pixels."""
         return self.patch_size * self.merge_size
+
+    @property
+    def features(self) -> int:
+        """Numbers in a patch."""
+        return 3 * self.temporal_patch_size * self.patch_size ** 2
+
+    def num_patches(self, frames: Sequence[torch.Tensor]) -> int:
+        """Of several media, each [T, 3, H, W] with sides that are multiples of `factor`."""
+        return sum(-(-len(pixels) // self.temporal_patch_size) * (pixels[0, 0].numel() // self.patch_size ** 2)
+                   for pixels in frames)
 
 
 class PromptEncoder:
@@ -149,27 +159,31 @@ class PromptEncoder:
 
     # -- media --------------------------------------------------------------------------------------------------
 
-    def media_inputs(self, frames: list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]],
-                     key: str) -> MediaInputs:
+    def media_inputs(self, frames: list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]], key: str, *,
+                     out: torch.Tensor | None = None) -> MediaInputs:
         """Tower inputs of decoded media.
 
         Args:
             frames: per medium its kind, uint8 [T, 3, H, W] pixels and float64 [T] seconds.
             key: content fingerprint.
+            out: [patches or more, features], float32 or bfloat16: its beginning becomes pixel_values. None: new memory,
+                float32.
         """
-        spec, pixels, grids, seconds = self.vision, [], [], []
+        spec, grids, seconds, done = self.vision, [], [], 0
+        total = spec.num_patches([images for _, images, _ in frames])
+        values = room((total, spec.features), torch.float32) if out is None else out[:total]
         for _, images, pts in frames:
-            values, grid = patchify(images, spec.mean, spec.std, spec.patch_size, spec.merge_size,
-                                    spec.temporal_patch_size)
-            pixels.append(values)
-            grids.append(torch.as_tensor(grid).view(3))
+            count = spec.num_patches([images])
+            _, grid = patchify(images, spec.mean, spec.std, spec.patch_size, spec.merge_size, spec.temporal_patch_size,
+                               out=values[done:done + count])
+            done += count
+            grids.append(grid)
             seconds.append(_grid_seconds(pts, spec.temporal_patch_size))
-        values = pixels[0] if len(pixels) == 1 else torch.cat(pixels)  # one video is not copied: 80 MB at 64 frames
-        return MediaInputs(values, torch.stack(grids), tuple(kind for kind, _, _ in frames),
-                           tuple(seconds), key)
+        return MediaInputs(values, torch.stack(grids), tuple(kind for kind, _, _ in frames), tuple(seconds), key)
 
-    def load_media(self, prompt: Prompt, contract: VideoConfig) -> MediaInputs | None:
-        """Decode every medium of the prompt under the sampling contract; None for a text-only prompt.
+    def load_media(self, prompt: Prompt, contract: VideoConfig, *, out: torch.Tensor | None = None
+                   ) -> MediaInputs | None:
+        """Decode every medium of the prompt under the sampling contract; None for a text-only prompt. `out` as above.
 
         Raises:
             MediaError: a file that cannot be decoded.
@@ -177,7 +191,7 @@ class PromptEncoder:
         if not prompt.media:
             return None
         key = self.media_key(prompt, contract)  # before decoding: a file replaced meanwhile must not be kept as the new
-        return self.media_inputs(decode_frames(prompt.media, contract, self.vision.factor), key)
+        return self.media_inputs(decode_frames(prompt.media, contract, self.vision.factor), key, out=out)
 
     def tower_bytes_per_token(self, dtype: str) -> int:
         """Bytes of the tower's output per merged token, deepstack levels included; `dtype` is that of the weights."""

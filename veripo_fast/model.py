@@ -64,6 +64,12 @@ class Policy:
         return self.model.device
 
     @property
+    def patch_dtype(self) -> torch.dtype:
+        """In which patches are best made: what the tower computes in, so that nothing is converted after."""
+        dtype: torch.dtype = self.model.model.visual.dtype
+        return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+
+    @property
     def num_layers(self) -> int:
         return self.model.config.get_text_config().num_hidden_layers
 
@@ -81,7 +87,7 @@ class Policy:
         pixels = [item.pixel_values for item in media if item.pixel_values is not None]
         assert len(pixels) == len(media), "media were stripped of their pixels before the tower ran"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
-            out = visual(torch.cat(pixels).to(self.device, visual.dtype),
+            out = visual((pixels[0] if len(pixels) == 1 else torch.cat(pixels)).to(self.device, visual.dtype),
                          grid_thw=torch.cat([item.grid_thw for item in media]).to(self.device), return_dict=True)
         merged = self.encoder.vision.merge_size ** 2
         sizes = [int(item.grid_thw.prod(-1).sum()) // merged for item in media]

@@ -86,7 +86,7 @@ class MediaInputs:
     """All images and videos of one prompt as the vision tower reads them, in the order they appear in the text."""
 
     pixel_values: torch.Tensor | None
-    """float32 [N, 3*2*patch*patch], patches in Qwen's order; None once the tower's output is at hand."""
+    """float32 or bfloat16 [N, 3*2*patch*patch], patches in Qwen's order; None once the tower's output is at hand."""
     grid_thw: torch.Tensor
     """int64 [media, 3]: frames / 2, height and width in patches before merging."""
     kinds: tuple[Literal["image", "video"], ...]

@@ -21,12 +21,12 @@ from veripo_fast import encoding
 from veripo_fast.config import CacheConfig, VideoConfig
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.model import Policy, VisionFeatures
-from veripo_fast.packing import micro_batches
 from veripo_fast.prefetch import MediaSlots
 from veripo_fast.rollout import LoadedPrompt
 from veripo_fast.types import Media, MediaInputs, Prompt, Video
 from veripo_fast.video.contract import TEMPORAL_PATCH
 from veripo_fast.video.decode import check_decoder, fallbacks
+from veripo_fast.video.patches import room
 from veripo_fast.vision_store import (
     DecodedMedia,
     VisionStore,
@@ -38,8 +38,6 @@ from veripo_fast.vision_store import (
 )
 
 log = logging.getLogger(__name__)
-MAX_PATCHES = 1 << 16
-"""Patches per call of the tower; a larger video still runs, alone."""
 Entry: TypeAlias = tuple[MediaInputs, VisionFeatures]
 """Media and the tower's output, without pixels while the tower is frozen."""
 
@@ -114,6 +112,7 @@ class PromptLoader:
         self.bad: dict[Prompt, str] = {}
         """Why; by prompt, not by its id: training and evaluation files number their records alike."""
         self.store = VisionStore(Path(self.config.folder), self.config.disk_bytes) if self.config.folder else None
+        self._patches: torch.Tensor | None = None
         self._tower = tower_version(policy) if self.store and policy.frozen_vision else ""
         self._slots: MediaSlots[Entry | DecodedMedia] = MediaSlots(
             contract, self._fetch, max_bytes=self.config.prefetch_bytes, most_bytes=self._most_bytes,
@@ -122,6 +121,7 @@ class PromptLoader:
     def close(self) -> None:
         """Stop the decoding threads, and finish writing to the disk."""
         self._slots.close()
+        self._patches = None
         if self.store is not None:
             self.store.close()
 
@@ -188,29 +188,33 @@ class PromptLoader:
         return sum((frames if isinstance(medium, Video) else TEMPORAL_PATCH) * 3 * self.contract.max_pixels
                    for medium in prompt.media)
 
-    def _patches(self, decoded: DecodedMedia) -> MediaInputs:
-        return self.policy.encoder.media_inputs(decoded.frames, decoded.key)
-
     # -- on the caller's thread -----------------------------------------------------------------------------------
 
     def _run_tower(self, decoded: Mapping[tuple[Media, ...], DecodedMedia]) -> dict[tuple[Media, ...], Entry]:
-        """Tower outputs of frames, several videos per call; kept while the tower is frozen."""
+        """Tower outputs of frames; kept while the tower is frozen.
+
+        The media of one prompt are one call: a matrix product of another size may round differently (AVX-512 and GPUs
+        do), and what is kept under the name of a video must not depend on which others were loaded with it.
+        """
         entries: dict[tuple[Media, ...], Entry] = {}
-        names = list(decoded)
-        for run in micro_batches([self._num_patches(item) for item in decoded.values()], MAX_PATCHES):
+        for name, item in decoded.items():
             started = time.perf_counter()
-            inputs = [media for media in self._slots.map(self._patches, [decoded[names[i]] for i in run])
-                      if not isinstance(media, MediaError)]
+            patches = self.policy.encoder.vision.num_patches([pixels for _, pixels, _ in item.frames])
+            media = self.policy.encoder.media_inputs(item.frames, item.key, out=self._room(patches))
             self._count(wait_seconds=time.perf_counter() - started)
-            for i, media, features in zip(run, inputs, self.policy.vision_features_of(inputs), strict=True):
-                self._count(tower_runs=len(media.kinds))
-                entries[names[i]] = self._keep(media, features) if self.policy.frozen_vision else (media, features)
+            features = self.policy.vision_features(media)
+            self._count(tower_runs=len(media.kinds))
+            entries[name] = self._keep(media, features) if self.policy.frozen_vision else (media, features)
         return entries
 
-    def _num_patches(self, decoded: DecodedMedia) -> int:
-        spec = self.policy.encoder.vision
-        return sum(-(-len(pixels) // spec.temporal_patch_size) * (pixels[0, 0].numel() // spec.patch_size ** 2)
-                   for _, pixels, _ in decoded.frames)
+    def _room(self, patches: int) -> torch.Tensor:
+        """Memory for patches: while the tower is frozen the same for every video, because nobody reads them again."""
+        shape = (patches, self.policy.encoder.vision.features)
+        if not self.policy.frozen_vision:
+            return room(shape, self.policy.patch_dtype)
+        if self._patches is None or len(self._patches) < patches:
+            self._patches = room(shape, self.policy.patch_dtype)
+        return self._patches
 
     def _keep(self, media: MediaInputs, features: VisionFeatures) -> Entry:
         """Put a new output into every level; in memory of its own, because it is a part of the batch's."""

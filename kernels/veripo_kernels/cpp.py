@@ -17,7 +17,7 @@ LIBRARY = Path(__file__).with_name("_cpp.so")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 CUDA_CAPABILITY = (9, 0)
 OPS = ("gather_logprobs_forward", "gather_logprobs_backward", "gather_logprobs_fused", "isa", "resize_frames",
-       "frames_to_patches", "planes_to_frames", "planes_to_patches")
+       "frames_to_patches", "resize_frames_out", "frames_to_patches_out", "planes_to_frames", "planes_to_patches")
 
 
 @cache
@@ -93,16 +93,23 @@ def fused(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tens
     return torch.ops.veripo_cpp.gather_logprobs_fused(logits, token_ids, coefficient, temperature)
 
 
-def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resize_frames(frames: torch.Tensor, height: int, width: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """`frames.resize_frames`, unchecked but for what keeps memory safe."""
-    return torch.ops.veripo_cpp.resize_frames(frames, height, width)
+    if out is None:
+        return torch.ops.veripo_cpp.resize_frames(frames, height, width)
+    torch.ops.veripo_cpp.resize_frames_out(frames, out)
+    return out
 
 
 def frames_to_patches(frames: torch.Tensor, height: int, width: int, mean: Sequence[float], std: Sequence[float],
-                      patch_size: int, merge_size: int, temporal_patch_size: int, dtype: torch.dtype) -> torch.Tensor:
+                      patch_size: int, merge_size: int, temporal_patch_size: int, dtype: torch.dtype,
+                      out: torch.Tensor | None = None) -> torch.Tensor:
     """`frames.frames_to_patches`."""
-    return torch.ops.veripo_cpp.frames_to_patches(frames, height, width, mean, std, patch_size, merge_size,
-                                                  temporal_patch_size, dtype)
+    sizes = (frames, height, width, mean, std, patch_size, merge_size, temporal_patch_size)
+    if out is None:
+        return torch.ops.veripo_cpp.frames_to_patches(*sizes, dtype)
+    torch.ops.veripo_cpp.frames_to_patches_out(*sizes, out)
+    return out
 
 
 def planes_to_frames(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height: int, width: int, matrix: Sequence[int]
@@ -164,6 +171,15 @@ def _register_fakes() -> None:
     def _(frames: torch.Tensor, height: int, width: int, mean: Sequence[float], std: Sequence[float], patch_size: int,
           merge_size: int, temporal_patch_size: int, dtype: torch.dtype) -> torch.Tensor:
         return patches(frames, height, width, patch_size, temporal_patch_size, dtype)
+
+    @torch.library.register_fake("veripo_cpp::resize_frames_out")
+    def _(frames: torch.Tensor, out: torch.Tensor) -> None:
+        return None
+
+    @torch.library.register_fake("veripo_cpp::frames_to_patches_out")
+    def _(frames: torch.Tensor, height: int, width: int, mean: Sequence[float], std: Sequence[float], patch_size: int,
+          merge_size: int, temporal_patch_size: int, out: torch.Tensor) -> None:
+        return None
 
     @torch.library.register_fake("veripo_cpp::planes_to_frames")
     def _(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height: int, width: int, matrix: Sequence[int]

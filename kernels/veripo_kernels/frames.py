@@ -23,11 +23,12 @@ _MOST_PIXELS = 1 << 20
 """A side may have that many."""
 
 
-def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resize_frames(frames: torch.Tensor, height: int, width: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Resize frames: antialiased bicubic in integers, as Pillow, and Hugging Face's processors on uint8 tensors.
 
     Args:
         frames: uint8 [T, 3, H, W] of any strides; fastest with rows of RGB pixels (a permuted [T, H, W, 3]) or planes.
+        out: where the result is written instead of into new memory.
 
     Returns:
         uint8 [T, 3, height, width], contiguous: on a CPU the bits of F.interpolate(mode="bicubic", antialias=True).
@@ -37,14 +38,17 @@ def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor
     """
     _check_frames(frames)
     _check_size(height, width)
+    if out is not None:
+        _check_out(out, frames, [len(frames), 3, height, width], torch.uint8)
     if choose("resize_frames", "auto", frames.device) == "cpp":
-        return cpp.resize_frames(frames, height, width)
-    return frames_torch.resize_frames(frames, height, width)
+        return cpp.resize_frames(frames, height, width, out)
+    resized = frames_torch.resize_frames(frames, height, width)
+    return resized if out is None else out.copy_(resized)
 
 
 def frames_to_patches(frames: torch.Tensor, height: int, width: int, *, mean: Sequence[float], std: Sequence[float],
                       patch_size: int, merge_size: int, temporal_patch_size: int = 2,
-                      dtype: torch.dtype = torch.float32) -> torch.Tensor:
+                      dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
     """Resize frames (`resize_frames`; not at all where they have the size), normalise them and cut them into patches.
 
     The patches of one merged token (m x m of them) are neighbours in the output; the last frame is repeated until the
@@ -55,6 +59,8 @@ def frames_to_patches(frames: torch.Tensor, height: int, width: int, *, mean: Se
         height, width: multiples of p * m.
         mean, std: per channel, of pixels scaled to [0, 1].
         dtype: float32, or bfloat16, which is float32 rounded to nearest even.
+        out: where the result is written instead of into new memory; of that dtype. On a CPU new memory can cost more
+            than everything else here, so whoever needs one result after the other should give the same.
 
     Returns:
         [N, 3 * temporal_patch_size * p * p], N = ceil(T / temporal_patch_size) * (height / p) * (width / p).
@@ -64,11 +70,16 @@ def frames_to_patches(frames: torch.Tensor, height: int, width: int, *, mean: Se
     """
     _check_frames(frames)
     _check_patches(height, width, mean, std, patch_size, merge_size, temporal_patch_size, dtype)
+    if out is not None:
+        times = -(-len(frames) // temporal_patch_size)
+        _check_out(out, frames, [times * (height // patch_size) * (width // patch_size),
+                                 3 * temporal_patch_size * patch_size**2], dtype)
     if choose("frames_to_patches", "auto", frames.device) == "cpp":
         return cpp.frames_to_patches(frames, height, width, mean, std, patch_size, merge_size, temporal_patch_size,
-                                     dtype)
-    return frames_torch.frames_to_patches(frames, height, width, mean=mean, std=std, patch_size=patch_size,
+                                     dtype, out)
+    made = frames_torch.frames_to_patches(frames, height, width, mean=mean, std=std, patch_size=patch_size,
                                           merge_size=merge_size, temporal_patch_size=temporal_patch_size, dtype=dtype)
+    return made if out is None else out.copy_(made)
 
 
 def planes_to_frames(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height: int, width: int, *, matrix: YuvMatrix,
@@ -110,6 +121,12 @@ def _check_frames(frames: torch.Tensor) -> None:
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0:
         raise ValueError(f"frames must be uint8 [T, 3, H, W] with T > 0, got {frames.dtype} {list(frames.shape)}")
     _check_sides("frames", *frames.shape[2:])
+
+
+def _check_out(out: torch.Tensor, frames: torch.Tensor, shape: list[int], dtype: torch.dtype) -> None:
+    if out.dtype != dtype or list(out.shape) != shape or not out.is_contiguous() or out.device != frames.device:
+        raise ValueError(f"out must be contiguous {dtype} {shape} on {frames.device}, got {out.dtype} "
+                         f"{list(out.shape)} on {out.device}{'' if out.is_contiguous() else ', not contiguous'}")
 
 
 def _check_planes(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, matrix: YuvMatrix, full_range: bool) -> list[int]:

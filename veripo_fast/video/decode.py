@@ -29,6 +29,7 @@ from veripo_fast.video import dali
 from veripo_fast.video.choose import GPU_DECODERS, readers, refuses
 from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
 from veripo_fast.video.ffmpeg import torchcodec_decoder
+from veripo_fast.video.patches import room
 from veripo_fast.video.pool import MediaPool, run_with_deadline
 from veripo_fast.video.readers import LostFrameError, RefusedError, read_pyav, read_torchcodec
 from veripo_fast.video.timeline import Timeline, check_complete, check_file, scan_decoded, scan_packets
@@ -88,7 +89,8 @@ def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tens
         MediaError: the file is missing, damaged, no image, or took longer than `contract.timeout_seconds`.
     """
     pixels = run_with_deadline(lambda deadline: _load_image(image.path), image.path, contract.timeout_seconds)
-    return _resize(pixels, image.path, contract, factor).expand(TEMPORAL_PATCH, -1, -1, -1).contiguous()
+    resized = resize_frames(pixels, *_size(pixels, image.path, contract, factor))
+    return resized.expand(TEMPORAL_PATCH, -1, -1, -1).contiguous()
 
 
 def _decode(video: Video, contract: VideoConfig, factor: int, decoder_class: Any, device: str,
@@ -157,26 +159,29 @@ def _collect(chunks: Iterator[torch.Tensor], video: Video, timeline: Timeline, w
     pixels: torch.Tensor | None = None
     done = 0
     for chunk in chunks:
-        resized = _resize(chunk, video.path, contract, factor)
+        size = _size(chunk, video.path, contract, factor)
         if pixels is None:
-            pixels = torch.empty(len(wanted), *resized.shape[1:], dtype=torch.uint8)
-        if resized.shape[1:] != pixels.shape[1:]:
+            pixels = room((len(wanted), 3, *size), torch.uint8)
+        if size != tuple(pixels.shape[2:]):
             raise MediaError(f"{video.path} changes its frame size on the way")
-        pixels[done:done + len(resized)] = resized
-        done += len(resized)
+        place = pixels[done:done + len(chunk)]
+        if chunk.device.type == "cpu":
+            resize_frames(chunk, *size, out=place)
+        else:
+            place.copy_(resize_frames(chunk, *size))
+        done += len(chunk)
     assert pixels is not None and done == len(wanted)
     start = window(timeline.seconds, video.start_seconds, video.end_seconds).start
     times = [timeline.seconds[position] - timeline.seconds[start] for position in wanted]
     return Frames(pixels, torch.tensor(times, dtype=torch.float64), tuple(wanted), timeline.fps, decoder)
 
 
-def _resize(pixels: torch.Tensor, path: str, contract: VideoConfig, factor: int) -> torch.Tensor:
-    """uint8 [T, 3, H, W] to the size of the contract: antialiased bicubic in integers, as HF processors on tensors."""
+def _size(pixels: torch.Tensor, path: str, contract: VideoConfig, factor: int) -> tuple[int, int]:
+    """Height and width that the contract takes for uint8 [T, 3, H, W]."""
     try:
-        size = resized_size(pixels.shape[2], pixels.shape[3], factor, contract.min_pixels, contract.max_pixels)
+        return resized_size(pixels.shape[2], pixels.shape[3], factor, contract.min_pixels, contract.max_pixels)
     except ValueError as error:
         raise MediaError(f"{path} cannot be resized: {error}") from error
-    return resize_frames(pixels, *size)
 
 
 def _load_image(path: str) -> torch.Tensor:

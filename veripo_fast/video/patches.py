@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from veripo_kernels import frames_to_patches
 
@@ -24,6 +26,16 @@ SAMPLING_VERSION = 2
 _CONTRACT_FIELDS = ("fps", "num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels")
 
 
+def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of any content, on huge pages where the system lends them: numpy asks for those, torch does not.
+
+    64 frames and their patches are 108 MB: as pages of 4 KiB, writing them for the first time costs more CPU time than
+    resizing and normalising.
+    """
+    count, size = math.prod(shape), torch.empty((), dtype=dtype).element_size()
+    return torch.from_numpy(np.empty(count * size, np.uint8)).view(dtype).view(*shape)
+
+
 def patchify(
     frames: torch.Tensor,
     mean: Sequence[float],
@@ -31,6 +43,8 @@ def patchify(
     patch_size: int,
     merge_size: int,
     temporal_patch_size: int = 2,
+    *,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise frames and cut them into patches.
 
@@ -40,17 +54,19 @@ def patchify(
     Args:
         frames: uint8 [T, 3, H, W], H and W multiples of patch_size * merge_size.
         mean, std: per channel, of pixels scaled to [0, 1].
+        out: where the patches are written, float32 or bfloat16; None: new memory, float32.
 
     Returns:
-        pixel_values float32 [N, 3 * temporal_patch_size * p * p] and grid_thw int64 [3] (time, height, width in
-        patches before merging), N = their product.
+        pixel_values [N, 3 * temporal_patch_size * p * p] and grid_thw int64 [3] (time, height, width in patches before
+        merging), N = their product.
 
     Raises:
         ValueError: another dtype or shape.
     """
     height, width = frames.shape[-2:]
     values = frames_to_patches(frames, height, width, mean=mean, std=std, patch_size=patch_size, merge_size=merge_size,
-                               temporal_patch_size=temporal_patch_size)
+                               temporal_patch_size=temporal_patch_size, out=out,
+                               dtype=torch.float32 if out is None else out.dtype)
     times = -(-len(frames) // temporal_patch_size)
     return values, torch.tensor([times, height // patch_size, width // patch_size], dtype=torch.int64)
 
