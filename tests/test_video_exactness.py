@@ -17,11 +17,12 @@ from tests import clips
 from veripo_fast.config import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
-from veripo_fast.video import timeline as module
+from veripo_fast.video import packets as module
 from veripo_fast.video.choose import HD_HEIGHT, HD_WIDTH, nvdec_refuses, readers, refuses, untagged_hd
 from veripo_fast.video.decode import decode
+from veripo_fast.video.packets import decoded_frames, open_video
 from veripo_fast.video.readers import read_pyav
-from veripo_fast.video.timeline import Stream, Timeline, decoded_frames, open_video, scan_packets
+from veripo_fast.video.timeline import Stream, Timeline, scan_packets
 
 torch.set_num_threads(1)
 NAMES = [*clips.PLAIN, *clips.MADE]

@@ -22,8 +22,9 @@ import torch
 
 from veripo_fast.shards import locate
 from veripo_fast.video.choose import UNSPECIFIED, nvdec_refuses, untagged_hd
+from veripo_fast.video.packets import check_deadline, decoded_frames, open_video
 from veripo_fast.video.readers import CHUNK, RefusedError
-from veripo_fast.video.timeline import Timeline, check_deadline, decoded_frames, open_video
+from veripo_fast.video.timeline import Timeline
 
 MAX_FILE_BYTES = 2 << 30
 """A file is read into memory as a whole."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from av.packet import Packet
 from PIL import Image as PilImage
 from PIL import ImageOps
 from veripo_kernels import resize_frames
@@ -29,10 +30,11 @@ from veripo_fast.video import dali
 from veripo_fast.video.choose import GPU_DECODERS, readers, refuses
 from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
 from veripo_fast.video.ffmpeg import torchcodec_decoder
+from veripo_fast.video.packets import KeptPackets, check_file, open_video, read_packets
 from veripo_fast.video.patches import room
 from veripo_fast.video.pool import MediaPool, run_with_deadline
 from veripo_fast.video.readers import LostFrameError, RefusedError, read_pyav, read_torchcodec
-from veripo_fast.video.timeline import Timeline, check_complete, check_file, scan_decoded, scan_packets
+from veripo_fast.video.timeline import Timeline, check_complete, scan_decoded, timeline_of
 
 __all__ = ["MediaPool", "check_decoder", "decode", "decode_image", "fallbacks"]
 
@@ -95,31 +97,35 @@ def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tens
 
 def _decode(video: Video, contract: VideoConfig, factor: int, decoder_class: Any, device: str,
             deadline: float) -> Frames:
-    timeline = scan_packets(video.path, deadline)
-    check_complete(video.path, timeline, video.end_seconds)
-    reason = "its packets carry no time stamps"
-    for name in readers(timeline, contract.decoder):
-        if name == "torchcodec" and decoder_class is None:
-            continue
-        wanted = _wanted(video, timeline, contract)
-        try:
-            chunks = _read(name, decoder_class, video.path, timeline, wanted, device, deadline)
-            return _collect(chunks, video, timeline, wanted, contract, factor, name)
-        except RefusedError as refusal:
-            reason = str(refusal)
-            _count_fallback(name, video.path, reason)
-            if isinstance(refusal, LostFrameError):  # another decoder would show what FFmpeg makes up for it
-                break
+    with open_video(video.path) as (container, stream):
+        packets: list[Packet] = []
+        facts = read_packets(video.path, container, stream, deadline, packets)
+        timeline = timeline_of(video.path, container, stream, facts)
+        check_complete(video.path, timeline, video.end_seconds)
+        kept = KeptPackets(container, stream, packets) if packets else None
+        reason = "its packets carry no time stamps"
+        for name in readers(timeline, contract.decoder):
+            if name == "torchcodec" and decoder_class is None:
+                continue
+            wanted = _wanted(video, timeline, contract)
+            try:
+                chunks = _read(name, decoder_class, video.path, timeline, wanted, device, deadline, kept)
+                return _collect(chunks, video, timeline, wanted, contract, factor, name)
+            except RefusedError as refusal:
+                reason = str(refusal)
+                _count_fallback(name, video.path, reason)
+                if isinstance(refusal, LostFrameError):  # another decoder would show what FFmpeg makes up for it
+                    break
     return _decode_as_it_comes(video, contract, factor, timeline, reason, deadline)
 
 
 def _read(name: str, decoder_class: Any, path: str, timeline: Timeline, wanted: Sequence[int], device: str,
-          deadline: float) -> Iterator[torch.Tensor]:
+          deadline: float, kept: KeptPackets | None) -> Iterator[torch.Tensor]:
     reason = refuses(name, timeline)
     if reason is not None:
         raise RefusedError(reason)
     if name == "pyav":
-        return read_pyav(path, timeline, wanted, deadline)
+        return read_pyav(path, timeline, wanted, deadline, kept=kept)
     if name == "dali":
         return dali.read_dali(path, timeline, wanted, deadline, torch.device(device))
     if decoder_class is None:

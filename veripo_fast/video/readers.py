@@ -8,6 +8,7 @@ at once and 50 MB in chunks of 8.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import av
@@ -16,7 +17,8 @@ from av.video.reformatter import Colorspace, VideoReformatter
 
 from veripo_fast.shards import ffmpeg_source
 from veripo_fast.video.choose import untagged_hd
-from veripo_fast.video.timeline import Timeline, check_deadline, decoded_frames, open_video
+from veripo_fast.video.packets import KeptPackets, check_deadline, decoded_frames, open_video
+from veripo_fast.video.timeline import Timeline
 
 CHUNK = 8
 
@@ -56,11 +58,12 @@ def read_torchcodec(decoder_class: Any, path: str, timeline: Timeline, wanted: S
 
 
 def read_pyav(path: str, timeline: Timeline, wanted: Sequence[int], deadline: float, *,
-              sequential: bool = False) -> Iterator[torch.Tensor]:
+              sequential: bool = False, kept: KeptPackets | None = None) -> Iterator[torch.Tensor]:
     """Chunks of one frame, uint8 [1, 3, H, W]; a chunk is a view that is valid until the next one is asked for.
 
     Packets of other groups of pictures, and those that no wanted frame refers to, are not decoded; `sequential` decodes
-    every frame from the start. An HD file without colour tags is BT.709, a smaller one BT.601.
+    every frame from the start. `kept` is the open file, where its packets have been read already. An HD file without
+    colour tags is BT.709, a smaller one BT.601.
 
     Raises:
         LostFrameError: a wanted frame does not come out of the decoder.
@@ -70,8 +73,9 @@ def read_pyav(path: str, timeline: Timeline, wanted: Sequence[int], deadline: fl
     runs, left_out = (None, frozenset()) if sequential else (timeline.runs(wanted), timeline.left_out(wanted))
     colours = {"src_colorspace": Colorspace.ITU709} if untagged_hd(timeline.stream) else {}
     reformatter = VideoReformatter()  # keeps the tables of the conversion from frame to frame
-    with open_video(path) as (container, stream):
-        for number, frame in enumerate(decoded_frames(path, container, stream, deadline, runs, left_out)):
+    with open_video(path) if kept is None else nullcontext(kept[:2]) as (container, stream):
+        frames = decoded_frames(path, container, stream, deadline, runs, left_out, kept.packets if kept else ())
+        for number, frame in enumerate(frames):
             key = frame.pts if timeline.has_stamps else number
             if key not in missing:
                 continue

@@ -1,29 +1,21 @@
 """Which frames a video file holds, when each is shown, and what must be decoded for it, before any is decoded.
 
-Packets are read without decoding (7 ms for 900 frames, 0.1 s for half an hour of video), so frame counts and times come
-from the stream itself and not from the header, which lies for cut, truncated and variable-rate files.
+Frame counts and times come from the packets and not from the header, which lies for cut, truncated and variable-rate
+files.
 """
 
 from __future__ import annotations
 
-import stat
-import time
 from bisect import bisect_right
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import av
 from av.container import InputContainer
-from av.packet import Packet
-from av.stream import Disposition
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from veripo_fast.errors import MediaError
-from veripo_fast.shards import ffmpeg_source, locate
-from veripo_fast.video.units import Units, length_bytes, read_units
+from veripo_fast.video.packets import PacketFacts, decoded_frames, open_video, read_packets
+from veripo_fast.video.units import length_bytes
 
 LOST_SECONDS, LOST_SHARE = 0.5, 0.02
 """A file may lack so much at its end (the larger of the two) before it counts as truncated: headers round."""
@@ -43,25 +35,6 @@ class Stream:
     height: int
     matrix: int
     """Code point of the colour matrix (ITU-T H.273); 2 where the stream names none."""
-
-
-@dataclass(frozen=True)
-class PacketFacts:
-    """What a packet with content says of itself."""
-
-    stamp: int | None
-    """Presentation time stamp."""
-    duration: int
-    """0 where unknown."""
-    key: bool
-    hidden: bool
-    """Decoded and not shown: an edit list cuts it off."""
-    corrupt: bool
-    """The container says so."""
-    units: Units | None
-    """None where the packet is not written as units with their lengths, or they do not add up."""
-    damaged: bool
-    """The container says so, or its units do not add up."""
 
 
 @dataclass(frozen=True)
@@ -125,68 +98,6 @@ class Timeline:
         return (len(self.seconds) - 1) / span if span > 0 else 0.0
 
 
-def check_deadline(path: str, deadline: float) -> None:
-    """Raise MediaError when the monotonic clock has passed `deadline`."""
-    if time.monotonic() > deadline:
-        raise MediaError(f"{path} took longer to decode than video.timeout_seconds allows")
-
-
-def check_file(path: str) -> bytes:
-    """The first 512 bytes of a regular, readable, non-empty file (or member of a tar archive) that is not a web page.
-
-    Raises:
-        MediaError: it is none.
-    """
-    try:
-        member = locate(path)
-        head = _head(path) if member is None else member.read(512)
-    except FileNotFoundError:
-        raise MediaError(f"{path} does not exist") from None
-    except PermissionError:
-        raise MediaError(f"{path} may not be read by this user (permission denied)") from None
-    except OSError as error:
-        raise MediaError(f"{path} cannot be read: {error.strerror}") from error
-    if not head:
-        raise MediaError(f"{path} is empty (0 bytes)")
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
-        raise MediaError(f"{path} is a web page (HTML or XML), not a media file; its download probably failed")
-    return head
-
-
-def _head(path: str) -> bytes:
-    status = Path(path).stat()
-    if stat.S_ISDIR(status.st_mode):
-        raise MediaError(f"{path} is a directory, not a media file")
-    if not stat.S_ISREG(status.st_mode):
-        raise MediaError(f"{path} is not a regular file")
-    with Path(path).open("rb") as file:
-        return file.read(512)
-
-
-@contextmanager
-def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its best video stream, decoded on one thread; MediaError when there is none."""
-    head = check_file(path)
-    try:
-        container = av.open(ffmpeg_source(path))
-    except (av.FFmpegError, UnicodeError, ValueError) as error:
-        if head[4:8] == b"ftyp":
-            raise MediaError(_no_index(path)) from error
-        raise MediaError(f"{path} is not a video that FFmpeg can open ({_words(error)})") from error
-    with container:
-        if head[4:8] == b"ftyp" and not container.streams:
-            raise MediaError(_no_index(path))
-        stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-            kinds = {"a cover picture" if other is stream else str(other.type) for other in container.streams}
-            raise MediaError(f"{path} has no video stream (it holds {', '.join(sorted(kinds)) or 'nothing'})")
-        if stream.codec_context is None:
-            raise MediaError(f"{path} holds video in a format that this FFmpeg cannot decode")
-        stream.codec_context.thread_count = 1
-        yield container, stream
-
-
 def scan_packets(path: str, deadline: float) -> Timeline:
     """Timeline from the packets that a player would show and that are whole.
 
@@ -195,18 +106,6 @@ def scan_packets(path: str, deadline: float) -> Timeline:
     """
     with open_video(path) as (container, stream):
         return timeline_of(path, container, stream, read_packets(path, container, stream, deadline))
-
-
-def read_packets(path: str, container: InputContainer, stream: VideoStream, deadline: float) -> list[PacketFacts]:
-    """Every packet with content, in the order of the file, none decoded."""
-    codec, prefix = stream.codec_context.name, length_bytes(stream.codec_context)
-    packets = []
-    for packet in _packets(path, container, stream, deadline):
-        if packet.size:
-            units = read_units(memoryview(packet), prefix, codec) if prefix else None
-            packets.append(PacketFacts(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard,
-                                       packet.is_corrupt, units, packet.is_corrupt or (prefix > 0 and units is None)))
-    return packets
 
 
 def timeline_of(path: str, container: InputContainer, stream: VideoStream, packets: Sequence[PacketFacts]) -> Timeline:
@@ -243,48 +142,6 @@ def scan_decoded(path: str, deadline: float) -> Timeline:
         shown = [(frame.pts, 0) for frame in decoded_frames(path, container, stream, deadline)]
         keys, seconds, end, has_stamps = _times(path, stream, shown)
         return Timeline(seconds, keys, has_stamps, end, _promised(stream), _stream(container, stream))
-
-
-def decoded_frames(path: str, container: InputContainer, stream: VideoStream, deadline: float,
-                   runs: Sequence[range] | None = None, left_out: Container[int] = ()) -> Iterator[VideoFrame]:
-    """Good frames in presentation order: all of them, or those of some runs of packets (see Timeline.runs).
-
-    Damaged packets are left out, and with them every frame up to the next key frame, because it may refer to what is
-    missing.
-    """
-    wanted = iter(runs if runs is not None else [range(1 << 62)])
-    run, number = next(wanted, range(0)), -1
-    damaged = False
-    for packet in _packets(path, container, stream, deadline):
-        number += packet.size > 0
-        if packet.size and (number < run.start or number in left_out):
-            continue
-        ends = number == run.stop - 1
-        for part in (packet, None) if ends else (packet,):  # None: what the decoder still holds back
-            try:
-                frames = stream.codec_context.decode(part)
-            except av.FFmpegError:  # damage shows as InvalidData, but codecs return other codes as well
-                damaged = True
-                continue
-            for frame in frames:
-                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
-                if not damaged:
-                    yield frame
-        if ends:
-            stream.codec_context.flush_buffers()
-            following = next(wanted, None)
-            if following is None:
-                return
-            run = following
-
-
-def _packets(path: str, container: InputContainer, stream: VideoStream, deadline: float) -> Iterator[Packet]:
-    try:
-        for packet in container.demux(stream):
-            check_deadline(path, deadline)
-            yield packet
-    except av.FFmpegError as error:
-        raise MediaError(f"{path} cannot be read to its end ({_words(error)})") from error
 
 
 def check_complete(path: str, timeline: Timeline, end_seconds: float | None) -> None:
@@ -330,11 +187,3 @@ def _promised(stream: VideoStream) -> float | None:
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
         return None
-
-
-def _no_index(path: str) -> str:
-    return f"{path} is truncated: the index (moov atom) of its mp4 is missing"
-
-
-def _words(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).rstrip(".").lower()

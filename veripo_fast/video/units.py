@@ -6,7 +6,9 @@ Sources: ITU-T H.264 (2021) 7.3.3, 7.4.1, tables 7-1 and 7-6; ITU-T H.265 (2021)
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 from av.video.codeccontext import VideoCodecContext
 
@@ -20,9 +22,9 @@ _HEVC_UNREFERENCED = {0, 2, 4, 6, 8, 10, 12, 14}
 """Sub-layer non-reference pictures: no picture of the same temporal layer refers to them."""
 _HEVC_RANDOM_ACCESS = range(16, 24)
 
-
-_HEADER_BYTES = 12
-"""Enough for the unit's header and two numbers of a slice's."""
+_SLICE_BYTES = 11
+"""Of a slice after the first byte of its unit: enough for two numbers."""
+_LENGTH = struct.Struct(">I")
 
 
 @dataclass(frozen=True)
@@ -50,32 +52,37 @@ def read_units(packet: memoryview, prefix: int, codec: str) -> Units | None:
     Args:
         prefix: bytes of the length before each unit (see length_bytes). codec: `h264` or `hevc`.
     """
-    headers: list[bytes] = []
-    place = 0
-    while place + prefix < len(packet):
-        length, start = int.from_bytes(packet[place:place + prefix], "big"), place + prefix
+    sign = _h264_sign if codec == "h264" else _hevc_sign
+    signs = []
+    place, size = 0, len(packet)
+    while place + prefix < size:
+        start = place + prefix
+        length = (_LENGTH.unpack_from(packet, place)[0] if prefix == 4
+                  else int.from_bytes(packet[place:start], "big"))
         if packet[start] & 0x80:
             return None
-        headers.append(bytes(packet[start:start + _HEADER_BYTES]).ljust(_HEADER_BYTES, b"\0"))
-        place += prefix + length
-    if place != len(packet):
+        signs.append(sign(packet, start))
+        place = start + length
+    if place != size:
         return None
-    return _h264(headers) if codec == "h264" else _hevc(headers)
+    return (_h264 if codec == "h264" else _hevc)(tuple(signs))
 
 
-def _h264(headers: list[bytes]) -> Units:
-    types = tuple(header[0] & 0x1F for header in headers)
-    spare = _H264_SLICE in types and all(kind in _H264_BESIDE or (kind == _H264_SLICE and header[0] & 0x60 == 0)
-                                         for kind, header in zip(types, headers, strict=True))
-    slices = [header for kind, header in zip(types, headers, strict=True) if kind == _H264_SLICE]
-    return Units(types, spare, 0, _H264_IDR in types or (
-        bool(slices) and all(_slice_type(header) in _H264_INTRA for header in slices)))
+def _h264_sign(packet: memoryview, start: int) -> tuple[int, int]:
+    """First byte of a unit, and the type of a slice (-1 where it is none, or broken)."""
+    first = packet[start]
+    if first & 0x1F != _H264_SLICE:
+        return first, -1
+    after = packet[start + 1] if start + 1 < len(packet) else 0
+    if after & 0x80 and after & 0x78:  # first macroblock 0, and a type of at most 7 bits: nearly every slice
+        return first, _SLICE_TYPES[after]
+    return first, _slice_type(bytes(packet[start + 1:start + 1 + _SLICE_BYTES]).ljust(_SLICE_BYTES, b"\0"))
 
 
 def _slice_type(header: bytes) -> int:
-    """The second Exp-Golomb number after the first byte of a unit; the first one is its first macroblock."""
-    bits = int.from_bytes(header[1:], "big")
-    left = 8 * (len(header) - 1)
+    """The second Exp-Golomb number of a slice; the first one is its first macroblock."""
+    bits = int.from_bytes(header, "big")
+    left = 8 * len(header)
     value = 0
     for _ in range(2):
         zeros = left - bits.bit_length()
@@ -87,10 +94,29 @@ def _slice_type(header: bytes) -> int:
     return value
 
 
-def _hevc(headers: list[bytes]) -> Units:
-    types = tuple(header[0] >> 1 & 0x3F for header in headers)
+_SLICE_TYPES = tuple(_slice_type(bytes([first])) for first in range(256))
+
+
+@lru_cache(maxsize=256)  # few kinds of packets make up a file, and objects that are shared cost no garbage collection
+def _h264(signs: tuple[tuple[int, int], ...]) -> Units:
+    types = tuple(first & 0x1F for first, _ in signs)
+    spare = _H264_SLICE in types and all(
+        kind in _H264_BESIDE or (kind == _H264_SLICE and first & 0x60 == 0)
+        for kind, (first, _) in zip(types, signs, strict=True))
+    slices = [slice_type for kind, (_, slice_type) in zip(types, signs, strict=True) if kind == _H264_SLICE]
+    return Units(types, spare, 0, _H264_IDR in types or (bool(slices) and _H264_INTRA.issuperset(slices)))
+
+
+def _hevc_sign(packet: memoryview, start: int) -> tuple[int, int]:
+    """Type of a unit, and its temporal layer."""
+    return packet[start] >> 1 & 0x3F, ((packet[start + 1] if start + 1 < len(packet) else 0) & 7) - 1
+
+
+@lru_cache(maxsize=256)
+def _hevc(signs: tuple[tuple[int, int], ...]) -> Units:
+    types = tuple(kind for kind, _ in signs)
     slices = [kind for kind in types if kind < 32]
     spare = _HEVC_UNREFERENCED.issuperset(kind for kind in types if kind not in _HEVC_BESIDE)
-    layer = max(((header[1] & 7) - 1 for header in headers), default=0)
+    layer = max((layer for _, layer in signs), default=0)
     return Units(types, bool(slices) and spare, layer,
                  bool(slices) and all(kind in _HEVC_RANDOM_ACCESS for kind in slices))

@@ -1,0 +1,191 @@
+"""One video file -> its packets: opened, read, judged by their headers, and decoded.
+
+Packets are read without decoding (9 ms for 1800 frames). Those of a usual clip are kept, so that the file is read once;
+what they say of themselves becomes a timeline (timeline.py), which says what to decode.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from veripo_fast.errors import MediaError
+from veripo_fast.shards import ffmpeg_source, locate
+from veripo_fast.video.units import Units, length_bytes, read_units
+
+KEPT_BYTES = 64 << 20
+"""Packets of a file beyond that many are read again for decoding: four minutes of 2 Mbit/s."""
+
+
+class PacketFacts(NamedTuple):
+    """What a packet with content says of itself."""
+
+    stamp: int | None
+    """Presentation time stamp."""
+    duration: int
+    """0 where unknown."""
+    key: bool
+    hidden: bool
+    """Decoded and not shown: an edit list cuts it off."""
+    corrupt: bool
+    """The container says so."""
+    units: Units | None
+    """None where the packet is not written as units with their lengths, or they do not add up."""
+    damaged: bool
+    """The container says so, or its units do not add up."""
+
+
+class KeptPackets(NamedTuple):
+    """An open file of which every packet was read, so that decoding need not read it again."""
+
+    container: InputContainer
+    stream: VideoStream
+    packets: Sequence[Packet]
+    """In the order of the file, empty ones included; none where they would be more than KEPT_BYTES."""
+
+
+def check_deadline(path: str, deadline: float) -> None:
+    """Raise MediaError when the monotonic clock has passed `deadline`."""
+    if time.monotonic() > deadline:
+        raise MediaError(f"{path} took longer to decode than video.timeout_seconds allows")
+
+
+def check_file(path: str) -> bytes:
+    """The first 512 bytes of a regular, readable, non-empty file (or member of a tar archive) that is not a web page.
+
+    Raises:
+        MediaError: it is none.
+    """
+    try:
+        member = locate(path)
+        head = _head(path) if member is None else member.read(512)
+    except FileNotFoundError:
+        raise MediaError(f"{path} does not exist") from None
+    except PermissionError:
+        raise MediaError(f"{path} may not be read by this user (permission denied)") from None
+    except OSError as error:
+        raise MediaError(f"{path} cannot be read: {error.strerror}") from error
+    if not head:
+        raise MediaError(f"{path} is empty (0 bytes)")
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        raise MediaError(f"{path} is a web page (HTML or XML), not a media file; its download probably failed")
+    return head
+
+
+def _head(path: str) -> bytes:
+    status = Path(path).stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise MediaError(f"{path} is a directory, not a media file")
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(f"{path} is not a regular file")
+    with Path(path).open("rb") as file:
+        return file.read(512)
+
+
+@contextmanager
+def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its best video stream, decoded on one thread; MediaError when there is none."""
+    head = check_file(path)
+    try:
+        container = av.open(ffmpeg_source(path))
+    except (av.FFmpegError, UnicodeError, ValueError) as error:
+        if head[4:8] == b"ftyp":
+            raise MediaError(_no_index(path)) from error
+        raise MediaError(f"{path} is not a video that FFmpeg can open ({_words(error)})") from error
+    with container:
+        if head[4:8] == b"ftyp" and not container.streams:
+            raise MediaError(_no_index(path))
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+            kinds = {"a cover picture" if other is stream else str(other.type) for other in container.streams}
+            raise MediaError(f"{path} has no video stream (it holds {', '.join(sorted(kinds)) or 'nothing'})")
+        if stream.codec_context is None:
+            raise MediaError(f"{path} holds video in a format that this FFmpeg cannot decode")
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def read_packets(path: str, container: InputContainer, stream: VideoStream, deadline: float,
+                 kept: list[Packet] | None = None) -> list[PacketFacts]:
+    """Of every packet with content, in the order of the file; none is decoded.
+
+    The packets themselves are put into `kept`, unless they are more than KEPT_BYTES: then it is left empty.
+    """
+    codec, prefix = stream.codec_context.name, length_bytes(stream.codec_context)
+    facts, nbytes = [], 0
+    for packet in _packets(path, container, stream):
+        check_deadline(path, deadline)
+        nbytes += packet.size
+        if kept is not None:
+            kept.append(packet)
+            if nbytes > KEPT_BYTES:
+                kept.clear()
+                kept = None
+        if packet.size:
+            units = read_units(memoryview(packet), prefix, codec) if prefix else None
+            corrupt = packet.is_corrupt
+            facts.append(PacketFacts(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, corrupt,
+                                     units, corrupt or (prefix > 0 and units is None)))
+    return facts
+
+
+def decoded_frames(path: str, container: InputContainer, stream: VideoStream, deadline: float,
+                   runs: Sequence[range] | None = None, left_out: Container[int] = (),
+                   kept: Sequence[Packet] = ()) -> Iterator[VideoFrame]:
+    """Good frames in presentation order: all of them, or those of some runs of packets (see Timeline.runs).
+
+    `kept` are the packets of the stream, where they have been read already. Damaged packets are left out, and with them
+    every frame up to the next key frame, because it may refer to what is missing.
+    """
+    wanted = iter(runs if runs is not None else [range(1 << 62)])
+    run, number = next(wanted, range(0)), -1
+    damaged = False
+    for packet in kept or _packets(path, container, stream):
+        check_deadline(path, deadline)
+        number += packet.size > 0
+        if packet.size and (number < run.start or number in left_out):
+            continue
+        ends = number == run.stop - 1
+        for part in (packet, None) if ends else (packet,):  # None: what the decoder still holds back
+            try:
+                frames = stream.codec_context.decode(part)
+            except av.FFmpegError:  # damage shows as InvalidData, but codecs return other codes as well
+                damaged = True
+                continue
+            for frame in frames:
+                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+                if not damaged:
+                    yield frame
+        if ends:
+            stream.codec_context.flush_buffers()
+            following = next(wanted, None)
+            if following is None:
+                return
+            run = following
+
+
+def _packets(path: str, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    try:
+        yield from container.demux(stream)
+    except av.FFmpegError as error:
+        raise MediaError(f"{path} cannot be read to its end ({_words(error)})") from error
+
+
+def _no_index(path: str) -> str:
+    return f"{path} is truncated: the index (moov atom) of its mp4 is missing"
+
+
+def _words(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).rstrip(".").lower()
