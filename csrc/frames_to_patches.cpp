@@ -9,7 +9,9 @@
 #include "frames_to_patches.h"
 #include "huge_pages.h"
 
+#include <array>
 #include <cstring>
+#include <optional>
 
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(VERIPO_DISPATCHED) || defined(__AVX2__))
 #include <immintrin.h>
@@ -119,6 +121,12 @@ struct RgbSource {
         for (int c = 0; c < 3; ++c) copy[4 * x + c] = start[x * step + c * channel];
     }
     return {copy, 4};
+  }
+
+  // Rows of a channel are what a sink reads: nothing has to be taken apart.
+  bool planar() const { return bytes.strides[3] == 1; }
+  const uint8_t* planes(int64_t frame, int64_t y) const {
+    return bytes.data + frame * bytes.strides[0] + y * bytes.strides[2];
   }
 
   int64_t count, height, width;
@@ -322,6 +330,8 @@ struct FrameSink {
     explicit Room(const FrameSink&) {}
   };
 
+  int64_t together() const { return 1; }
+
   // planes: uint8 [3, stride], one row of each channel.
   void write(int64_t frame, int64_t y, const uint8_t* planes, int64_t stride, Room&) const {
     for (int64_t c = 0; c < 3; ++c)
@@ -352,6 +362,8 @@ struct PatchSink {
     std::vector<T> row;
   };
 
+  int64_t together() const { return order.temporal; }
+
   void write(int64_t frame, int64_t y, const uint8_t* planes, int64_t stride, Room& room) const {
     for (int c = 0; c < 3; ++c) {
       normalise(planes + c * stride, room.row.data(), width, normal.shift[c], normal.scale[c]);
@@ -379,15 +391,23 @@ struct PatchSink {
 
 // -- one pass ---------------------------------------------------------------------------------------------------------
 
+// Frames [begin, end); those of one time are written row by row in turn, because they share patches.
 template <typename Source, typename Sink>
 void copy_frames(const Source& source, const Sink& sink, int64_t begin, int64_t end) {
   const int64_t stride = padded(sink.width);
   std::vector<uint8_t> planes(3 * stride);
   Scratch scratch(source.width);
   typename Sink::Room room(sink);
-  for (int64_t frame = begin; frame < end; ++frame)
-    for (int64_t y = 0; y < sink.height; ++y) {
-      deinterleave(source.row(std::min(frame, source.count - 1), y, scratch), planes.data(), stride, source.width);
+  for (int64_t y = 0; y < sink.height; ++y)
+    for (int64_t frame = begin; frame < end; ++frame) {
+      const int64_t shown = std::min(frame, source.count - 1);
+      if constexpr (requires { source.planar(); }) {
+        if (source.planar()) {
+          sink.write(frame, y, source.planes(shown, y), source.bytes.strides[1], room);
+          continue;
+        }
+      }
+      deinterleave(source.row(shown, y, scratch), planes.data(), stride, source.width);
       sink.write(frame, y, planes.data(), stride, room);
     }
 }
@@ -416,18 +436,35 @@ void filter_frames(const Source& source, const Sink& sink, const Across& across,
   }
 }
 
+using Sizes = std::array<int64_t, 4>;  // height and width before, then after
+
+struct Filters {
+  explicit Filters(const Sizes& sizes) : sizes(sizes), across(sizes[1], sizes[3]), down(sizes[0], sizes[2]) {}
+  Sizes sizes;
+  Across across;
+  Filter down;
+};
+
+// Kept for the thread's next call: a video comes frame by frame, and making them is an eighth of resizing a small one.
+const Filters& filters_of(const Sizes& sizes) {
+  thread_local std::optional<Filters> last;
+  if (!last || last->sizes != sizes) last.emplace(sizes);
+  return *last;
+}
+
 // Writes `count` frames to the sink; after the last of the source it is repeated.
 template <typename Source, typename Sink>
 void run(const Source& source, const Sink& sink, int64_t count) {
   if (source.height == sink.height && source.width == sink.width) {
-    torch::stable::parallel_for(0, count, 1,
-                                [&](int64_t begin, int64_t end) { copy_frames(source, sink, begin, end); });
+    torch::stable::parallel_for(0, count / sink.together(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t time = begin; time < end; ++time)
+        copy_frames(source, sink, time * sink.together(), (time + 1) * sink.together());
+    });
     return;
   }
-  const Across across(source.width, sink.width);
-  const Filter vertical(source.height, sink.height);
+  const Filters& filters = filters_of({source.height, source.width, sink.height, sink.width});
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    filter_frames(source, sink, across, vertical, begin, end);
+    filter_frames(source, sink, filters.across, filters.down, begin, end);
   });
 }
 
