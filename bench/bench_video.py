@@ -34,7 +34,8 @@ def told(row: Row) -> str:
         return f"{what}: {row.get('peer') or row['decoder']} not measured: {row['not_measured']}"
     if "cpu_speedup_median" in row:
         epoch = f", {row['epoch']} epoch, tower {row['tower']}" if "epoch" in row else ""
-        pixels = f"; mean error {row['mae_levels']} levels, {row['psnr_db']} dB" if "mae_levels" in row else ""
+        pixels = (f", at most {row['cpu_bound_median']}x with this decoder; mean error {row['mae_levels']} levels, "
+                  f"{row['psnr_db']} dB" if "mae_levels" in row else "")
         return (f"{what}{epoch}: {row['cpu_speedup_median']}x less CPU than {row['peer']} "
                 f"({row['cpu_speedup_min']} to {row['cpu_speedup_max']}; wall {row['wall_speedup_median']}x){pixels}")
     if "whole" in row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
+from av.packet import Packet
 from veripo_kernels import resize_frames
 from video_worker import Answer, measured, serve
 
@@ -25,12 +27,16 @@ from veripo_fast.synth import write_corpus
 from veripo_fast.tiny import init_model
 from veripo_fast.trainer import train
 from veripo_fast.types import MediaInputs, Message, Prompt, Video
-from veripo_fast.video.contract import resized_size
+from veripo_fast.video.contract import frame_indices, resized_size
 from veripo_fast.video.decode import decode
 from veripo_fast.video.ffmpeg import torchcodec_decoder
+from veripo_fast.video.packets import decoded_frames, open_video, read_packets
+from veripo_fast.video.patches import room
+from veripo_fast.video.timeline import timeline_of
 from veripo_fast.vision_cache import PromptLoader
 
 _ready: dict[str, torch.Tensor] = {}
+_room: dict[int, torch.Tensor] = {}
 _models = TemporaryDirectory(prefix="veripo-bench-model-")
 
 
@@ -56,10 +62,17 @@ def prompt_of(path: str) -> Prompt:
     return Prompt(path, (Message("user", (Video(path), "What happens?")),), "choice", "A")
 
 
+def patch_room(frames: int, pixels: list[int]) -> torch.Tensor:
+    """Memory for patches, the same from video to video, as the prompt loader has it while the tower is frozen."""
+    spec = encoder().vision
+    patches = -(-frames // spec.temporal_patch_size) * pixels[1] // spec.patch_size ** 2
+    return _room.setdefault(patches, room((patches, spec.features), torch.float32))
+
+
 def end_to_end(path: str, frames: int, pixels: list[int], decoder: str = "auto", save: str = "") -> Answer:
     """File to pixel values, as training encodes a prompt."""
-    contract = contract_of(frames, pixels, decoder)
-    media, spent = measured(lambda: encoder().load_media(prompt_of(path), contract))
+    contract, out = contract_of(frames, pixels, decoder), patch_room(frames, pixels)
+    media, spent = measured(lambda: encoder().load_media(prompt_of(path), contract, out=out))
     answer: Answer = spent | {"grid": media.grid_thw[0].tolist()}
     if save:
         torch.save(media.pixel_values, save)
@@ -68,16 +81,30 @@ def end_to_end(path: str, frames: int, pixels: list[int], decoder: str = "auto",
     return answer
 
 
+def decode_alone(path: str, frames: int, pixels: list[int]) -> Answer:
+    """FFmpeg's share of `end_to_end`: the packets that it needs, already read, to pictures that nobody looks at."""
+    deadline = time.monotonic() + 600
+    with open_video(path) as (container, stream):
+        kept: list[Packet] = []
+        timeline = timeline_of(path, container, stream, read_packets(path, container, stream, deadline, kept))
+        wanted = frame_indices(timeline.seconds, contract_of(frames, pixels))
+        pictures = decoded_frames(path, container, stream, deadline, timeline.runs(wanted), timeline.left_out(wanted),
+                                  kept)
+        count, spent = measured(lambda: sum(1 for _ in pictures))
+    return spent | {"decoded": count, "held": len(timeline.seconds)}
+
+
 def preprocess(path: str, frames: int, pixels: list[int], indices: list[int]) -> Answer:
     """Decoded frames, as FFmpeg leaves them in memory, to pixel values, by the two calls that training makes."""
     if path not in _ready:
         _ready.clear()
         _ready[path] = torchcodec_decoder()(path, num_ffmpeg_threads=1).get_frames_at(indices).data
     size = resized_size(*_ready[path].shape[2:], encoder().vision.factor, *pixels)
-    seconds = torch.zeros(frames, dtype=torch.float64)
+    seconds, out = torch.zeros(frames, dtype=torch.float64), patch_room(frames, pixels)
 
     def run() -> MediaInputs:
-        return encoder().media_inputs([("video", resize_frames(_ready[path], *size), seconds)], "")
+        resized = resize_frames(_ready[path], *size, out=room((frames, 3, *size), torch.uint8))
+        return encoder().media_inputs([("video", resized, seconds)], "", out=out)
 
     media, spent = measured(run)
     return spent | {"grid": media.grid_thw[0].tolist()}
@@ -173,4 +200,5 @@ def training(folder: str, prompts: int, prompts_per_step: int, steps: int, prefe
 
 
 if __name__ == "__main__":
-    serve({task.__name__: task for task in (end_to_end, preprocess, step, shown, training)}, (RuntimeError, MediaError))
+    serve({task.__name__: task for task in (end_to_end, decode_alone, preprocess, step, shown, training)},
+          (RuntimeError, MediaError))

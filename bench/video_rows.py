@@ -37,7 +37,8 @@ LONG_CLIP = "half-hour.mp4"
 class Scale:
     """How large everything is; `QUICK` only shows that it runs."""
 
-    sizes: tuple[Size, ...] = tuple(Size(height, width, noise=noise) for noise in (3.5, 0.0)
+    sizes: tuple[Size, ...] = tuple(Size(height, width, noise=noise, crf=crf)
+                                    for noise, crf in ((3.5, 23), (0.0, 23), (0.0, 26))
                                     for height, width in ((720, 1280), (360, 640), (240, 426)))
     frames: int = 64
     pixels: tuple[int, int] = (4 * 28 * 28, 115_000)
@@ -150,13 +151,22 @@ def end_to_end(session: Session) -> Iterator[Row]:
             assert found["grid"] == ours["grid"], f"{peer_name(reader)} resizes to {found['grid']}, not {ours['grid']}"
             agreement[reader] = agreeing(session.folder, ours, found)
             ways[reader] = partial(session.peer.call, "end_to_end", **arguments, reader=reader)
+        ways["decode"] = partial(session.ours.call, "decode_alone", **arguments)
         spent = interleaved(ways, session.rounds)
         for reader in session.readers:
             yield session.common("end_to_end") | about | agreement[reader] | {
                 "peer": peer_name(reader), "grid": ours["grid"], "decoder": ours["decoder"],
-                **ratios(spent["ours"], spent[reader])}
+                **ratios(spent["ours"], spent[reader]), **bound(spent["decode"], spent[reader])}
         yield session.common("preprocessing") | about | {"peer": "qwen-vl-utils + HF processor"} | preprocessing(
             session, arguments, ours)
+
+
+def bound(decoding: list[Answer], theirs: list[Answer]) -> Row:
+    """What FFmpeg alone takes of our side, and how many times more the peer would spend if all the rest were free."""
+    times = [[spent["cpu_seconds"] for spent in answers] for answers in (decoding, theirs)]
+    return {"frames_decoded": decoding[0]["decoded"], "frames_held": decoding[0]["held"],
+            "decode_cpu_seconds": [digits(value) for value in times[0]],
+            **Ratio.of(times[1], times[0]).fields("cpu_bound")}
 
 
 def preprocessing(session: Session, arguments: Row, ours: Answer) -> Row:

@@ -18,6 +18,7 @@ from veripo_fast.config import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
 from veripo_fast.video import packets as module
+from veripo_fast.video import units
 from veripo_fast.video.choose import HD_HEIGHT, HD_WIDTH, nvdec_refuses, readers, refuses, untagged_hd
 from veripo_fast.video.decode import decode
 from veripo_fast.video.packets import decoded_frames, open_video
@@ -75,6 +76,22 @@ def test_what_is_left_out_changes_no_bit(made: dict[str, clips.Clip], name: str)
                  read_pyav(str(made[name].path), timeline, wanted, deadline, sequential=True)]
         assert len(picked) == len(whole) == len(wanted)
         assert all(map(torch.equal, picked, whole)), wanted
+
+
+@pytest.mark.parametrize("name", ["h264-open.mp4", "hevc-open.mp4", "av1.mp4", "stream.ts", "edit-list.mp4"])
+def test_packets_that_are_kept_are_those_of_the_file(made: dict[str, clips.Clip], name: str,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same frames, whether the file is read once or, being too large to keep, a second time for decoding."""
+    opened: list[str] = []
+    opener = module.av.open
+    monkeypatch.setattr(module.av, "open", lambda *arguments: opened.append(name) or opener(*arguments))
+    contract = VideoConfig(fps=None, num_frames=9, min_pixels=784, max_pixels=10**6, decoder="pyav")
+    once = decode(Video(str(made[name].path)), contract, 28)
+    times = len(opened)
+    monkeypatch.setattr(module, "KEPT_BYTES", 1000)
+    again = decode(Video(str(made[name].path)), contract, 28)
+    assert torch.equal(once.pixels, again.pixels) and once.decoder == again.decoder
+    assert len(opened) - times == times + (once.decoder == "pyav")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -227,3 +244,12 @@ def test_colours_that_swscale_does_not_know(tmp_path: Path) -> None:
     frames = decode(Video(str(path)), VideoConfig(fps=None, num_frames=8), 28)
     assert frames.decoder == "torchcodec"
     assert clips.read_indices(frames.pixels) == list(frames.indices)
+
+
+def test_the_type_of_a_slice_is_read_from_its_first_byte_where_that_holds_it() -> None:
+    """All bytes that can follow the first one of a slice, by the table and by the general rule."""
+    for after in range(256):
+        for rest in (b"", b"\x00" * 9, b"\xff" * 9):
+            unit = bytes([0x41, after]) + rest
+            general = units._slice_type(unit[1:].ljust(11, b"\0"))
+            assert units._h264_sign(memoryview(unit), 0) == (0x41, general), (after, rest)
