@@ -18,8 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-HEADERS = [f"csrc/{name}.h" for name in ("clones", "frame_filters", "frame_rows", "frames_to_patches", "gather_logprobs",
-                                         "huge_pages", "rows")]
+HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
 CPU = Extension("veripo_kernels._cpp", ["csrc/gather_logprobs.cpp", "csrc/frames_to_patches.cpp"], optional=True,
                 depends=HEADERS)
 CUDA = Extension("veripo_kernels._cuda", ["csrc/gather_logprobs.cu", "csrc/frames_to_patches.cu"], optional=True,

@@ -29,8 +29,8 @@ from veripo_fast.config import Config, DataConfig
 from veripo_fast.config_io import to_yaml
 from veripo_fast.data import load_prompts
 from veripo_fast.metrics import read_records
-from veripo_fast.model import Policy
 from veripo_fast.rundir import RunDir
+from veripo_fast.tower import Tower
 from veripo_fast.trainer import train
 from veripo_fast.types import Video
 from veripo_fast.vision_cache import PromptLoader
@@ -124,7 +124,7 @@ def test_a_run_afterwards_decodes_nothing(tmp_path: Path, command: Callable, dec
 
 def test_a_tower_that_trains_is_not_loaded(command: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch,
                                            capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(precompute, "load_policy", lambda *arguments: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr(precompute, "load_tower", lambda *arguments: pytest.fail("the tower was loaded"))
     assert main(command(folder, model__freeze_vision=False)) == 0
     assert "8 media: 8 new, 0 already there, 0 skipped" in capsys.readouterr().out
 
@@ -274,7 +274,7 @@ def test_decoding_goes_on_while_the_tower_runs(command: Callable, folder: Path, 
     monkeypatch.setattr(precompute, "MAX_BATCH", 2)
     inside, early, running, most = [False], [], [0], [0]
     lock = threading.Lock()
-    plain_decode, plain_tower = encoding.decode, Policy.vision_features_of
+    plain_decode, plain_tower = encoding.decode, Tower.vision_features_of
 
     def decode(medium: Video, *rest: Any) -> Any:
         with lock:
@@ -296,7 +296,7 @@ def test_decoding_goes_on_while_the_tower_runs(command: Callable, folder: Path, 
         return plain_tower(*arguments)
 
     monkeypatch.setattr(encoding, "decode", decode)
-    monkeypatch.setattr(Policy, "vision_features_of", tower)
+    monkeypatch.setattr(Tower, "vision_features_of", tower)
     assert main(command(folder, "--workers", 3, model__freeze_vision=freeze)) == 0
     assert most[0] == 3 and bool(early) == freeze
 

@@ -19,12 +19,13 @@ from veripo_fast import encoding
 from veripo_fast.config import Config, DpoConfig, GrpoConfig, ModelConfig, OptimizerConfig, RolloutConfig, VideoConfig
 from veripo_fast.dpo import PairRow, dpo_update, pair_logprobs, preference_loss, reference_logprobs, step_order
 from veripo_fast.grpo import GrpoUpdate, policy_loss, reward_groups, rollout_metrics
-from veripo_fast.model import Policy, VisionFeatures, load_policy
+from veripo_fast.model import Policy, load_policy
 from veripo_fast.optim import Optimizer
 from veripo_fast.packing import pack
 from veripo_fast.rollout import LoadedPrompt
 from veripo_fast.synth import write_clip
 from veripo_fast.synth_world import random_clip
+from veripo_fast.tower import VisionFeatures
 from veripo_fast.types import Completion, MediaInputs, PreferencePair, Prompt, RolloutGroup, Video
 from veripo_fast.vision_cache import PromptLoader, VisionCache
 
@@ -441,7 +442,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Video]:
 
 @pytest.fixture
 def loader_of(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PromptLoader]:
-    """Makes loaders with `decoded`, `tower` and `skipped` to look at."""
+    """Makes loaders with `decoded`, `tower_runs` and `skipped` to look at."""
     made: list[PromptLoader] = []
 
     def make(owner: Policy = policy, max_prompt_tokens: int = 4096) -> PromptLoader:
@@ -450,7 +451,7 @@ def loader_of(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
                               lambda prompt, reason: skipped.append((prompt.prompt_id, reason)))
         loader.skipped = skipped
         loader.decoded = Counted(encoding, "decode", monkeypatch)
-        loader.tower = Counted(owner.model.model.visual, "forward", monkeypatch)
+        loader.tower_runs = Counted(owner.model.model.visual, "forward", monkeypatch)
         made.append(loader)
         return loader
 
@@ -469,11 +470,11 @@ def test_a_video_is_decoded_and_encoded_once(loader_of: Callable[..., PromptLoad
     first = loader.load(prompts)
     assert [item.prompt.prompt_id for item in first] == ["a", "b", "c", "d"]
     assert sorted(video.path for video in loader.decoded.calls) == [files[0].path, files[1].path]
-    assert len(loader.tower) == 2, "each new video once"
+    assert len(loader.tower_runs) == 2, "each new video once"
     assert first[0].features is first[3].features and first[1].features is None
     assert len(first[0].encoded.token_ids) != len(first[3].encoded.token_ids)
     second = loader.load([about(files[1], "e"), about(files[0], "f")])
-    assert len(loader.decoded) == 2 and len(loader.tower) == 2
+    assert len(loader.decoded) == 2 and len(loader.tower_runs) == 2
     assert second[0].features is first[2].features and second[1].features is first[0].features
     assert torch.equal(second[1].encoded.token_ids, first[0].encoded.token_ids)
     assert torch.equal(second[1].encoded.positions, first[0].encoded.positions)
@@ -522,7 +523,7 @@ def test_a_trained_tower_is_not_cached(loader_of: Callable[..., PromptLoader], f
     loader = loader_of(policies.policy(FAMILY, freeze_vision=False))
     for number in (1, 2):
         (item,) = loader.load([about(files[0], "a")])
-        assert len(loader.decoded) == len(loader.tower) == number
+        assert len(loader.decoded) == len(loader.tower_runs) == number
         assert item.encoded.media.pixel_values is not None and not item.features.embeddings.requires_grad
 
 

@@ -22,10 +22,11 @@ from veripo_fast.config import CacheConfig, DataConfig, ModelConfig, VideoConfig
 from veripo_fast.data import load_prompts
 from veripo_fast.errors import ConfigError
 from veripo_fast.metrics import read_records
-from veripo_fast.model import Policy, VisionFeatures, load_policy
+from veripo_fast.model import Policy, load_policy
 from veripo_fast.rundir import RunDir
 from veripo_fast.synth import write_clip
 from veripo_fast.synth_world import random_clip
+from veripo_fast.tower import VisionFeatures
 from veripo_fast.trainer import train
 from veripo_fast.types import MediaInputs, Prompt, Video
 from veripo_fast.vision_cache import PromptLoader

@@ -13,11 +13,12 @@ import torch
 from veripo_kernels import PolicyLoss, group_advantages, linear_policy_loss
 
 from veripo_fast.config import Config
-from veripo_fast.model import Policy, VisionFeatures
+from veripo_fast.model import Policy
 from veripo_fast.optim import Optimizer
 from veripo_fast.packing import PackedBatch, micro_batches, pack, packed_length
 from veripo_fast.reward import score, total
 from veripo_fast.rollout import LoadedPrompt
+from veripo_fast.tower import VisionFeatures
 from veripo_fast.types import RolloutGroup
 
 

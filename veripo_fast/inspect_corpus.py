@@ -207,7 +207,7 @@ def find_media(data: Sequence[Path], config: Config, limit: int | None) -> Corpu
 def policy_sizes(config: Config) -> PolicySizes:
     """From the checkpoint of `model.path`, as training would load it. Raises CheckpointError."""
     from veripo_fast.encoding import PromptEncoder
-    from veripo_fast.model import resolve_path
+    from veripo_fast.tower import resolve_path
 
     encoder = PromptEncoder(resolve_path(config.model.path))
     return PolicySizes(encoder.vision.patch_size, encoder.vision.merge_size,

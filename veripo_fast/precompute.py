@@ -22,8 +22,8 @@ from veripo_fast.data import Skipped, SkippedLog
 from veripo_fast.encoding import PromptEncoder, decode_frames
 from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.inspect_page import memory
-from veripo_fast.model import load_policy, resolve_device, resolve_path
 from veripo_fast.sources import check_some, evenly, find_sources, read_records
+from veripo_fast.tower import load_tower, resolve_device, resolve_path
 from veripo_fast.types import Media, Message, Prompt, Video
 from veripo_fast.video.contract import TEMPORAL_PATCH
 from veripo_fast.video.decode import check_decoder
@@ -160,11 +160,11 @@ class Filler:
         cache = CacheConfig(config.cache.folder, config.cache.disk_bytes, host_bytes=0, frames=config.cache.frames,
                             prefetch_bytes=config.cache.prefetch_bytes, prefetch_prompts=2 * MAX_BATCH)
         if config.model.freeze_vision:
-            policy = load_policy(config.model)
-            self.loader = PromptLoader(policy, config.video, sys.maxsize, self.skip, cache)
+            tower = load_tower(config.model)
+            self.loader = PromptLoader(tower, config.video, sys.maxsize, self.skip, cache)
             assert self.loader.store is not None
-            self.encoder, self.store = policy.encoder, self.loader.store
-            self.version = tower_version(policy)
+            self.encoder, self.store = tower.encoder, self.loader.store
+            self.version = tower_version(tower)
         else:
             check_decoder(config.video, self.device)
             self.encoder = PromptEncoder(resolve_path(config.model.path))

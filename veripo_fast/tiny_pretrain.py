@@ -24,10 +24,11 @@ from veripo_fast import tiny
 from veripo_fast.config import ModelConfig
 from veripo_fast.data import question_text
 from veripo_fast.encoding import PromptEncoder
-from veripo_fast.model import Policy, VisionFeatures, load_policy, save_policy
+from veripo_fast.model import Policy, load_policy, save_policy
 from veripo_fast.packing import pack
 from veripo_fast.synth_questions import Question, describe, questions
 from veripo_fast.synth_world import Clip, random_clip, render
+from veripo_fast.tower import VisionFeatures
 from veripo_fast.types import EncodedPrompt, MediaInputs, Message, Prompt, Video
 
 FRAME_SECONDS = tuple(index / 2 for index in range(8))

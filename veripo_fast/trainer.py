@@ -32,13 +32,14 @@ from veripo_fast.errors import ConfigError, DataError, TrainingError
 from veripo_fast.evaluate import evaluate, summary
 from veripo_fast.grpo import GrpoUpdate, reward_groups, rollout_metrics
 from veripo_fast.metrics import MetricsLog, read_records
-from veripo_fast.model import Policy, answer_scorer, load_policy, resolve_path, save_policy
+from veripo_fast.model import Policy, answer_scorer, load_policy, save_policy
 from veripo_fast.optim import Optimizer
 from veripo_fast.rollout import Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rundir import RunDir
 from veripo_fast.seeding import derive_seed
+from veripo_fast.tower import resolve_path
 from veripo_fast.types import PreferencePair, Prompt, RolloutGroup
 from veripo_fast.verifier import make_judge, read_pairs, verify, write_result
 from veripo_fast.vision_cache import PromptLoader

@@ -20,9 +20,9 @@ import torch
 from veripo_fast import encoding
 from veripo_fast.config import CacheConfig, VideoConfig
 from veripo_fast.errors import DataError, MediaError
-from veripo_fast.model import Policy, VisionFeatures
 from veripo_fast.prefetch import MediaSlots
 from veripo_fast.rollout import LoadedPrompt
+from veripo_fast.tower import Tower, VisionFeatures
 from veripo_fast.types import Media, MediaInputs, Prompt, Video
 from veripo_fast.video.contract import TEMPORAL_PATCH
 from veripo_fast.video.decode import check_decoder, fallbacks
@@ -97,23 +97,23 @@ class PromptLoader:
     A bad medium or an over-long prompt is reported once through `on_skip(prompt, reason)`, never replaced by another.
     """
 
-    def __init__(self, policy: Policy, contract: VideoConfig, max_prompt_tokens: int,
+    def __init__(self, tower: Tower, contract: VideoConfig, max_prompt_tokens: int,
                  on_skip: Callable[[Prompt, str], None], cache: CacheConfig | None = None) -> None:
-        check_decoder(contract, policy.device)
+        check_decoder(contract, tower.device)
         self.config = cache or CacheConfig()
-        self.policy = policy
+        self.tower = tower
         self.contract = contract
         self.max_prompt_tokens = max_prompt_tokens
         self.on_skip = on_skip
         self.cache = VisionCache(self.config.host_bytes)
-        self.gpu_cache = VisionCache(self.config.gpu_bytes if policy.device.type == "cuda" else 0)
+        self.gpu_cache = VisionCache(self.config.gpu_bytes if tower.device.type == "cuda" else 0)
         self.work = VideoWork()
         self._refused = sum(fallbacks().values())
         self.bad: dict[Prompt, str] = {}
         """Why; by prompt, not by its id: training and evaluation files number their records alike."""
         self.store = VisionStore(Path(self.config.folder), self.config.disk_bytes) if self.config.folder else None
         self._patches: torch.Tensor | None = None
-        self._tower = tower_version(policy) if self.store and policy.frozen_vision else ""
+        self._version = tower_version(tower) if self.store and tower.frozen_vision else ""
         self._slots: MediaSlots[Entry | DecodedMedia] = MediaSlots(
             contract, self._fetch, max_bytes=self.config.prefetch_bytes, most_bytes=self._most_bytes,
             nbytes=lambda found: found.nbytes if isinstance(found, DecodedMedia) else found[1].nbytes)
@@ -167,19 +167,19 @@ class PromptLoader:
 
     def _fetch(self, prompt: Prompt) -> Entry | DecodedMedia:
         """The tower's output from the nearest level that has it, or frames."""
-        key = self.policy.encoder.media_key(prompt, self.contract)
-        if self.policy.frozen_vision:
+        key = self.tower.encoder.media_key(prompt, self.contract)
+        if self.tower.frozen_vision:
             entry = (self.gpu_cache.get(key) if self.gpu_cache.max_bytes else None) or self.cache.get(key)
             if entry is not None:
                 return entry
         if self.store is not None:
-            entry = read_tower(self.store, self._tower, key) if self.policy.frozen_vision else None
+            entry = read_tower(self.store, self._version, key) if self.tower.frozen_vision else None
             if entry is not None:
                 return self._keep_in_host(*entry)
             decoded = read_frames(self.store, key)
             if decoded is not None:
                 return decoded
-        factor, device = self.policy.encoder.vision.factor, str(self.policy.device)
+        factor, device = self.tower.encoder.vision.factor, str(self.tower.device)
         return DecodedMedia(encoding.decode_frames(prompt.media, self.contract, factor, device), key)
 
     def _most_bytes(self, prompt: Prompt) -> int:
@@ -199,21 +199,21 @@ class PromptLoader:
         entries: dict[tuple[Media, ...], Entry] = {}
         for name, item in decoded.items():
             started = time.perf_counter()
-            patches = self.policy.encoder.vision.num_patches([pixels for _, pixels, _ in item.frames])
-            media = self.policy.encoder.media_inputs(item.frames, item.key, out=self._room(patches))
+            patches = self.tower.encoder.vision.num_patches([pixels for _, pixels, _ in item.frames])
+            media = self.tower.encoder.media_inputs(item.frames, item.key, out=self._room(patches))
             self._count(wait_seconds=time.perf_counter() - started)
-            features = self.policy.vision_features(media)
+            features = self.tower.vision_features(media)
             self._count(tower_runs=len(media.kinds))
-            entries[name] = self._keep(media, features) if self.policy.frozen_vision else (media, features)
+            entries[name] = self._keep(media, features) if self.tower.frozen_vision else (media, features)
         return entries
 
     def _room(self, patches: int) -> torch.Tensor:
         """Memory for patches: while the tower is frozen the same for every video, because nobody reads them again."""
-        shape = (patches, self.policy.encoder.vision.features)
-        if not self.policy.frozen_vision:
-            return room(shape, self.policy.patch_dtype)
+        shape = (patches, self.tower.encoder.vision.features)
+        if not self.tower.frozen_vision:
+            return room(shape, self.tower.patch_dtype)
         if self._patches is None or len(self._patches) < patches:
-            self._patches = room(shape, self.policy.patch_dtype)
+            self._patches = room(shape, self.tower.patch_dtype)
         return self._patches
 
     def _keep(self, media: MediaInputs, features: VisionFeatures) -> Entry:
@@ -224,34 +224,34 @@ class PromptLoader:
         if self.store is not None or features.nbytes <= self.cache.max_bytes:
             _, host = self._keep_in_host(media, features)
             if self.store is not None:
-                write_tower(self.store, self._tower, media, host)
+                write_tower(self.store, self._version, media, host)
         return media, features
 
     def _keep_in_host(self, media: MediaInputs, features: VisionFeatures) -> Entry:
         """The entry in host memory, as the host level keeps it if it has room for it."""
         host = features
-        if self.policy.device.type == "cuda":
+        if self.tower.device.type == "cuda":
             host = _each(features, _pinned if features.nbytes <= self.cache.max_bytes else torch.Tensor.cpu)
         self.cache.put(media, host)
         return media, host
 
     def _on_device(self, entry: Entry) -> Entry:
         media, features = entry
-        if features.embeddings.device == self.policy.device:
+        if features.embeddings.device == self.tower.device:
             return entry
-        features = _each(features, lambda level: level.to(self.policy.device, non_blocking=True))
+        features = _each(features, lambda level: level.to(self.tower.device, non_blocking=True))
         self.gpu_cache.put(media, features)
         return media, features
 
     def _keep_frames(self, decoded: Mapping[tuple[Media, ...], DecodedMedia]) -> None:
-        if self.store is not None and (self.config.frames or not self.policy.frozen_vision):
+        if self.store is not None and (self.config.frames or not self.tower.frozen_vision):
             for item in decoded.values():
                 if not item.from_disk:
                     write_frames(self.store, item)
 
     def _encode(self, prompt: Prompt, entry: Entry | None) -> LoadedPrompt:
         media, features = entry or (None, None)
-        encoded = self.policy.encoder.encode(prompt, media)
+        encoded = self.tower.encoder.encode(prompt, media)
         tokens = len(encoded.token_ids)
         if tokens > self.max_prompt_tokens:
             raise DataError(f"the prompt has {tokens} tokens, more than data.max_prompt_tokens "

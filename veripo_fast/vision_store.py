@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 
 from veripo_fast.checkpoint import atomic_write_bytes
 from veripo_fast.errors import ConfigError
-from veripo_fast.model import Policy, VisionFeatures
+from veripo_fast.tower import Tower, VisionFeatures
 from veripo_fast.types import MediaInputs
 
 log = logging.getLogger(__name__)
@@ -173,14 +173,14 @@ class VisionStore:
             return
 
 
-def tower_version(policy: Policy) -> str:
+def tower_version(tower: Tower) -> str:
     """16 hexadecimal digits that change with any bit of the tower's weights, their type, or the kind of device.
 
     Every byte is hashed rather than a sample: one changed weight gives another output, and it happens once per process
     (a tower of 0.7 billion bfloat16 weights is 1.3 GB, about a second of SHA-256 on one core).
     """
-    digest = hashlib.sha256(policy.device.type.encode())
-    for name, value in sorted(policy.model.model.visual.state_dict().items()):
+    digest = hashlib.sha256(tower.device.type.encode())
+    for name, value in sorted(tower.visual.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(_raw(value.detach().cpu()))
     return digest.hexdigest()[:16]

@@ -86,8 +86,8 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
         JudgeError: the judge cannot give verdicts.
     """
     from veripo_fast.encoding import PromptEncoder
-    from veripo_fast.model import resolve_path
     from veripo_fast.rollout.store import read_groups
+    from veripo_fast.tower import resolve_path
 
     files = _rollout_files(paths)
     out = out or files[0].parent / "verifier"
