@@ -246,7 +246,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--trial", type=int, default=1, metavar="N",
                         help="divide the default sizes by N: to see that everything runs")
     parser.add_argument("--plot", action="store_true", help="also write bench/results/kernels.png")
-    return parser.parse_args()
+    args = parser.parse_args()
+    names = {name: None for op in args.ops or PEERS for name in PEERS[op] if name not in (OURS, NAIVE)}
+    for word in args.peers:
+        if not any(word.lower() in name.lower() for name in names):
+            parser.error(f"no peer has {word!r} in its name; there are {', '.join(names) or 'none for these ops'}")
+    return args
 
 
 def main() -> None:

@@ -186,6 +186,14 @@ def test_command_line_writes_lines_with_their_recipe_and_a_plot(bench, results, 
     assert "not timed: another result" in capsys.readouterr().out
 
 
+def test_a_word_that_no_peer_has_is_named(bench, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--ops", "gather_logprobs", "--peers", "Liger"])
+    with pytest.raises(SystemExit):
+        bench.bench_kernels.main()
+    assert ("no peer has 'Liger' in its name; there are torch cross_entropy, TRL selective_log_softmax"
+            in capsys.readouterr().err)
+
+
 @pytest.mark.usefixtures("here")
 def test_rows_without_peers(bench):
     rows = {row["row"]: row for row in bench.bench_kernels.own_rows(CPU, 2, 8)}
