@@ -31,12 +31,11 @@ from veripo_fast.video.contract import frame_indices, resized_size
 from veripo_fast.video.decode import decode
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.packets import decoded_frames, open_video, read_packets
-from veripo_fast.video.patches import room
+from veripo_fast.video.room import room
 from veripo_fast.video.timeline import timeline_of
 from veripo_fast.vision_cache import PromptLoader
 
 _ready: dict[str, torch.Tensor] = {}
-_room: dict[int, torch.Tensor] = {}
 _models = TemporaryDirectory(prefix="veripo-bench-model-")
 
 
@@ -62,17 +61,10 @@ def prompt_of(path: str) -> Prompt:
     return Prompt(path, (Message("user", (Video(path), "What happens?")),), "choice", "A")
 
 
-def patch_room(frames: int, pixels: list[int]) -> torch.Tensor:
-    """Memory for patches, the same from video to video, as the prompt loader has it while the tower is frozen."""
-    spec = encoder().vision
-    patches = -(-frames // spec.temporal_patch_size) * pixels[1] // spec.patch_size ** 2
-    return _room.setdefault(patches, room((patches, spec.features), torch.float32))
-
-
 def end_to_end(path: str, frames: int, pixels: list[int], decoder: str = "auto", save: str = "") -> Answer:
     """File to pixel values, as training encodes a prompt."""
-    contract, out = contract_of(frames, pixels, decoder), patch_room(frames, pixels)
-    media, spent = measured(lambda: encoder().load_media(prompt_of(path), contract, out=out))
+    contract = contract_of(frames, pixels, decoder)
+    media, spent = measured(lambda: encoder().load_media(prompt_of(path), contract))
     answer: Answer = spent | {"grid": media.grid_thw[0].tolist()}
     if save:
         torch.save(media.pixel_values, save)
@@ -100,11 +92,11 @@ def preprocess(path: str, frames: int, pixels: list[int], indices: list[int]) ->
         _ready.clear()
         _ready[path] = torchcodec_decoder()(path, num_ffmpeg_threads=1).get_frames_at(indices).data
     size = resized_size(*_ready[path].shape[2:], encoder().vision.factor, *pixels)
-    seconds, out = torch.zeros(frames, dtype=torch.float64), patch_room(frames, pixels)
+    seconds = torch.zeros(frames, dtype=torch.float64)
 
     def run() -> MediaInputs:
         resized = resize_frames(_ready[path], *size, out=room((frames, 3, *size), torch.uint8))
-        return encoder().media_inputs([("video", resized, seconds)], "", out=out)
+        return encoder().media_inputs([("video", resized, seconds)], "")
 
     media, spent = measured(run)
     return spent | {"grid": media.grid_thw[0].tolist()}

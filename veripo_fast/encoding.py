@@ -23,7 +23,8 @@ from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.positions import GridSpan, TextSpan, grid_times, mrope_positions
 from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Prompt, Video
 from veripo_fast.video.decode import decode, decode_image
-from veripo_fast.video.patches import fingerprint, patchify, room
+from veripo_fast.video.patches import fingerprint, patchify
+from veripo_fast.video.room import room
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -159,19 +160,17 @@ class PromptEncoder:
 
     # -- media --------------------------------------------------------------------------------------------------
 
-    def media_inputs(self, frames: list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]], key: str, *,
-                     out: torch.Tensor | None = None) -> MediaInputs:
+    def media_inputs(self, frames: list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]], key: str,
+                     dtype: torch.dtype = torch.float32) -> MediaInputs:
         """Tower inputs of decoded media.
 
         Args:
             frames: per medium its kind, uint8 [T, 3, H, W] pixels and float64 [T] seconds.
             key: content fingerprint.
-            out: [patches or more, features], float32 or bfloat16: its beginning becomes pixel_values. None: new memory,
-                float32.
+            dtype: of the pixel values, float32 or bfloat16.
         """
         spec, grids, seconds, done = self.vision, [], [], 0
-        total = spec.num_patches([images for _, images, _ in frames])
-        values = room((total, spec.features), torch.float32) if out is None else out[:total]
+        values = room((spec.num_patches([images for _, images, _ in frames]), spec.features), dtype)
         for _, images, pts in frames:
             count = spec.num_patches([images])
             _, grid = patchify(images, spec.mean, spec.std, spec.patch_size, spec.merge_size, spec.temporal_patch_size,
@@ -181,9 +180,8 @@ class PromptEncoder:
             seconds.append(_grid_seconds(pts, spec.temporal_patch_size))
         return MediaInputs(values, torch.stack(grids), tuple(kind for kind, _, _ in frames), tuple(seconds), key)
 
-    def load_media(self, prompt: Prompt, contract: VideoConfig, *, out: torch.Tensor | None = None
-                   ) -> MediaInputs | None:
-        """Decode every medium of the prompt under the sampling contract; None for a text-only prompt. `out` as above.
+    def load_media(self, prompt: Prompt, contract: VideoConfig) -> MediaInputs | None:
+        """Decode every medium of the prompt under the sampling contract; None for a text-only prompt.
 
         Raises:
             MediaError: a file that cannot be decoded.
@@ -191,7 +189,7 @@ class PromptEncoder:
         if not prompt.media:
             return None
         key = self.media_key(prompt, contract)  # before decoding: a file replaced meanwhile must not be kept as the new
-        return self.media_inputs(decode_frames(prompt.media, contract, self.vision.factor), key, out=out)
+        return self.media_inputs(decode_frames(prompt.media, contract, self.vision.factor), key)
 
     def tower_bytes_per_token(self, dtype: str) -> int:
         """Bytes of the tower's output per merged token, deepstack levels included; `dtype` is that of the weights."""

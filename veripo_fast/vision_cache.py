@@ -26,7 +26,6 @@ from veripo_fast.tower import Tower, VisionFeatures
 from veripo_fast.types import Media, MediaInputs, Prompt, Video
 from veripo_fast.video.contract import TEMPORAL_PATCH
 from veripo_fast.video.decode import check_decoder, fallbacks
-from veripo_fast.video.patches import room
 from veripo_fast.vision_store import (
     DecodedMedia,
     VisionStore,
@@ -112,7 +111,6 @@ class PromptLoader:
         self.bad: dict[Prompt, str] = {}
         """Why; by prompt, not by its id: training and evaluation files number their records alike."""
         self.store = VisionStore(Path(self.config.folder), self.config.disk_bytes) if self.config.folder else None
-        self._patches: torch.Tensor | None = None
         self._version = tower_version(tower) if self.store and tower.frozen_vision else ""
         self._slots: MediaSlots[Entry | DecodedMedia] = MediaSlots(
             contract, self._fetch, max_bytes=self.config.prefetch_bytes, most_bytes=self._most_bytes,
@@ -121,7 +119,6 @@ class PromptLoader:
     def close(self) -> None:
         """Stop the decoding threads, and finish writing to the disk."""
         self._slots.close()
-        self._patches = None
         if self.store is not None:
             self.store.close()
 
@@ -199,22 +196,12 @@ class PromptLoader:
         entries: dict[tuple[Media, ...], Entry] = {}
         for name, item in decoded.items():
             started = time.perf_counter()
-            patches = self.tower.encoder.vision.num_patches([pixels for _, pixels, _ in item.frames])
-            media = self.tower.encoder.media_inputs(item.frames, item.key, out=self._room(patches))
+            media = self.tower.encoder.media_inputs(item.frames, item.key, self.tower.patch_dtype)
             self._count(wait_seconds=time.perf_counter() - started)
             features = self.tower.vision_features(media)
             self._count(tower_runs=len(media.kinds))
             entries[name] = self._keep(media, features) if self.tower.frozen_vision else (media, features)
         return entries
-
-    def _room(self, patches: int) -> torch.Tensor:
-        """Memory for patches: while the tower is frozen the same for every video, because nobody reads them again."""
-        shape = (patches, self.tower.encoder.vision.features)
-        if not self.tower.frozen_vision:
-            return room(shape, self.tower.patch_dtype)
-        if self._patches is None or len(self._patches) < patches:
-            self._patches = room(shape, self.tower.patch_dtype)
-        return self._patches
 
     def _keep(self, media: MediaInputs, features: VisionFeatures) -> Entry:
         """Put a new output into every level; in memory of its own, because it is a part of the batch's."""

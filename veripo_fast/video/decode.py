@@ -31,9 +31,9 @@ from veripo_fast.video.choose import GPU_DECODERS, readers, refuses
 from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.packets import KeptPackets, check_file, open_video, read_packets
-from veripo_fast.video.patches import room
 from veripo_fast.video.pool import MediaPool, run_with_deadline
 from veripo_fast.video.readers import LostFrameError, RefusedError, read_pyav, read_torchcodec
+from veripo_fast.video.room import room
 from veripo_fast.video.timeline import Timeline, check_complete, scan_decoded, timeline_of
 
 __all__ = ["MediaPool", "check_decoder", "decode", "decode_image", "fallbacks"]

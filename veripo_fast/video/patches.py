@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from veripo_kernels import frames_to_patches
 
@@ -24,16 +22,6 @@ from veripo_fast.video.choose import GPU_DECODERS
 SAMPLING_VERSION = 2
 """Raised whenever the same file under the same contract gives other pixels; part of every fingerprint."""
 _CONTRACT_FIELDS = ("fps", "num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels")
-
-
-def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory of any content, on huge pages where the system lends them: numpy asks for those, torch does not.
-
-    64 frames and their patches are 108 MB: as pages of 4 KiB, writing them for the first time costs more CPU time than
-    resizing and normalising.
-    """
-    count, size = math.prod(shape), torch.empty((), dtype=dtype).element_size()
-    return torch.from_numpy(np.empty(count * size, np.uint8)).view(dtype).view(*shape)
 
 
 def patchify(
