@@ -80,9 +80,11 @@ def decode_alone(path: str, frames: int, pixels: list[int]) -> Answer:
         kept: list[Packet] = []
         timeline = timeline_of(path, container, stream, read_packets(path, container, stream, deadline, kept))
         wanted = frame_indices(timeline.seconds, contract_of(frames, pixels))
+        assert kept, f"{path} is too large to keep its packets"
         pictures = decoded_frames(path, container, stream, deadline, timeline.runs(wanted), timeline.left_out(wanted),
                                   kept)
         count, spent = measured(lambda: sum(1 for _ in pictures))
+    assert count >= len(wanted), (count, len(wanted))
     return spent | {"decoded": count, "held": len(timeline.seconds)}
 
 

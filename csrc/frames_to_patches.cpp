@@ -160,7 +160,8 @@ struct Write {
       run(source, PatchSink<T>{values, order.height, order.width, order, normal}, count);
     };
     void* const data = out.mutable_data_ptr();
-    out.scalar_type() == ScalarType::Float ? write(static_cast<float*>(data)) : write(static_cast<BFloat16*>(data));
+    if (out.scalar_type() == ScalarType::Float) write(static_cast<float*>(data));
+    else write(static_cast<BFloat16*>(data));
   }
 };
 

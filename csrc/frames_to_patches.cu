@@ -181,7 +181,8 @@ struct Write {
       run(source, PatchSink<T>{values, order.height, order.width, order, normal}, count, out);
     };
     void* const data = out.mutable_data_ptr();
-    out.scalar_type() == ScalarType::Float ? write(static_cast<float*>(data)) : write(static_cast<__nv_bfloat16*>(data));
+    if (out.scalar_type() == ScalarType::Float) write(static_cast<float*>(data));
+    else write(static_cast<__nv_bfloat16*>(data));
   }
 };
 

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -177,11 +178,22 @@ inline Tensor empty_patches(const Tensor& like, const PatchOrder& order, ScalarT
   return torch::stable::new_empty(like, {times_of(like, order.temporal) * order.per_time(), order.features()}, dtype);
 }
 
-inline void check_out(const Tensor& out, const Tensor& like, const std::vector<int64_t>& shape, const char* what) {
+// First byte of a tensor, and the one after its last.
+inline std::pair<const uint8_t*, const uint8_t*> extent(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
+  const auto* const begin = static_cast<const uint8_t*>(tensor.const_data_ptr());
+  return {begin, begin + (last + 1) * tensor.element_size()};
+}
+
+inline void check_out(const Tensor& out, const Tensor& frames, const std::vector<int64_t>& shape, const char* what) {
   bool fits = out.dim() == static_cast<int64_t>(shape.size()) && out.is_contiguous() &&
-              out.is_cuda() == like.is_cuda() && out.get_device() == like.get_device();
+              out.is_cuda() == frames.is_cuda() && out.get_device() == frames.get_device();
   for (size_t axis = 0; fits && axis < shape.size(); ++axis) fits = out.size(axis) == shape[axis];
   STD_TORCH_CHECK(fits, "out must be contiguous ", what, " on the device of frames");
+  const auto [out_begin, out_end] = extent(out);
+  const auto [begin, end] = extent(frames);
+  STD_TORCH_CHECK(out_end <= begin || end <= out_begin, "out must not share memory with frames");
 }
 
 // The ops of a device: its sources of pixels, and `Write`, whose fresh() makes memory ready for a result and whose

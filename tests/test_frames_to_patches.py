@@ -422,6 +422,7 @@ def test_compiles_into_one_graph() -> None:
 # -- the door ----------------------------------------------------------------------------------------------------------
 
 FRAMES = torch.zeros(2, 3, 30, 40, dtype=torch.uint8)
+SHARED = torch.zeros(3, 3, 56, 56, dtype=torch.uint8)
 Y, UV = torch.zeros(2, 30, 41, dtype=torch.uint8), torch.zeros(2, 15, 21, dtype=torch.uint8)
 
 
@@ -480,6 +481,7 @@ def test_wrong_planes_are_named(changes: dict[str, Any], words: str) -> None:
     ("resize_frames_out", [FRAMES, torch.zeros(2, 3, 28, 56)], "out must be uint8 [T, 3, H, W]"),
     ("resize_frames_out", [FRAMES, torch.zeros(1, 3, 28, 56, dtype=torch.uint8)], "out must be contiguous [T, 3"),
     ("resize_frames_out", [FRAMES, torch.zeros(2, 3, 56, 28, dtype=torch.uint8).mT], "must be contiguous [T, 3, H, W]"),
+    ("resize_frames_out", [SHARED[:2, :, :30, :40], SHARED[1:]], "out must not share memory with frames"),
     ("frames_to_patches_out", [FRAMES, 28, 56, *CLIP, 14, 2, 2, torch.zeros(7, 1176)], "must be contiguous [N, "),
     ("frames_to_patches_out", [FRAMES, 28, 56, *CLIP, 14, 2, 2, torch.zeros(8, 1176).int()], "dtype must be float32"),
     ("planes_to_frames", [Y, UV[:, :14], UV, 28, 56, [0] * 6], "half the rows and columns of y"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -55,10 +56,32 @@ def test_names_of_older_checkpoints(tmp_path: Path) -> None:
         assert tower_version(load_tower(replace(config, path=str(folder)))) == tower_version(load_tower(config))
 
 
+def test_only_the_files_with_its_weights_are_needed(tmp_path: Path) -> None:
+    """Of a sharded checkpoint; the language model's may be anywhere, and are 97 % of a large one."""
+    source = policies.checkpoint("qwen3_vl")
+    folder = renamed(tmp_path / "sharded", source, lambda name: None)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for number, (name, value) in enumerate(sorted(load_file(source / "model.safetensors").items())):
+        parts.setdefault(f"tower-{number % 2}" if "visual." in name else "language", {})[name] = value
+    (folder / "model.safetensors").unlink()
+    for part, weights in parts.items():
+        if part != "language":
+            save_file(weights, folder / f"{part}.safetensors", {"format": "pt"})
+    index = {name: f"{part}.safetensors" for part, weights in parts.items() for name in weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config = ModelConfig(path=str(folder), device="cpu")
+    assert tower_version(load_tower(config)) == tower_version(load_tower(replace(config, path=str(source))))
+    with pytest.raises(CheckpointError, match=r"lacks the weight file language\.safetensors"):
+        load_policy(config)
+    (folder / "tower-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks the weight file tower-1\.safetensors"):
+        load_tower(config)
+
+
 def test_a_missing_weight_of_the_tower_is_named(tmp_path: Path) -> None:
     source = policies.checkpoint("qwen3_vl")
     folder = renamed(tmp_path / "less", source, lambda name: None if "visual.merger.norm.weight" in name else name)
-    with pytest.raises(CheckpointError, match=r"are incomplete: merger\.norm\.weight$"):
+    with pytest.raises(CheckpointError, match=r"are incomplete: visual\.merger\.norm\.weight$"):
         load_tower(ModelConfig(path=str(folder), device="cpu"))
     (folder / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(CheckpointError, match=r"the weight file .*model\.safetensors is damaged"):

@@ -27,6 +27,7 @@ from veripo_fast.synth import write_clip
 from veripo_fast.synth_world import random_clip
 from veripo_fast.tower import VisionFeatures
 from veripo_fast.types import Completion, MediaInputs, PreferencePair, Prompt, RolloutGroup, Video
+from veripo_fast.video import room
 from veripo_fast.vision_cache import PromptLoader, VisionCache
 
 FAMILY = "qwen3_vl"
@@ -517,6 +518,22 @@ def test_patches_are_made_in_the_type_of_the_tower(loader_of: Callable[..., Prom
     owner.model.model.visual.to(torch.bfloat16)
     halved = loader_of(owner).load_one(about(files[0], "a")).encoded.media.pixel_values
     assert exact.dtype == torch.float32 and torch.equal(halved, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("frozen", "buffers"), [(True, 1), (False, 3)], ids=["frozen", "trained"])
+def test_patches_of_a_frozen_tower_share_one_memory(files: list[Video], frozen: bool, buffers: int,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "SMALL_BYTES", 0)
+    monkeypatch.setattr(room, "_ROOM", room.Room(1 << 24))
+    owner = policies.policy(FAMILY, freeze_vision=frozen)
+    places, plain = [], owner.vision_features
+    monkeypatch.setattr(owner, "vision_features",
+                        lambda media: places.append(media.pixel_values.data_ptr()) or plain(media))
+    loader = PromptLoader(owner, CONTRACT, 4096, lambda prompt, reason: pytest.fail(reason))
+    loaded = loader.load([about(video, video.path) for video in files[:3]])
+    loader.close()
+    assert len(places) == 3 and len(set(places)) == buffers
+    assert all((item.encoded.media.pixel_values is None) == frozen for item in loaded)
 
 
 def test_a_trained_tower_is_not_cached(loader_of: Callable[..., PromptLoader], files: list[Video]) -> None:

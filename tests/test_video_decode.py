@@ -4,6 +4,7 @@ Clips are real H.264, HEVC, AV1 and VP9 files whose frames carry their own index
 from the pixels. Each odd kind of clip is one that some decoder in use is known to get wrong.
 """
 
+import gc
 import logging
 import re
 from collections import Counter
@@ -295,3 +296,35 @@ def test_a_bad_image_is_one_clear_sentence(tmp_path: Path) -> None:
 
 def test_frames_type(folder: Path) -> None:
     assert isinstance(decode(Video(str(folder / "one-frame.mp4")), VideoConfig(), 28), Frames)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def packets_alive() -> int:
+    return sum(type(item) is av.Packet for item in gc.get_objects())
+
+
+def test_packets_do_not_outlive_a_failed_decode(folder: Path, tmp_path: Path) -> None:
+    """Its error holds the frames of the calls that it passed, and prefetching holds the error."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes((folder / "long.mp4").read_bytes()[:-20_000])
+    errors = []
+    gc.disable()
+    try:
+        before = packets_alive()
+        for _ in range(3):
+            with pytest.raises(MediaError) as raised:
+                decode(Video(str(broken)), SIXTEEN, 28)
+            errors.append(raised.value)
+        assert packets_alive() - before < 10
+    finally:
+        gc.enable()
+
+
+def test_no_packets_are_held_for_a_decoder_that_reads_the_file_itself(folder: Path, monkeypatch: pytest.MonkeyPatch
+                                                                      ) -> None:
+    alive, plain, before = [], module.read_torchcodec, packets_alive()
+    monkeypatch.setattr(module, "read_torchcodec", lambda *rest: alive.append(packets_alive() - before) or plain(*rest))
+    assert decode(Video(str(folder / "vp9.webm")), SIXTEEN, 28).decoder == "torchcodec"
+    assert alive[0] < 10

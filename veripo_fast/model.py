@@ -26,6 +26,7 @@ from veripo_fast.types import Prompt
 if TYPE_CHECKING:
     from veripo_fast.rollout import LoadedPrompt
 
+
 class Policy(Tower):
     """A model with its encoder; `version` counts the optimizer steps behind its weights."""
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from veripo_fast.types import MediaInputs
 TINY_POLICY = Path(__file__).parent / "tiny_policy"
 _CLASSES = {"qwen2_5_vl": "Qwen2_5_VisionTransformerPretrainedModel", "qwen3_vl": "Qwen3VLVisionModel"}
 """Of each family: the tower's class in transformers."""
-_PREFIX = r"^(model\.)?visual\."
+_PREFIX = re.compile(r"(model\.)?visual\.")
 """What the names of its weights begin with in the checkpoint of a whole model."""
 
 
@@ -63,9 +65,9 @@ class Tower:
 
     @property
     def patch_dtype(self) -> torch.dtype:
-        """In which patches are best made: what the tower computes in, so that nothing is converted after."""
+        """In which patches are best made, float32 or bfloat16: what the tower computes in."""
         dtype: torch.dtype = self.visual.dtype
-        return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+        return dtype
 
     def vision_features(self, media: MediaInputs) -> VisionFeatures:
         """Run the tower on all media of one prompt (images and videos in one call)."""
@@ -97,7 +99,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tower(config: ModelConfig) -> Tower:
-    """The tower of a checkpoint folder, frozen, without its language model; as `model.load_policy` loads it.
+    """The tower of a checkpoint folder, frozen, as `model.load_policy` loads it; of the files, only those with its
+    weights are read.
 
     Raises:
         CheckpointError: no such folder, another architecture, or a missing or damaged weight file, by name.
@@ -105,37 +108,59 @@ def load_tower(config: ModelConfig) -> Tower:
     folder = resolve_path(config.path)
     encoder = PromptEncoder(folder)
     family = encoder.config.model_type
-    plain = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), _CLASSES[family])
-    alone = type(plain.__name__, (plain,), {"_keys_to_ignore_on_load_unexpected": [r"."]})  # the language model's
-    visual = load_weights(alone, folder, config.dtype, config=encoder.config.vision_config, key_mapping={_PREFIX: ""})
+    model_class = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), _CLASSES[family])
+    weights: dict[str, torch.Tensor] = {}
+    for name in _weight_files(folder, _PREFIX):
+        with _opened(folder / name) as file:
+            weights |= {_PREFIX.sub("", key): file.get_tensor(key) for key in file.keys()  # noqa: SIM118 (no dict)
+                        if _PREFIX.match(key)}
+    visual = from_pretrained(model_class, folder, config.dtype, prefix="visual.", pretrained_model_name_or_path=None,
+                             config=encoder.config.vision_config, state_dict=weights)
     return Tower(visual.to(resolve_device(config.device)).eval(), encoder, frozen=True)
 
 
-def load_weights(model_class: Any, folder: Path, dtype: str, **options: Any) -> Any:
-    """`model_class.from_pretrained`, with every weight that it needs, or CheckpointError."""
-    _check_shards(folder)
+def load_weights(model_class: Any, folder: Path, dtype: str) -> Any:
+    """`model_class.from_pretrained(folder)`, with every weight that it needs, or CheckpointError."""
+    for name in _weight_files(folder):
+        with _opened(folder / name):
+            pass
+    return from_pretrained(model_class, folder, dtype, pretrained_model_name_or_path=folder)
+
+
+def from_pretrained(model_class: Any, folder: Path, dtype: str, *, prefix: str = "", **options: Any) -> Any:
+    """transformers' method, or CheckpointError; weights that `folder` lacks are named with `prefix`."""
     try:
-        model, info = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa",
+        model, info = model_class.from_pretrained(dtype=getattr(torch, dtype), attn_implementation="sdpa",
                                                   output_loading_info=True, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
     if info["missing_keys"]:  # transformers would leave them random, with a warning
-        raise CheckpointError(f"the weights in {folder} are incomplete: {', '.join(sorted(info['missing_keys']))}")
+        missing = ", ".join(prefix + name for name in sorted(info["missing_keys"]))
+        raise CheckpointError(f"the weights in {folder} are incomplete: {missing}")
     return model
 
 
-def _check_shards(folder: Path) -> None:
-    """Every shard that the index names must be there, and whole."""
-    from safetensors import SafetensorError, safe_open
+def _weight_files(folder: Path, wanted: re.Pattern[str] | None = None) -> list[str]:
+    """Names of the safetensors files, of a sharded checkpoint those that hold weights with names that `wanted` matches.
 
+    Raises:
+        CheckpointError: one is not there.
+    """
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [
-        "model.safetensors"]
+    names = sorted({file for weight, file in json.loads(index.read_text())["weight_map"].items()
+                    if wanted is None or wanted.match(weight)}) if index.is_file() else ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} lacks the weight file {name}")
-        try:
-            with safe_open(folder / name, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"the weight file {folder / name} is damaged: {error}") from error
+    return names
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"the weight file {path} is damaged: {error}") from error

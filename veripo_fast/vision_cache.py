@@ -194,25 +194,36 @@ class PromptLoader:
         do), and what is kept under the name of a video must not depend on which others were loaded with it.
         """
         entries: dict[tuple[Media, ...], Entry] = {}
+        running: Entry | None = None
         for name, item in decoded.items():
-            started = time.perf_counter()
-            media = self.tower.encoder.media_inputs(item.frames, item.key, self.tower.patch_dtype)
-            self._count(wait_seconds=time.perf_counter() - started)
-            features = self.tower.vision_features(media)
-            self._count(tower_runs=len(media.kinds))
-            entries[name] = self._keep(media, features) if self.tower.frozen_vision else (media, features)
+            media = self._patches(item)
+            if running is not None:
+                self._keep(*running)  # waits for a GPU, so the next patches are made before
+            entries[name] = entry = self._tower_output(media)
+            running = entry if self.tower.frozen_vision else None
+            del media  # the next patches go into its memory
+        if running is not None:
+            self._keep(*running)
         return entries
 
-    def _keep(self, media: MediaInputs, features: VisionFeatures) -> Entry:
-        """Put a new output into every level; in memory of its own, because it is a part of the batch's."""
-        media = replace(media, pixel_values=None)
-        features = _each(features, torch.Tensor.clone)
+    def _patches(self, decoded: DecodedMedia) -> MediaInputs:
+        started = time.perf_counter()
+        media = self.tower.encoder.media_inputs(decoded.frames, decoded.key, self.tower.patch_dtype)
+        self._count(wait_seconds=time.perf_counter() - started)
+        return media
+
+    def _tower_output(self, media: MediaInputs) -> Entry:
+        features = self.tower.vision_features(media)
+        self._count(tower_runs=len(media.kinds))
+        return replace(media, pixel_values=None) if self.tower.frozen_vision else media, features
+
+    def _keep(self, media: MediaInputs, features: VisionFeatures) -> None:
+        """Put a new output into every level."""
         self.gpu_cache.put(media, features)
         if self.store is not None or features.nbytes <= self.cache.max_bytes:
             _, host = self._keep_in_host(media, features)
             if self.store is not None:
                 write_tower(self.store, self._version, media, host)
-        return media, features
 
     def _keep_in_host(self, media: MediaInputs, features: VisionFeatures) -> Entry:
         """The entry in host memory, as the host level keeps it if it has room for it."""

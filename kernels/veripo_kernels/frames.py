@@ -28,7 +28,7 @@ def resize_frames(frames: torch.Tensor, height: int, width: int, *, out: torch.T
 
     Args:
         frames: uint8 [T, 3, H, W] of any strides; fastest with rows of RGB pixels (a permuted [T, H, W, 3]) or planes.
-        out: where the result is written instead of into new memory.
+        out: where the result is written instead of into new memory; shares none with `frames`.
 
     Returns:
         uint8 [T, 3, height, width], contiguous: on a CPU the bits of F.interpolate(mode="bicubic", antialias=True).
@@ -59,8 +59,9 @@ def frames_to_patches(frames: torch.Tensor, height: int, width: int, *, mean: Se
         height, width: multiples of p * m.
         mean, std: per channel, of pixels scaled to [0, 1].
         dtype: float32, or bfloat16, which is float32 rounded to nearest even.
-        out: where the result is written instead of into new memory; of that dtype. On a CPU new memory can cost more
-            than everything else here, so whoever needs one result after the other should give the same.
+        out: where the result is written instead of into new memory; of that dtype, shares none with `frames`. On a CPU
+            the first touch of new memory can cost more than all the work, so give the memory of a result that is done
+            with.
 
     Returns:
         [N, 3 * temporal_patch_size * p * p], N = ceil(T / temporal_patch_size) * (height / p) * (width / p).

@@ -97,25 +97,30 @@ def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tens
 
 def _decode(video: Video, contract: VideoConfig, factor: int, decoder_class: Any, device: str,
             deadline: float) -> Frames:
-    with open_video(video.path) as (container, stream):
-        packets: list[Packet] = []
-        facts = read_packets(video.path, container, stream, deadline, packets)
-        timeline = timeline_of(video.path, container, stream, facts)
-        check_complete(video.path, timeline, video.end_seconds)
-        kept = KeptPackets(container, stream, packets) if packets else None
-        reason = "its packets carry no time stamps"
-        for name in readers(timeline, contract.decoder):
-            if name == "torchcodec" and decoder_class is None:
-                continue
-            wanted = _wanted(video, timeline, contract)
-            try:
-                chunks = _read(name, decoder_class, video.path, timeline, wanted, device, deadline, kept)
-                return _collect(chunks, video, timeline, wanted, contract, factor, name)
-            except RefusedError as refusal:
-                reason = str(refusal)
-                _count_fallback(name, video.path, reason)
-                if isinstance(refusal, LostFrameError):  # another decoder would show what FFmpeg makes up for it
-                    break
+    packets: list[Packet] = []
+    try:
+        with open_video(video.path) as (container, stream):
+            facts = read_packets(video.path, container, stream, deadline, packets)
+            timeline = timeline_of(video.path, container, stream, facts)
+            check_complete(video.path, timeline, video.end_seconds)
+            reason = "its packets carry no time stamps"
+            for name in readers(timeline, contract.decoder):
+                if name == "torchcodec" and decoder_class is None:
+                    continue
+                if name != "pyav":
+                    packets.clear()  # it reads the file itself
+                wanted = _wanted(video, timeline, contract)
+                try:
+                    chunks = _read(name, decoder_class, video.path, timeline, wanted, device, deadline,
+                                   KeptPackets(container, stream, packets) if packets else None)
+                    return _collect(chunks, video, timeline, wanted, contract, factor, name)
+                except RefusedError as refusal:
+                    reason = str(refusal)
+                    _count_fallback(name, video.path, reason)
+                    if isinstance(refusal, LostFrameError):  # another decoder would show what FFmpeg makes up for it
+                        break
+    finally:
+        packets.clear()  # an error's traceback holds this frame for longer
     return _decode_as_it_comes(video, contract, factor, timeline, reason, deadline)
 
 

@@ -52,7 +52,7 @@ class KeptPackets(NamedTuple):
     container: InputContainer
     stream: VideoStream
     packets: Sequence[Packet]
-    """In the order of the file, empty ones included; none where they would be more than KEPT_BYTES."""
+    """In the order of the file, empty ones included."""
 
 
 def check_deadline(path: str, deadline: float) -> None:
@@ -143,7 +143,7 @@ def read_packets(path: str, container: InputContainer, stream: VideoStream, dead
 
 def decoded_frames(path: str, container: InputContainer, stream: VideoStream, deadline: float,
                    runs: Sequence[range] | None = None, left_out: Container[int] = (),
-                   kept: Sequence[Packet] = ()) -> Iterator[VideoFrame]:
+                   kept: Sequence[Packet] | None = None) -> Iterator[VideoFrame]:
     """Good frames in presentation order: all of them, or those of some runs of packets (see Timeline.runs).
 
     `kept` are the packets of the stream, where they have been read already. Damaged packets are left out, and with them
@@ -152,7 +152,7 @@ def decoded_frames(path: str, container: InputContainer, stream: VideoStream, de
     wanted = iter(runs if runs is not None else [range(1 << 62)])
     run, number = next(wanted, range(0)), -1
     damaged = False
-    for packet in kept or _packets(path, container, stream):
+    for packet in _packets(path, container, stream) if kept is None else kept:
         check_deadline(path, deadline)
         number += packet.size > 0
         if packet.size and (number < run.start or number in left_out):

@@ -74,7 +74,7 @@ def read_pyav(path: str, timeline: Timeline, wanted: Sequence[int], deadline: fl
     colours = {"src_colorspace": Colorspace.ITU709} if untagged_hd(timeline.stream) else {}
     reformatter = VideoReformatter()  # keeps the tables of the conversion from frame to frame
     with open_video(path) if kept is None else nullcontext(kept[:2]) as (container, stream):
-        frames = decoded_frames(path, container, stream, deadline, runs, left_out, kept.packets if kept else ())
+        frames = decoded_frames(path, container, stream, deadline, runs, left_out, kept and kept.packets)
         for number, frame in enumerate(frames):
             key = frame.pts if timeline.has_stamps else number
             if key not in missing:
