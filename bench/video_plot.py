@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-OURS, PEERS, RIGHT, WRONG, REFUSED = "#c44e52", ("#8c9bb0", "#b9c3d0"), "#7aa974", "#e08214", "#d9d9d9"
+OURS, ALONE, PEERS = "#c44e52", "#7f2a2e", ("#8c9bb0", "#b9c3d0")
+RIGHT, WRONG, REFUSED = "#7aa974", "#e08214", "#d9d9d9"
 TITLES = {"end_to_end": "file to pixel values", "preprocessing": "decoded frames to pixel values"}
 
 
@@ -72,7 +73,17 @@ def _speed(axis: Any, rows: list[Row], title: str) -> None:
             entries.append((gain, row["peer_cpu_seconds"], colour))
     count = rows[0]["frames"] if rows else 0
     _bars(axis, entries, "CPU seconds")
+    _decoding(axis, [next((row for row in rows if label == f"{row['clip']}  veripo"), None) for label, _, _ in entries])
     axis.set_title(f"{title}, {count} frames of {rows[0]['seconds'] if rows else 0} s", fontsize=9)
+
+
+def _decoding(axis: Any, rows: list[Row | None]) -> None:
+    """Over our bars the part that FFmpeg alone takes; `rows` from the top, None where the bar is a peer's."""
+    found = [(len(rows) - 1 - place, statistics.median(row["decode_cpu_seconds"]))
+             for place, row in enumerate(rows) if row and "decode_cpu_seconds" in row]
+    if found:
+        axis.barh(*zip(*found, strict=True), height=0.4, color=ALONE, label="of which the decoder alone")
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _step(axis: Any, rows: list[Row]) -> None:
