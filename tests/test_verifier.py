@@ -122,13 +122,15 @@ def test_likelihood_margin_comes_from_the_configuration():
 def fake_model(monkeypatch):
     """Stands in for the tokenizer and the model: these tests are about files."""
     used = []
-    encoding, model, cache = (ModuleType(f"veripo_fast.{name}") for name in ("encoding", "model", "vision_cache"))
+    encoding, model, tower, cache = (ModuleType(f"veripo_fast.{name}")
+                                     for name in ("encoding", "model", "tower", "vision_cache"))
     encoding.PromptEncoder = lambda path: SimpleNamespace(encode_completion=encode, eos_id=0)
-    model.resolve_path = lambda path: used.append(path) or path
+    tower.resolve_path = lambda path: used.append(path) or path
     model.load_policy = lambda config: ("policy", config.path)
     model.answer_scorer = lambda policy, load: used.append((policy, load)) or scores_b
     cache.PromptLoader = lambda *_: SimpleNamespace(load_one="load", close=lambda: used.append("closed"))
     monkeypatch.setitem(sys.modules, "veripo_fast.encoding", encoding)
+    monkeypatch.setitem(sys.modules, "veripo_fast.tower", tower)
     monkeypatch.setitem(sys.modules, "veripo_fast.model", model)
     monkeypatch.setitem(sys.modules, "veripo_fast.vision_cache", cache)
     return used
