@@ -5,6 +5,7 @@
 #include "frames_to_patches.h"
 
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 namespace veripo::frames {
@@ -64,14 +65,11 @@ struct Scratch {
 
 // A tensor of bytes as its strides see it.
 struct Bytes {
-  explicit Bytes(const Tensor& tensor) : data(static_cast<const uint8_t*>(tensor.const_data_ptr())), end(data + 1) {
-    for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
-      strides[axis] = tensor.stride(axis);
-      end += (tensor.size(axis) - 1) * strides[axis];
-    }
+  explicit Bytes(const Tensor& tensor) {
+    std::tie(data, end) = extent(tensor);
+    for (int64_t axis = 0; axis < tensor.dim(); ++axis) strides[axis] = tensor.stride(axis);
   }
-  const uint8_t* data;
-  const uint8_t* end;  // of the last element
+  const uint8_t *data, *end;
   int64_t strides[4];
 };
 
