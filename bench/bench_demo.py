@@ -16,10 +16,10 @@ from typing import Any
 
 import recipe
 
-from veripo_fast.demo import prompt_accuracy, run_demo
-from veripo_fast.metrics import read_records
-from veripo_fast.rundir import RunDir
-from veripo_fast.statistics import paired_difference
+from veripo_fast.demo.run import prompt_accuracy, run_demo
+from veripo_fast.evaluation.intervals import paired_difference
+from veripo_fast.run.folder import RunDir
+from veripo_fast.run.metrics import read_records
 
 MODES = ("greedy", "sampled")
 KEPT = ("accuracy", "accuracy_low", "accuracy_high", "mra", "format_rate", "inconsistency_rate", "inconsistency_low",

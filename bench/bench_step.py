@@ -23,11 +23,11 @@ import transformers
 from measure import peak_bytes
 from veripo_kernels import reference
 
-from veripo_fast import attention_backends
-from veripo_fast.attention_backends import PREFERENCE, AttentionShape
-from veripo_fast.liger import apply_liger
-from veripo_fast.packing import PackedBatch, pack
-from veripo_fast.positions import GridSpan, TextSpan, mrope_positions
+from veripo_fast.model import attention
+from veripo_fast.model.attention import PREFERENCE, AttentionShape
+from veripo_fast.model.liger import apply_liger
+from veripo_fast.model.packing import PackedBatch, pack
+from veripo_fast.model.positions import GridSpan, TextSpan, mrope_positions
 from veripo_fast.types import EncodedPrompt
 
 VOCABULARY, HIDDEN, VIDEO_PAD = 2048, 512, 11
@@ -97,7 +97,7 @@ class Step:
 
     def shared(self, backend: str) -> torch.Tensor:
         """Shared prefix: the prompt once."""
-        self.model.model.language_model.set_attn_implementation(attention_backends.implementation(backend))
+        self.model.model.language_model.set_attn_implementation(attention.implementation(backend))
         batch = self.packed()
         hidden = self.model.model.language_model(
             inputs_embeds=self.embeddings(batch.token_ids[None], 1), position_ids=batch.positions[:, None],
@@ -161,8 +161,8 @@ def checked_gradients(step: Step, ways: dict[str, Callable[[], object]], dtype: 
 def backends_to_run(names: list[str] | None, shape: AttentionShape) -> list[str]:
     """The named backends, or all that can run here; one that is named and cannot is a ConfigError."""
     if names:
-        return [attention_backends.select(name, shape) for name in names]
-    return [name for name in PREFERENCE if attention_backends.unusable(name, shape) is None]
+        return [attention.select(name, shape) for name in names]
+    return [name for name in PREFERENCE if attention.unusable(name, shape) is None]
 
 
 def row_of(backend: str, seconds: dict[str, list[float]], memory: dict[str, int],

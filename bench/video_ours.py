@@ -16,24 +16,24 @@ from av.packet import Packet
 from veripo_kernels import resize_frames
 from video_worker import Answer, measured, serve
 
-from veripo_fast.config import CacheConfig, ModelConfig, StageConfig, VideoConfig
-from veripo_fast.demo import demo_config
-from veripo_fast.encoding import PromptEncoder
+from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.schema import CacheConfig, ModelConfig, StageConfig, VideoConfig
+from veripo_fast.demo.corpus import write_corpus
+from veripo_fast.demo.run import demo_config
+from veripo_fast.demo.tiny_model import init_model
 from veripo_fast.errors import MediaError
-from veripo_fast.metrics import read_records
-from veripo_fast.model import Policy, load_policy
-from veripo_fast.rundir import RunDir
-from veripo_fast.synth import write_corpus
-from veripo_fast.tiny import init_model
+from veripo_fast.model.encoding import PromptEncoder
+from veripo_fast.model.policy import Policy, load_policy
+from veripo_fast.run.folder import RunDir
+from veripo_fast.run.metrics import read_records
 from veripo_fast.trainer import train
 from veripo_fast.types import MediaInputs, Message, Prompt, Video
+from veripo_fast.video.buffers import room
 from veripo_fast.video.contract import frame_indices, resized_size
 from veripo_fast.video.decode import decode
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.packets import decoded_frames, open_video, read_packets
-from veripo_fast.video.room import room
 from veripo_fast.video.timeline import timeline_of
-from veripo_fast.vision_cache import PromptLoader
 
 _ready: dict[str, torch.Tensor] = {}
 _models = TemporaryDirectory(prefix="veripo-bench-model-")

@@ -8,9 +8,10 @@ from tempfile import mkdtemp
 
 import torch
 
-from veripo_fast import shared_prefix, tiny
-from veripo_fast.encoding import PromptEncoder
-from veripo_fast.model import Policy
+from veripo_fast.demo import tiny_model
+from veripo_fast.model import shared_prefix
+from veripo_fast.model.encoding import PromptEncoder
+from veripo_fast.model.policy import Policy
 from veripo_fast.rollout import LoadedPrompt
 from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Message, Prompt, Video
 
@@ -21,15 +22,15 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 def checkpoint(family: str) -> Path:
     """A randomly initialised checkpoint folder, made once per test process."""
     folder = Path(mkdtemp(prefix=f"veripo-{family}-"))
-    tiny.init_model(folder, family, seed=1)
+    tiny_model.init_model(folder, family, seed=1)
     return folder
 
 
 @cache
 def policy(family: str, freeze_vision: bool = False) -> Policy:
     """A float32 policy on the CPU; tests must not change its weights."""
-    from veripo_fast.config import ModelConfig
-    from veripo_fast.model import load_policy
+    from veripo_fast.config.schema import ModelConfig
+    from veripo_fast.model.policy import load_policy
 
     return load_policy(ModelConfig(path=str(checkpoint(family)), device="cpu", freeze_vision=freeze_vision))
 

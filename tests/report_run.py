@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from veripo_fast.rollout.store import write_groups, write_table
-from veripo_fast.rundir import RunDir
+from veripo_fast.run.folder import RunDir
 from veripo_fast.types import Completion, Message, PreferencePair, Prompt, RolloutGroup, Verdict, Video
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'"><b>&amp;'

@@ -28,15 +28,15 @@ import numpy as np
 import torch
 from PIL import Image as Picture
 
-from veripo_fast import tiny
-from veripo_fast.config import Config, DataConfig, ModelConfig, VideoConfig
-from veripo_fast.config_io import apply_overrides
-from veripo_fast.data import load_prompts
-from veripo_fast.model import load_policy, save_policy
-from veripo_fast.packing import pack
-from veripo_fast.synth import write_corpus
+from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.load import apply_overrides
+from veripo_fast.config.schema import Config, DataConfig, ModelConfig, VideoConfig
+from veripo_fast.data.prompts import load_prompts
+from veripo_fast.demo import tiny_model
+from veripo_fast.demo.corpus import write_corpus
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import load_policy, save_policy
 from veripo_fast.types import Prompt
-from veripo_fast.vision_cache import PromptLoader
 
 VIDEO = VideoConfig(fps=None, num_frames=4, min_pixels=1024, max_pixels=4096)
 TRAIN, HELDOUT = 6, 4
@@ -83,7 +83,7 @@ def model(family: str = "qwen3_vl") -> Path:
     """A checkpoint that answers the questions of `corpus`, rightly about every second time."""
     with made_once(family) as (path, new):
         if new:
-            tiny.init_model(folder() / f"{family}-random", family, seed=1)
+            tiny_model.init_model(folder() / f"{family}-random", family, seed=1)
             teach(folder() / f"{family}-random", path)
     return path
 

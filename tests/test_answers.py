@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veripo_fast import answers_math
-from veripo_fast.answers import answer_prefix, normalise_text, parse_completion, read_choice, words
-from veripo_fast.answers_math import math_equal, math_parses
-from veripo_fast.answers_number import find_numbers, read_number
+from veripo_fast.reward import math_answers
+from veripo_fast.reward.answers import answer_prefix, normalise_text, parse_completion, read_choice, words
+from veripo_fast.reward.math_answers import math_equal, math_parses
+from veripo_fast.reward.number_answers import find_numbers, read_number
 
 CHAIRS = ("table", "chair", "Person A", "a sofa")
 quick = settings(deadline=None, max_examples=80)
@@ -237,9 +237,9 @@ def test_runaway_expression_ends_and_the_next_one_is_answered():
 
 def test_a_worker_that_hangs_is_replaced(monkeypatch):
     math_parses("1")
-    before = answers_math._worker.process.pid
+    before = math_answers._worker.process.pid
     with monkeypatch.context() as patch:
-        patch.setattr(answers_math, "_WORKER_SECONDS", 0.0)
+        patch.setattr(math_answers, "_WORKER_SECONDS", 0.0)
         assert not math_equal(r"\sqrt{75}", r"5\sqrt{3}")
     assert math_equal(r"\sqrt{147}", r"7\sqrt{3}")
-    assert answers_math._worker.process.pid != before
+    assert math_answers._worker.process.pid != before

@@ -17,14 +17,14 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from veripo_fast import attention_backends as backends
-from veripo_fast import shared_prefix
-from veripo_fast.attention_backends import PROBE, AttentionShape
-from veripo_fast.config import ModelConfig
+from veripo_fast.config.schema import ModelConfig
 from veripo_fast.errors import ConfigError
-from veripo_fast.model import load_policy
-from veripo_fast.packing import pack
-from veripo_fast.shared_prefix import GroupSpan
+from veripo_fast.model import attention as backends
+from veripo_fast.model import shared_prefix
+from veripo_fast.model.attention import PROBE, AttentionShape
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import load_policy
+from veripo_fast.model.shared_prefix import GroupSpan
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(CPU, torch.float32, heads=6, key_heads=2, head_size=16)

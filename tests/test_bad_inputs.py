@@ -15,14 +15,14 @@ import runs
 from conftest import REPOSITORY
 from safetensors.torch import load_file, save_file
 
-from veripo_fast import dpo, grpo
 from veripo_fast.cli import main
-from veripo_fast.config import StageConfig
-from veripo_fast.config_io import to_yaml
+from veripo_fast.config.load import to_yaml
+from veripo_fast.config.schema import StageConfig
 from veripo_fast.errors import TrainingError
-from veripo_fast.metrics import read_records
 from veripo_fast.rollout.store import read_groups
-from veripo_fast.rundir import RunDir
+from veripo_fast.run.folder import RunDir
+from veripo_fast.run.metrics import read_records
+from veripo_fast.stages import dpo, grpo
 from veripo_fast.trainer import train
 
 GRPO_ONLY = {"stages": [{"kind": "grpo"}], "eval__at": "never"}

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import PYTHONPATH
 
-from veripo_fast import checkpoint
-from veripo_fast.checkpoint import (
+from veripo_fast.errors import CheckpointError
+from veripo_fast.run import checkpoint
+from veripo_fast.run.checkpoint import (
     atomic_write_text,
     checkpoint_step,
     latest_checkpoint,
     save_checkpoint,
     verify_checkpoint,
 )
-from veripo_fast.errors import CheckpointError
 
 
 def writer(content: str):
@@ -228,7 +228,7 @@ def test_kill_at_every_line_of_a_save_leaves_a_loadable_latest(memory_path, step
 SAVE_FOREVER = """
 import sys
 from pathlib import Path
-from veripo_fast.checkpoint import latest_checkpoint, save_checkpoint, checkpoint_step
+from veripo_fast.run.checkpoint import latest_checkpoint, save_checkpoint, checkpoint_step
 
 def write(folder):
     for index in range(20):
@@ -265,7 +265,7 @@ def test_kill_at_any_time_and_resume(tmp_path):
 SAVE_TOO_MUCH = """
 import resource, sys
 from pathlib import Path
-from veripo_fast.checkpoint import save_checkpoint
+from veripo_fast.run.checkpoint import save_checkpoint
 from veripo_fast.errors import CheckpointError
 
 root, limit, library = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

@@ -12,8 +12,8 @@ from conftest import REPOSITORY
 
 from veripo_fast import __version__
 from veripo_fast.cli import COMMANDS, main, set_environment
-from veripo_fast.config import Config
-from veripo_fast.config_io import load_config
+from veripo_fast.config.load import load_config
+from veripo_fast.config.schema import Config
 from veripo_fast.errors import CheckpointError
 
 
@@ -45,7 +45,7 @@ def config_file(tmp_path):
 
 
 def test_demo(handed_over):
-    calls = handed_over("veripo_fast.demo", "run_demo")
+    calls = handed_over("veripo_fast.demo.run", "run_demo")
     assert main(["demo"]) == 0
     assert main(["demo", "--out", "x", "--seed", "4", "--quick"]) == 0
     assert calls == [(Path("demo"), 0, False), (Path("x"), 4, True)]
@@ -58,7 +58,7 @@ def test_train(handed_over, config_file):
 
 
 def test_eval(handed_over, config_file):
-    calls = handed_over("veripo_fast.evaluate", "evaluate_command")
+    calls = handed_over("veripo_fast.evaluation.evaluate", "evaluate_command")
     assert main(["eval", f"--config={config_file}", "--out", "o"]) == 0
     assert calls == [(load_config(config_file), Path("o"))]
 
@@ -72,15 +72,15 @@ def test_verify_keeps_files_apart_from_option_values(handed_over):
 
 
 def test_report_prints_where_it_is(handed_over, capsys):
-    calls = handed_over("veripo_fast.report", "write_report", Path("runs/a/report.html"))
+    calls = handed_over("veripo_fast.report.page", "write_report", Path("runs/a/report.html"))
     assert main(["report", "runs/a"]) == 0
     assert calls == [(Path("runs/a"), None)]
     assert capsys.readouterr().out == "runs/a/report.html\n"
 
 
 def test_synth_and_init_model(handed_over):
-    corpora = handed_over("veripo_fast.synth", "write_corpus")
-    models = handed_over("veripo_fast.tiny", "init_model")
+    corpora = handed_over("veripo_fast.demo.corpus", "write_corpus")
+    models = handed_over("veripo_fast.demo.tiny_model", "init_model")
     assert main(["synth", "c", "--train", "8", "--heldout", "4", "--seed", "1"]) == 0
     assert main(["init-model", "m", "--family", "qwen2_5_vl"]) == 0
     assert (corpora, models) == ([(Path("c"), 8, 4, 1)], [(Path("m"), "qwen2_5_vl", 0)])
@@ -120,14 +120,14 @@ def test_usage_errors_are_one_line(arguments, words, capsys):
      "veripo: error: cannot write r/a.parquet: No space left on device"),
 ])
 def test_errors_of_a_command(handed_over, capsys, error, code, line):
-    handed_over("veripo_fast.demo", "run_demo", error)
+    handed_over("veripo_fast.demo.run", "run_demo", error)
     assert main(["demo"]) == code
     assert capsys.readouterr().err == line + "\n"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "No such file", "x")])
 def test_bugs_keep_their_traceback(handed_over, error):
-    handed_over("veripo_fast.demo", "run_demo", error)
+    handed_over("veripo_fast.demo.run", "run_demo", error)
     with pytest.raises(type(error)):
         main(["demo"])
 

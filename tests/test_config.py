@@ -5,9 +5,17 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 from veripo_kernels import options, reference
 
-from veripo_fast import config as module
-from veripo_fast.config import Config, DpoConfig, GrpoConfig, RolloutConfig, StageConfig, VerifierConfig, VideoConfig
-from veripo_fast.config_text import _docs, is_section, kinds
+from veripo_fast.config import schema as module
+from veripo_fast.config.describe import _docs, is_section, kinds
+from veripo_fast.config.schema import (
+    Config,
+    DpoConfig,
+    GrpoConfig,
+    RolloutConfig,
+    StageConfig,
+    VerifierConfig,
+    VideoConfig,
+)
 from veripo_fast.errors import ConfigError
 
 SECTIONS = [value for value in vars(module).values() if isinstance(value, type) and is_section(value)]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from veripo_fast.config import Config, GrpoConfig, StageConfig
-from veripo_fast.config_io import apply_overrides, check_stages, describe, load_config, split_overrides, to_yaml
+from veripo_fast.config.load import apply_overrides, check_stages, describe, load_config, split_overrides, to_yaml
+from veripo_fast.config.schema import Config, GrpoConfig, StageConfig
 from veripo_fast.errors import ConfigError
 
 LOOP = """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from veripo_fast.config_io import load_config
-from veripo_fast.demo import demo_config
+from veripo_fast.config.load import load_config
+from veripo_fast.demo.run import demo_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_patches import oracle_folder
 
-from veripo_fast.config import ModelConfig
-from veripo_fast.encoding import PromptEncoder
+from veripo_fast.config.schema import ModelConfig
 from veripo_fast.errors import CheckpointError, DataError
-from veripo_fast.model import Policy, load_policy, save_policy
-from veripo_fast.packing import pack
-from veripo_fast.positions import GridSpan, TextSpan, mrope_positions
+from veripo_fast.model.encoding import PromptEncoder
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import Policy, load_policy, save_policy
+from veripo_fast.model.positions import GridSpan, TextSpan, mrope_positions
 from veripo_fast.types import EncodedPrompt, Image, Message, Prompt, Video
 
 

@@ -8,18 +8,18 @@ from statistics import mean
 import pytest
 import runs
 
-from veripo_fast import evaluate as module
+from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.cli import main
-from veripo_fast.config import ModelConfig
-from veripo_fast.config_io import to_yaml
-from veripo_fast.data import load_prompts
+from veripo_fast.config.load import to_yaml
+from veripo_fast.config.schema import ModelConfig
+from veripo_fast.data.prompts import load_prompts
 from veripo_fast.errors import DataError
-from veripo_fast.evaluate import evaluate, scores
-from veripo_fast.model import load_policy
+from veripo_fast.evaluation import evaluate as module
+from veripo_fast.evaluation.evaluate import evaluate, scores
+from veripo_fast.model.policy import load_policy
 from veripo_fast.rollout.store import read_groups
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.types import Completion, Message, Prompt, RolloutGroup
-from veripo_fast.vision_cache import PromptLoader
 
 
 @pytest.fixture(scope="module")

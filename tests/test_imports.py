@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.config", "veripo_fast.config_io", "veripo_fast.config_text",
-         "veripo_fast.errors", "veripo_fast.rundir", "veripo_fast.cli", "veripo_fast.checkpoint", "veripo_fast.metrics",
-         "veripo_fast.statistics"]
+LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.errors", "veripo_fast.cli", "veripo_fast.config.schema",
+         "veripo_fast.config.load", "veripo_fast.config.describe", "veripo_fast.run.folder",
+         "veripo_fast.run.checkpoint", "veripo_fast.run.metrics", "veripo_fast.evaluation.intervals"]
 
 
 def imported(node: ast.AST) -> list[str]:

@@ -25,11 +25,11 @@ from PIL import Image as PilImage
 from report_browser import Browser
 
 from tests import clips
-from veripo_fast import inspect_corpus
 from veripo_fast.cli import main
-from veripo_fast.config import Config, DataConfig, ModelConfig, VideoConfig
-from veripo_fast.inspect_corpus import PolicySizes, Target, find_media, inspect_medium, policy_sizes
-from veripo_fast.inspect_page import duration, histogram, memory
+from veripo_fast.config.schema import Config, DataConfig, ModelConfig, VideoConfig
+from veripo_fast.inspect import corpus
+from veripo_fast.inspect.corpus import PolicySizes, Target, find_media, inspect_medium, policy_sizes
+from veripo_fast.inspect.page import duration, histogram, memory
 from veripo_fast.types import Video
 from veripo_fast.video.probe import Probe, probe_video
 
@@ -257,7 +257,7 @@ def test_one_wrong_byte_in_the_structure_of_a_packet(folder: Path, tmp_path: Pat
 
 def test_time_out_is_a_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck = threading.Event()
-    monkeypatch.setattr(inspect_corpus, "probe_video", lambda path, deadline: stuck.wait(60))
+    monkeypatch.setattr(corpus, "probe_video", lambda path, deadline: stuck.wait(60))
     monkeypatch.setattr("veripo_fast.video.pool.GRACE_SECONDS", 0.1)
     started = time.monotonic()
     found = row(folder / "plain.mp4", Config(video=VideoConfig(timeout_seconds=0.2)))
@@ -355,7 +355,7 @@ def test_rows_and_skipped_file(result: tuple[Path, str]) -> None:
     out, last = result
     table = pq.read_table(out / "media.parquet")
     total = len(CLIPS) + 1 + len(REASONS)
-    assert len(table) == total and table.schema == inspect_corpus.SCHEMA
+    assert len(table) == total and table.schema == corpus.SCHEMA
     assert last == (f"{total} media: {total - 6} ok, 6 skipped; {out / 'inspect.html'}, {out / 'media.parquet'}, "
                     f"{out / 'skipped.jsonl'}")
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]

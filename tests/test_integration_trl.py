@@ -25,7 +25,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from veripo_kernels.integrations.scoring import ScoringModel, check_model
 from veripo_kernels.integrations.trl import VeripoDPOTrainer, VeripoGRPOTrainer, use_veripo_losses
 
-from veripo_fast.tiny import build_model, build_tokenizer
+from veripo_fast.demo.tiny_model import build_model, build_tokenizer
 
 WORDS = [f"w{number}" for number in range(60)]
 PROMPTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w10 w11 w12"]

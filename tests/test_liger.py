@@ -13,11 +13,11 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 from veripo_kernels import dispatch
 
-from veripo_fast import liger
-from veripo_fast.config import ModelConfig
+from veripo_fast.config.schema import ModelConfig
 from veripo_fast.errors import ConfigError
-from veripo_fast.model import Policy, load_policy, save_policy
-from veripo_fast.packing import pack
+from veripo_fast.model import liger
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import Policy, load_policy, save_policy
 
 MODULES = {"qwen2_5_vl": modeling_qwen2_5_vl, "qwen3_vl": modeling_qwen3_vl}
 

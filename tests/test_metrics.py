@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from veripo_fast.metrics import MetricsLog, read_records
+from veripo_fast.run.metrics import MetricsLog, read_records
 
 
 def test_records_come_back(tmp_path):

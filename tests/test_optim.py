@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from veripo_fast.config import OptimizerConfig
+from veripo_fast.config.schema import OptimizerConfig
 from veripo_fast.errors import TrainingError
-from veripo_fast.optim import Optimizer
+from veripo_fast.stages.optimizer import Optimizer
 
 SHAPES = ((3, 4), (5,))
 

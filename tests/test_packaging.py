@@ -14,7 +14,7 @@ from veripo_fast import __version__
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
 PACKAGES = {"veripo_fast": REPOSITORY / "veripo_fast", "veripo_kernels": REPOSITORY / "kernels" / "veripo_kernels"}
-DATA_FOLDERS = ("tiny_policy", "report_assets")
+DATA_FOLDERS = ("demo/tiny_policy", "report/assets")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_wheel_holds_every_module_and_data_file(wheel):
 
 
 def test_shipped_policy_is_small():
-    files = list((PACKAGES["veripo_fast"] / "tiny_policy").iterdir())
+    files = list((PACKAGES["veripo_fast"] / "demo" / "tiny_policy").iterdir())
     assert any(path.suffix == ".safetensors" for path in files)
     assert sum(path.stat().st_size for path in files) <= 8_000_000
 

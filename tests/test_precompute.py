@@ -23,17 +23,18 @@ import torch
 from safetensors.torch import load
 
 from tests import clips
-from veripo_fast import encoding, precompute
+from veripo_fast.cache import precompute
+from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.cli import main
-from veripo_fast.config import Config, DataConfig
-from veripo_fast.config_io import to_yaml
-from veripo_fast.data import load_prompts
-from veripo_fast.metrics import read_records
-from veripo_fast.rundir import RunDir
-from veripo_fast.tower import Tower
+from veripo_fast.config.load import to_yaml
+from veripo_fast.config.schema import Config, DataConfig
+from veripo_fast.data.prompts import load_prompts
+from veripo_fast.model import encoding
+from veripo_fast.model.tower import Tower
+from veripo_fast.run.folder import RunDir
+from veripo_fast.run.metrics import read_records
 from veripo_fast.trainer import train
 from veripo_fast.types import Video
-from veripo_fast.vision_cache import PromptLoader
 
 torch.set_num_threads(1)
 

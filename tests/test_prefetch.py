@@ -13,13 +13,13 @@ import policies
 import pytest
 import runs
 
-from veripo_fast import encoding
-from veripo_fast.config import VideoConfig
+from veripo_fast.cache.prefetch import MediaSlots
+from veripo_fast.config.schema import VideoConfig
 from veripo_fast.errors import MediaError
-from veripo_fast.metrics import read_records
-from veripo_fast.prefetch import MediaSlots
+from veripo_fast.model import encoding
 from veripo_fast.rollout.torch_engine import TorchEngine
-from veripo_fast.rundir import RunDir
+from veripo_fast.run.folder import RunDir
+from veripo_fast.run.metrics import read_records
 from veripo_fast.trainer import train
 from veripo_fast.types import Media, Prompt, Video
 

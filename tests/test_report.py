@@ -15,13 +15,13 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
 from tests.report_run import half_done, make_run
-from veripo_fast import report
 from veripo_fast.errors import UserError
-from veripo_fast.report_axes import number, ticks, y_range
-from veripo_fast.report_charts import Band, line_chart, smooth
-from veripo_fast.report_data import load_run
-from veripo_fast.report_samples import collect
-from veripo_fast.report_verifier import TokenText
+from veripo_fast.report import page as report
+from veripo_fast.report.axes import number, ticks, y_range
+from veripo_fast.report.charts import Band, line_chart, smooth
+from veripo_fast.report.run_data import load_run
+from veripo_fast.report.samples import collect
+from veripo_fast.report.verifier import TokenText
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_masked_tokens_are_told_apart(run: Path, tmp_path: Path) -> None:
 
 
 def test_samples_stop_at_the_budget(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veripo_fast.report_samples.BUDGET_BYTES", 60_000)
+    monkeypatch.setattr("veripo_fast.report.samples.BUDGET_BYTES", 60_000)
     samples = collect(load_run(run))
     assert len(json.dumps(samples)) < 70_000
     assert samples["left_out"] > 0 and {g["stage"] for g in samples["groups"]} == {"grpo-1", "grpo-2"}

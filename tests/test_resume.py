@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import runs
 
-from veripo_fast.config_io import to_yaml
-from veripo_fast.rundir import RunDir
+from veripo_fast.config.load import to_yaml
+from veripo_fast.run.folder import RunDir
 
 
 @pytest.fixture(scope="module")

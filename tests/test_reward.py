@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verifier_groups import prompt, written
 
-from veripo_fast.config import RewardConfig
+from veripo_fast.config.schema import RewardConfig
 from veripo_fast.errors import DataError
-from veripo_fast.reward import (
+from veripo_fast.reward.score import (
     Score,
     answers_equal,
     check_gold,
@@ -264,5 +264,6 @@ def test_same_answers():
 
 def test_no_torch_is_needed():
     code = ("import sys; sys.modules['torch'] = None\n"
-            "import veripo_fast.answers, veripo_fast.reward, veripo_fast.verifier, veripo_fast.verifier.checks\n")
+            "import veripo_fast.reward.answers, veripo_fast.reward.score\n"
+            "import veripo_fast.verifier, veripo_fast.verifier.checks\n")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from veripo_fast.errors import DataError
-from veripo_fast.model import Policy
-from veripo_fast.packing import pack
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import Policy
 from veripo_fast.rollout import LoadedPrompt, Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.rollout.torch_engine import TorchEngine, sample

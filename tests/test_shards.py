@@ -23,12 +23,12 @@ from conftest import PYTHONPATH
 from PIL import Image as PilImage
 
 from tests import clips
-from veripo_fast import shards
-from veripo_fast.config import Config, DataConfig, VideoConfig
-from veripo_fast.data import load_prompts
+from veripo_fast.config.schema import Config, DataConfig, VideoConfig
+from veripo_fast.data import archives
+from veripo_fast.data.archives import ffmpeg_source, find_member, locate, read_index, samples
+from veripo_fast.data.prompts import load_prompts
 from veripo_fast.errors import DataError, MediaError
-from veripo_fast.inspect_corpus import PolicySizes, find_media, inspect_medium
-from veripo_fast.shards import ffmpeg_source, find_member, locate, read_index, samples
+from veripo_fast.inspect.corpus import PolicySizes, find_media, inspect_medium
 from veripo_fast.types import Image, Video
 from veripo_fast.video.decode import decode, decode_image
 from veripo_fast.video.ffmpeg import torchcodec_decoder
@@ -309,14 +309,14 @@ def test_a_member_of_an_archive_that_shrinks_meanwhile(tmp_path: Path) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Archives that were read, in order."""
     seen: list[str] = []
-    plain = shards._read
+    plain = archives._read
 
     def read(file: Any, archive: Path, size: int) -> Any:
         seen.append(archive.name)
         time.sleep(0.05)
         return plain(file, archive, size)
 
-    monkeypatch.setattr(shards, "_read", read)
+    monkeypatch.setattr(archives, "_read", read)
     return seen
 
 
@@ -366,15 +366,15 @@ def test_a_failure_is_not_kept(tmp_path: Path, reads: list[str]) -> None:
 
 def test_the_least_recently_used_indexes_are_forgotten(tmp_path: Path, reads: list[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_INDEXES", type(shards._INDEXES)())
-    monkeypatch.setattr(shards, "MAX_MEMBERS", 13)
+    monkeypatch.setattr(archives, "_INDEXES", type(archives._INDEXES)())
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 13)
     made = [tar(tmp_path / f"{number}.tar", members()) for number in range(3)]
     for number in (0, 1, 0, 2, 0, 1):
         locate(f"{made[number]}/0.mp4")
     assert reads == ["0.tar", "1.tar", "2.tar", "1.tar"]
     big = tar(tmp_path / "big.tar", members(20))
     assert locate(f"{big}/19.mp4") == locate(f"{big}/19.mp4") and reads[4:] == ["big.tar"]
-    assert len(shards._INDEXES) == 1
+    assert len(archives._INDEXES) == 1
 
 
 # --- WebDataset samples as data ---------------------------------------------------------------------------------------
@@ -472,6 +472,7 @@ def test_archives_are_sources_of_media_for_inspect(shard: Path, tmp_path: Path, 
 
 def test_the_index_needs_no_torch(python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     made = tar(tmp_path / "x.tar", {"a.mp4": b"x"})
-    code = (f"import sys; sys.path[:0] = {PYTHONPATH.split(os.pathsep)!r}; from veripo_fast.shards import locate; "
+    code = (f"import sys; sys.path[:0] = {PYTHONPATH.split(os.pathsep)!r}\n"
+            "from veripo_fast.data.archives import locate\n"
             f"print(locate('{made}/a.mp4').size, 'torch' in sys.modules)")
     assert python("-c", code, check=True).stdout == "1 False\n"

@@ -6,9 +6,9 @@ import policies
 import pytest
 import torch
 
-from veripo_fast import shared_prefix
-from veripo_fast.model import Policy
-from veripo_fast.packing import micro_batches, pack
+from veripo_fast.model import shared_prefix
+from veripo_fast.model.packing import micro_batches, pack
+from veripo_fast.model.policy import Policy
 from veripo_fast.types import EncodedPrompt
 
 CASES = {

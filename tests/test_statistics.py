@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from veripo_fast.statistics import bootstrap_interval, paired_difference
+from veripo_fast.evaluation.intervals import bootstrap_interval, paired_difference
 
 
 def test_coverage_of_a_known_mean():
@@ -38,7 +38,7 @@ def test_same_seed_same_numbers():
 def test_chunks_change_nothing(monkeypatch):
     values = list(np.random.default_rng(2).random(10))
     whole = bootstrap_interval(values, 100)
-    monkeypatch.setattr("veripo_fast.statistics._CHUNK_VALUES", 70)
+    monkeypatch.setattr("veripo_fast.evaluation.intervals._CHUNK_VALUES", 70)
     assert bootstrap_interval(values, 100) == whole
 
 

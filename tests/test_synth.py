@@ -12,14 +12,14 @@ import av
 import numpy as np
 import pytest
 
-from veripo_fast.config import DataConfig, RewardConfig
-from veripo_fast.data import load_prompts
-from veripo_fast.demo import demo_config
+from veripo_fast.config.schema import DataConfig, RewardConfig
+from veripo_fast.data.prompts import load_prompts
+from veripo_fast.demo.corpus import record, write_corpus
+from veripo_fast.demo.questions import Question, questions
+from veripo_fast.demo.run import demo_config
+from veripo_fast.demo.world import COLOURS, SECONDS, SIZE, Clip, random_clip, render
 from veripo_fast.errors import DataError
-from veripo_fast.reward import score
-from veripo_fast.synth import record, write_corpus
-from veripo_fast.synth_questions import Question, questions
-from veripo_fast.synth_world import COLOURS, SECONDS, SIZE, Clip, random_clip, render
+from veripo_fast.reward.score import score
 from veripo_fast.types import Completion, Prompt, RolloutGroup
 from veripo_fast.verifier.judge_rules import RulesJudge
 from veripo_fast.verifier.judges import no_progress

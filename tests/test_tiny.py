@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from veripo_fast import tiny
+from veripo_fast.demo import tiny_model
+from veripo_fast.demo.questions import questions
+from veripo_fast.demo.world import random_clip
 from veripo_fast.errors import CheckpointError
-from veripo_fast.synth_questions import questions
-from veripo_fast.synth_world import random_clip
 
 
 def weights(folder: Path) -> bytes:
@@ -35,15 +35,15 @@ def test_a_checkpoint_that_transformers_loads(family: str) -> None:
 def test_special_tokens_mean_the_same_to_model_and_tokenizer(family: str) -> None:
     folder = policies.checkpoint(family)
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), policies.policy(family).encoder
-    ids = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tiny.SPECIAL_TOKENS]
+    ids = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tiny_model.SPECIAL_TOKENS]
     assert all(len(one) == 1 for one in ids) and len({one[0] for one in ids}) == len(ids)
-    of = {token: one[0] for token, one in zip(tiny.SPECIAL_TOKENS, ids, strict=True)}
+    of = {token: one[0] for token, one in zip(tiny_model.SPECIAL_TOKENS, ids, strict=True)}
     assert encoder.pad_ids == {"image": of["<|image_pad|>"], "video": of["<|video_pad|>"]}
     assert encoder.eos_id == tokenizer.eos_token_id == of["<|im_end|>"]
     assert encoder.config.vision_start_token_id == of["<|vision_start|>"]
     assert encoder.config.vision_end_token_id == of["<|vision_end|>"]
     assert tokenizer.pad_token_id == of["<|endoftext|>"] != tokenizer.eos_token_id
-    assert len(tokenizer) <= encoder.config.text_config.vocab_size == tiny.VOCABULARY
+    assert len(tokenizer) <= encoder.config.text_config.vocab_size == tiny_model.VOCABULARY
     assert tokenizer.decode(ids[2] + [30], skip_special_tokens=True) == tokenizer.decode([30])
 
 
@@ -60,17 +60,17 @@ def test_any_text_survives_the_tokenizer_and_the_corpus_is_short_in_it() -> None
 def test_the_seed_decides(tmp_path: Path) -> None:
     torch.manual_seed(7)  # a draw of its own: the seed of the model must not show in it
     state = torch.get_rng_state()
-    tiny.init_model(tmp_path / "again", "qwen3_vl", seed=1)
+    tiny_model.init_model(tmp_path / "again", "qwen3_vl", seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     again, first = tmp_path / "again", policies.checkpoint("qwen3_vl")
     assert {file.name: file.read_bytes() for file in again.iterdir()} == {
         file.name: file.read_bytes() for file in first.iterdir()}
-    tiny.init_model(tmp_path / "other", "qwen3_vl", seed=2)
+    tiny_model.init_model(tmp_path / "other", "qwen3_vl", seed=2)
     assert weights(tmp_path / "other") != weights(first)
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="exists and is not empty"):
-        tiny.init_model(tmp_path, "qwen2_5_vl", seed=0)
+        tiny_model.init_model(tmp_path, "qwen2_5_vl", seed=0)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from veripo_fast.config import ModelConfig
+from veripo_fast.cache.disk import tower_version
+from veripo_fast.config.schema import ModelConfig
 from veripo_fast.errors import CheckpointError
-from veripo_fast.model import load_policy
-from veripo_fast.tower import load_tower
-from veripo_fast.vision_store import tower_version
+from veripo_fast.model.policy import load_policy
+from veripo_fast.model.tower import load_tower
 
 SIZES = [("video", 4, 2, 3), ("image", 2, 1, 2)]
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from veripo_fast import encoding
-from veripo_fast.config_io import load_config
-from veripo_fast.data import load_prompts
+from veripo_fast.config.load import load_config
+from veripo_fast.data.prompts import load_prompts
 from veripo_fast.errors import ConfigError, DataError, UserError
-from veripo_fast.metrics import MetricsLog, read_records
+from veripo_fast.model import encoding
 from veripo_fast.rollout.store import read_groups, write_groups
-from veripo_fast.rundir import RunDir
+from veripo_fast.run.folder import RunDir
+from veripo_fast.run.metrics import MetricsLog, read_records
 from veripo_fast.trainer import Trainer, train
 from veripo_fast.types import Completion, Image, Prompt, RolloutGroup, Video
 from veripo_fast.verifier import read_pairs

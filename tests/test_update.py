@@ -15,20 +15,28 @@ import torch.nn.functional as F
 from clips import truncated
 from veripo_kernels import PolicyLoss, PreferenceLoss
 
-from veripo_fast import encoding
-from veripo_fast.config import Config, DpoConfig, GrpoConfig, ModelConfig, OptimizerConfig, RolloutConfig, VideoConfig
-from veripo_fast.dpo import PairRow, dpo_update, pair_logprobs, preference_loss, reference_logprobs, step_order
-from veripo_fast.grpo import GrpoUpdate, policy_loss, reward_groups, rollout_metrics
-from veripo_fast.model import Policy, load_policy
-from veripo_fast.optim import Optimizer
-from veripo_fast.packing import pack
+from veripo_fast.cache.loader import PromptLoader, VisionCache
+from veripo_fast.config.schema import (
+    Config,
+    DpoConfig,
+    GrpoConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    VideoConfig,
+)
+from veripo_fast.demo.corpus import write_clip
+from veripo_fast.demo.world import random_clip
+from veripo_fast.model import encoding
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import Policy, load_policy
+from veripo_fast.model.tower import VisionFeatures
 from veripo_fast.rollout import LoadedPrompt
-from veripo_fast.synth import write_clip
-from veripo_fast.synth_world import random_clip
-from veripo_fast.tower import VisionFeatures
+from veripo_fast.stages.dpo import PairRow, dpo_update, pair_logprobs, preference_loss, reference_logprobs, step_order
+from veripo_fast.stages.grpo import GrpoUpdate, policy_loss, reward_groups, rollout_metrics
+from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.types import Completion, MediaInputs, PreferencePair, Prompt, RolloutGroup, Video
-from veripo_fast.video import room
-from veripo_fast.vision_cache import PromptLoader, VisionCache
+from veripo_fast.video import buffers
 
 FAMILY = "qwen3_vl"
 MEDIA = [[("video", 4, 2, 2)], [], [("image", 2, 2, 3), ("video", 3, 2, 2)], [("video", 2, 2, 3)]]
@@ -520,11 +528,11 @@ def test_patches_are_made_in_the_type_of_the_tower(loader_of: Callable[..., Prom
     assert exact.dtype == torch.float32 and torch.equal(halved, exact.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize(("frozen", "buffers"), [(True, 1), (False, 3)], ids=["frozen", "trained"])
-def test_patches_of_a_frozen_tower_share_one_memory(files: list[Video], frozen: bool, buffers: int,
+@pytest.mark.parametrize(("frozen", "memories"), [(True, 1), (False, 3)], ids=["frozen", "trained"])
+def test_patches_of_a_frozen_tower_share_one_memory(files: list[Video], frozen: bool, memories: int,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "SMALL_BYTES", 0)
-    monkeypatch.setattr(room, "_ROOM", room.Room(1 << 24))
+    monkeypatch.setattr(buffers, "SMALL_BYTES", 0)
+    monkeypatch.setattr(buffers, "_ROOM", buffers.Room(1 << 24))
     owner = policies.policy(FAMILY, freeze_vision=frozen)
     places, plain = [], owner.vision_features
     monkeypatch.setattr(owner, "vision_features",
@@ -532,7 +540,7 @@ def test_patches_of_a_frozen_tower_share_one_memory(files: list[Video], frozen: 
     loader = PromptLoader(owner, CONTRACT, 4096, lambda prompt, reason: pytest.fail(reason))
     loaded = loader.load([about(video, video.path) for video in files[:3]])
     loader.close()
-    assert len(places) == 3 and len(set(places)) == buffers
+    assert len(places) == 3 and len(set(places)) == memories
     assert all((item.encoded.media.pixel_values is None) == frozen for item in loaded)
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from verifier_groups import encode, group, prompt, written
 
-from veripo_fast.config import Config, ModelConfig, VerifierConfig
+from veripo_fast.config.schema import Config, ModelConfig, VerifierConfig
 from veripo_fast.errors import DataError, JudgeError
 from veripo_fast.rollout.store import write_groups
 from veripo_fast.verifier import make_judge, read_pairs, verify, verify_files, write_result
@@ -60,7 +60,7 @@ def test_progress_counts_every_completion(monkeypatch):
         def update(self, count):
             self.n += count
 
-    monkeypatch.setattr("veripo_fast.verifier.stage.tqdm", Bar)
+    monkeypatch.setattr("veripo_fast.verifier.verify.tqdm", Bar)
     verified()
     assert [(bar.total, bar.n, bar.options["disable"]) for bar in bars] == [(6, 6, True)]
 
@@ -89,7 +89,7 @@ def test_pairs_are_written_last(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("veripo_fast.verifier.files._write_text", full)
+    monkeypatch.setattr("veripo_fast.verifier.store._write_text", full)
     with pytest.raises(OSError, match="disk full"):
         write_result(tmp_path, verified())
     assert not (tmp_path / "pairs.parquet").exists()
@@ -129,10 +129,10 @@ def fake_model(monkeypatch):
     model.load_policy = lambda config: ("policy", config.path)
     model.answer_scorer = lambda policy, load: used.append((policy, load)) or scores_b
     cache.PromptLoader = lambda *_: SimpleNamespace(load_one="load", close=lambda: used.append("closed"))
-    monkeypatch.setitem(sys.modules, "veripo_fast.encoding", encoding)
-    monkeypatch.setitem(sys.modules, "veripo_fast.tower", tower)
-    monkeypatch.setitem(sys.modules, "veripo_fast.model", model)
-    monkeypatch.setitem(sys.modules, "veripo_fast.vision_cache", cache)
+    monkeypatch.setitem(sys.modules, "veripo_fast.model.encoding", encoding)
+    monkeypatch.setitem(sys.modules, "veripo_fast.model.tower", tower)
+    monkeypatch.setitem(sys.modules, "veripo_fast.model.policy", model)
+    monkeypatch.setitem(sys.modules, "veripo_fast.cache.loader", cache)
     return used
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image as PilImage
 
 from tests import clips
-from veripo_fast.config import VideoConfig
+from veripo_fast.config.schema import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Frames, Image, Video
 from veripo_fast.video import decode as module

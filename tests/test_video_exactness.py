@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from tests import clips
-from veripo_fast.config import VideoConfig
+from veripo_fast.config.schema import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
 from veripo_fast.video import packets as module
 from veripo_fast.video import units
-from veripo_fast.video.choose import HD_HEIGHT, HD_WIDTH, nvdec_refuses, readers, refuses, untagged_hd
 from veripo_fast.video.decode import decode
+from veripo_fast.video.decoders import HD_HEIGHT, HD_WIDTH, nvdec_refuses, readers, refuses, untagged_hd
 from veripo_fast.video.packets import decoded_frames, open_video
 from veripo_fast.video.readers import read_pyav
 from veripo_fast.video.timeline import Stream, Timeline, scan_packets

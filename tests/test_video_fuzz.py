@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.clips import make_clip, open_gop
-from veripo_fast.config import VideoConfig
+from veripo_fast.config.schema import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
 

@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from veripo_fast.video import room as module
-from veripo_fast.video.room import Room
+from veripo_fast.video import buffers as module
+from veripo_fast.video.buffers import Room
 
 BYTES = 1 << 20  # what is smaller is not kept
 

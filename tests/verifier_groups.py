@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from veripo_fast.config import RewardConfig
-from veripo_fast.reward import score
+from veripo_fast.config.schema import RewardConfig
+from veripo_fast.reward.score import score
 from veripo_fast.types import Completion, Message, ProblemType, Prompt, RolloutGroup
 
 DIRECTIONS = ("left", "right", "up", "down")

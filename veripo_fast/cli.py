@@ -86,7 +86,7 @@ def _run(argv: list[str]) -> None:
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """Separate the options of the configuration (`--grpo.steps 5`, `--seed=1`) from those of the command."""
-    from veripo_fast.config import Config
+    from veripo_fast.config.schema import Config
 
     own, overrides, rest = [], [], list(argv)
     while rest:
@@ -104,13 +104,13 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 # Commands
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.demo import run_demo
+    from veripo_fast.demo.run import run_demo
 
     run_demo(options.out, options.seed, options.quick)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config_io import load_config
+    from veripo_fast.config.load import load_config
 
     config = load_config(options.config, overrides)
     from veripo_fast.trainer import train
@@ -119,34 +119,34 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config_io import load_config
+    from veripo_fast.config.load import load_config
 
     config = load_config(options.config, overrides)
-    from veripo_fast.evaluate import evaluate_command
+    from veripo_fast.evaluation.evaluate import evaluate_command
 
     evaluate_command(config, options.out)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config_io import load_config
+    from veripo_fast.config.load import load_config
 
     config = load_config(options.config, overrides)
-    from veripo_fast.inspect_corpus import inspect_command
+    from veripo_fast.inspect.corpus import inspect_command
 
     inspect_command(options.data, config, options.out, options.workers, options.limit)
 
 
 def _precompute(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config_io import load_config
+    from veripo_fast.config.load import load_config
 
     config = load_config(options.config, overrides)
-    from veripo_fast.precompute import precompute_command
+    from veripo_fast.cache.precompute import precompute_command
 
     precompute_command(options.data, config, options.rank, options.world, options.limit, options.workers)
 
 
 def _verify(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config_io import load_config
+    from veripo_fast.config.load import load_config
 
     config = load_config(options.config, overrides)
     from veripo_fast.verifier import verify_files
@@ -155,25 +155,25 @@ def _verify(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.report import write_report
+    from veripo_fast.report.page import write_report
 
     print(write_report(options.run_dir, options.out))
 
 
 def _synth(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.synth import write_corpus
+    from veripo_fast.demo.corpus import write_corpus
 
     write_corpus(options.out, options.train, options.heldout, options.seed)
 
 
 def _init_model(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.tiny import init_model
+    from veripo_fast.demo.tiny_model import init_model
 
     init_model(options.out, options.family, options.seed)
 
 
 def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config_io import describe, load_config
+    from veripo_fast.config.load import describe, load_config
 
     print(describe(load_config(options.config, overrides)), end="")
 
@@ -288,14 +288,14 @@ def _unknown_argument(command: str, token: str, names: list[str]) -> str:
         return f"unexpected argument {token!r} (see veripo {command} --help)"
     choices = list(names)
     if COMMANDS[command].takes_overrides:
-        from veripo_fast.config_text import option_names
+        from veripo_fast.config.describe import option_names
 
         choices += [f"--{name.replace('_', '-')}" for name in option_names()]
     return f"unknown option {token.partition('=')[0]}; {_hint(token.partition('=')[0], choices)}"
 
 
 def _hint(word: str, choices: Iterable[str]) -> str:
-    from veripo_fast.config_text import guesses
+    from veripo_fast.config.describe import guesses
 
     found = guesses(word, choices)
     return f"did you mean {found}?" if found else f"there are {', '.join(list(choices)[:12])}"

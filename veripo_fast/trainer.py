@@ -23,26 +23,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from veripo_fast.checkpoint import atomic_write_text, latest_checkpoint, save_checkpoint
-from veripo_fast.config import Config, StageConfig
-from veripo_fast.config_io import apply_overrides, load_config, to_yaml
-from veripo_fast.data import PromptOrder, Skipped, SkippedLog, load_prompts
-from veripo_fast.dpo import PairRow, dpo_update, reference_logprobs, step_order
+from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.load import apply_overrides, load_config, to_yaml
+from veripo_fast.config.schema import Config, StageConfig
+from veripo_fast.data.prompts import PromptOrder, Skipped, SkippedLog, load_prompts
 from veripo_fast.errors import ConfigError, DataError, TrainingError
-from veripo_fast.evaluate import evaluate, summary
-from veripo_fast.grpo import GrpoUpdate, reward_groups, rollout_metrics
-from veripo_fast.metrics import MetricsLog, read_records
-from veripo_fast.model import Policy, answer_scorer, load_policy, save_policy
-from veripo_fast.optim import Optimizer
+from veripo_fast.evaluation.evaluate import evaluate, summary
+from veripo_fast.model.policy import Policy, answer_scorer, load_policy, save_policy
+from veripo_fast.model.tower import resolve_path
 from veripo_fast.rollout import Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.rollout.torch_engine import TorchEngine
-from veripo_fast.rundir import RunDir
-from veripo_fast.seeding import derive_seed
-from veripo_fast.tower import resolve_path
+from veripo_fast.run.checkpoint import atomic_write_text, latest_checkpoint, save_checkpoint
+from veripo_fast.run.folder import RunDir
+from veripo_fast.run.metrics import MetricsLog, read_records
+from veripo_fast.run.seeds import derive_seed
+from veripo_fast.stages.dpo import PairRow, dpo_update, reference_logprobs, step_order
+from veripo_fast.stages.grpo import GrpoUpdate, reward_groups, rollout_metrics
+from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.types import PreferencePair, Prompt, RolloutGroup
 from veripo_fast.verifier import make_judge, read_pairs, verify, write_result
-from veripo_fast.vision_cache import PromptLoader
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from veripo_fast.types import EncodedPrompt, Prompt, RolloutGroup
 
 if TYPE_CHECKING:
-    from veripo_fast.tower import VisionFeatures
+    from veripo_fast.model.tower import VisionFeatures
 
 
 @dataclass(frozen=True)

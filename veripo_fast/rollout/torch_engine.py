@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from veripo_fast.errors import TrainingError
-from veripo_fast.model import Policy
-from veripo_fast.packing import pack
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import Policy
+from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.rollout import LoadedPrompt, Sampling
-from veripo_fast.shared_prefix import PromptCache
 from veripo_fast.types import Completion, RolloutGroup
 
 EngineOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

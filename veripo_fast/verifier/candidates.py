@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from veripo_fast.answers import parse_completion
-from veripo_fast.config import VerifierConfig
-from veripo_fast.reward import answers_equal
+from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.reward.answers import parse_completion
+from veripo_fast.reward.score import answers_equal
 from veripo_fast.types import PairFamily, RolloutGroup, Verdict
 from veripo_fast.verifier.checks import is_clean, is_well_formed
 from veripo_fast.verifier.conclusions import reflectiveness

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from veripo_fast.answers import letters, normalise_text, plain
-from veripo_fast.answers_number import Number, find_numbers, read_number
+from veripo_fast.reward.answers import letters, normalise_text, plain
+from veripo_fast.reward.number_answers import Number, find_numbers, read_number
 from veripo_fast.types import Prompt
 
 _WEAK = (r"(?<!\bif )(?<!\bor )(?<!\bnot )\bso\b(?!\s+(?:far|that|many|much|long|as|on)\b)"

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from veripo_fast.answers import letters, read_choice
-from veripo_fast.answers_number import read_number
-from veripo_fast.config import VerifierConfig
+from veripo_fast.config.schema import VerifierConfig
 from veripo_fast.errors import JudgeError
+from veripo_fast.reward.answers import letters, read_choice
+from veripo_fast.reward.number_answers import read_number
 from veripo_fast.types import Prompt, RolloutGroup
 from veripo_fast.verifier.endpoint_client import EndpointClient, NoReply
 from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, compare, spans

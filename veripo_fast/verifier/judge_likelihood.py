@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
-from veripo_fast.answers import Parsed, answer_prefix
-from veripo_fast.reward import answers_equal
+from veripo_fast.reward.answers import Parsed, answer_prefix
+from veripo_fast.reward.score import answers_equal
 from veripo_fast.types import Prompt, RolloutGroup
 from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, given_answers, spans
 

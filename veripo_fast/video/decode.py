@@ -22,18 +22,18 @@ from PIL import Image as PilImage
 from PIL import ImageOps
 from veripo_kernels import resize_frames
 
-from veripo_fast.config import VideoConfig
+from veripo_fast.config.schema import VideoConfig
+from veripo_fast.data.archives import locate
 from veripo_fast.errors import ConfigError, MediaError
-from veripo_fast.shards import locate
 from veripo_fast.types import Frames, Image, Video
 from veripo_fast.video import dali
-from veripo_fast.video.choose import GPU_DECODERS, readers, refuses
+from veripo_fast.video.buffers import room
 from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
+from veripo_fast.video.decoders import GPU_DECODERS, readers, refuses
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.packets import KeptPackets, check_file, open_video, read_packets
 from veripo_fast.video.pool import MediaPool, run_with_deadline
 from veripo_fast.video.readers import LostFrameError, RefusedError, read_pyav, read_torchcodec
-from veripo_fast.video.room import room
 from veripo_fast.video.timeline import Timeline, check_complete, scan_decoded, timeline_of
 
 __all__ = ["MediaPool", "check_decoder", "decode", "decode_image", "fallbacks"]

@@ -20,8 +20,8 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from veripo_fast.data.archives import ffmpeg_source, locate
 from veripo_fast.errors import MediaError
-from veripo_fast.shards import ffmpeg_source, locate
 from veripo_fast.video.units import Units, length_bytes, read_units
 
 KEPT_BYTES = 64 << 20

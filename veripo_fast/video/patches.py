@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from veripo_kernels import frames_to_patches
 
-from veripo_fast.config import VideoConfig
+from veripo_fast.config.schema import VideoConfig
+from veripo_fast.data.archives import locate
 from veripo_fast.errors import MediaError
-from veripo_fast.shards import locate
 from veripo_fast.types import Media, Video
-from veripo_fast.video.choose import GPU_DECODERS
+from veripo_fast.video.decoders import GPU_DECODERS
 
 SAMPLING_VERSION = 2
 """Raised whenever the same file under the same contract gives other pixels; part of every fingerprint."""

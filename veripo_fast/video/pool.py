@@ -15,7 +15,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import torch
 
-from veripo_fast.config import VideoConfig
+from veripo_fast.config.schema import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Frames, Media, Video
 

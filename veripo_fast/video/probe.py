@@ -14,7 +14,7 @@ from itertools import pairwise
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from veripo_fast.video.choose import nvdec_refuses
+from veripo_fast.video.decoders import nvdec_refuses
 from veripo_fast.video.packets import PacketFacts, decoded_frames, open_video, read_packets
 from veripo_fast.video.timeline import Timeline, timeline_of
 from veripo_fast.video.units import length_bytes

@@ -15,8 +15,8 @@ import av
 import torch
 from av.video.reformatter import Colorspace, VideoReformatter
 
-from veripo_fast.shards import ffmpeg_source
-from veripo_fast.video.choose import untagged_hd
+from veripo_fast.data.archives import ffmpeg_source
+from veripo_fast.video.decoders import untagged_hd
 from veripo_fast.video.packets import KeptPackets, check_deadline, decoded_frames, open_video
 from veripo_fast.video.timeline import Timeline
 

@@ -1,0 +1,291 @@
+"""YAML files and dotted command-line options -> `Config`, strictly, and back.
+
+A tree of plain values (what YAML gives) is built first, options of the command line are put into it, and the result is
+converted field by field under the types that config.py declares. Messages name the dotted field, the value and what was
+expected. Imports no torch, so `veripo show-config` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeAlias, get_args, get_origin
+
+import yaml
+
+from veripo_fast.config.describe import (
+    describe,
+    guesses,
+    is_section,
+    join,
+    kinds,
+    nearest,
+    option_names,
+    strip_optional,
+    to_tree,
+    to_yaml,
+    words,
+)
+from veripo_fast.config.schema import Config, StageConfig
+from veripo_fast.errors import ConfigError
+
+__all__ = ["STAGE_SECTIONS", "apply_overrides", "check_stages", "describe", "load_config", "split_overrides", "to_yaml"]
+
+STAGE_SECTIONS = {"grpo": ("grpo", "rollout", "reward", "optimizer"), "dpo": ("dpo", "verifier", "optimizer")}
+"""Sections that `set` of a stage of each kind may change; everything else holds for the whole run."""
+
+Reader: TypeAlias = Callable[[Any, str], object]
+"""(declared type, dotted name) -> the plain value to put there."""
+
+# PyYAML follows YAML 1.1, where a number with an exponent but no point or no sign (1e-6) is text.
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file (None: the defaults) with command-line options on top.
+
+    `overrides` are tokens as typed: `["--grpo.clip-high", "0.28", "--model.device=cpu"]`. Every `set` of a stage is
+    checked and its values converted. Raises ConfigError: one sentence that names the file and line or the dotted field.
+    """
+    tree = {} if path is None else _read_yaml(Path(path))
+    for name, text in split_overrides(overrides):
+        tree = _place(Config, tree, name.split("."), _text_reader(text), "")
+    return check_stages(_build(Config, tree, ""))
+
+
+def apply_overrides(config: Config, changes: Mapping[str, object]) -> Config:
+    """A copy with fields replaced by dotted name, e.g. `{"grpo.steps": 5}`. Raises ConfigError like load_config."""
+    tree = to_tree(config)
+    for name, value in _flatten(changes):
+        tree = _place(Config, tree, name.split("."), _value_reader(value), "")
+    changed: Config = _build(Config, tree, "")
+    return changed
+
+
+def check_stages(config: Config) -> Config:
+    """The same configuration with the `set` of every stage checked, flattened to dotted names and converted."""
+    return replace(config, stages=tuple(_checked_stage(config, i, stage) for i, stage in enumerate(config.stages)))
+
+
+def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str | None]]:
+    """`--a.b-c 1`, `--a.b-c=1` and `--a.b-c` -> [("a.b_c", "1"), ("a.b_c", "1"), ("a.b_c", None)]."""
+    pairs: list[tuple[str, str | None]] = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise ConfigError(f"unexpected argument {token!r}; options are written --name value")
+        name, equals, text = token[2:].partition("=")
+        takes_next = not equals and bool(rest) and not rest[0].startswith("--")
+        pairs.append((name.replace("-", "_"), rest.pop(0) if takes_next else text if equals else None))
+    return pairs
+
+
+# Reading YAML
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (looked at before `<<` merges, which may repeat keys)."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice (first in line {lines[key.value]})",
+                                           problem_mark=key.start_mark)
+            lines[str(key.value)] = key.start_mark.line + 1
+        return node
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        tree = yaml.load(path.read_text("utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not YAML text: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        got = "nothing" if tree is None else type(tree).__name__
+        raise ConfigError(f"{path} must hold a mapping of options (name: value), got {got}")
+    return tree
+
+
+# Plain values -> typed fields
+
+def _build(cls: Any, value: object, where: str) -> Any:
+    """An instance of a configuration class; `value` None (an empty section) means its defaults."""
+    tree = {} if value is None else value
+    if not isinstance(tree, dict):
+        raise _mismatch(cls, value, where)
+    for key in tree:
+        if key not in kinds(cls):
+            raise _unknown(cls, where, str(key))
+    arguments = {key: _convert(kinds(cls)[key], item, join(where, key)) for key, item in tree.items()}
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _convert(kind: Any, value: object, where: str) -> object:
+    inner, optional = strip_optional(kind)
+    if optional and value is None:
+        return None
+    if is_section(inner):
+        return _build(inner, value, where)
+    if get_origin(inner) is tuple:
+        return _convert_list(inner, value, where)
+    if not _fits(inner, value):
+        raise _mismatch(kind, value, where)
+    return float(str(value)) if inner is float else value
+
+
+def _convert_list(kind: Any, value: object, where: str) -> tuple[object, ...]:
+    element, *more = get_args(kind)
+    if not isinstance(value, (list, tuple)) or (more != [Ellipsis] and len(value) != 1 + len(more)):
+        raise _mismatch(kind, value, where)
+    return tuple(_convert(element, item, f"{where}.{i}") for i, item in enumerate(value))
+
+
+def _fits(kind: Any, value: object) -> bool:
+    """Whether a plain value is one of the type; an int is a float, a bool is no number, floats are finite."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if kind is float and isinstance(value, str):
+        return _EXPONENT.fullmatch(value) is not None and math.isfinite(float(value))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _checked_stage(config: Config, index: int, stage: StageConfig) -> StageConfig:
+    where, allowed = f"stages.{index}.set", STAGE_SECTIONS[stage.kind]
+    changes = dict(_flatten(stage.set))
+    for name in changes:
+        section = name.split(".")[0]
+        if section in kinds(Config) and section not in allowed:
+            raise ConfigError(f"{where}: {name} cannot be set for one {stage.kind} stage, "
+                              f"only options of {', '.join(allowed)} can")
+    try:
+        changed = to_tree(apply_overrides(config, changes))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return replace(stage, set={name: _get(changed, name) for name in changes})
+
+
+# Putting one value at a dotted name
+
+def _place(kind: Any, node: Any, parts: list[str], read: Reader, where: str) -> Any:
+    """The plain tree `node` of type `kind` with one value put at `parts`."""
+    if not parts:
+        return read(kind, where)
+    inner = strip_optional(kind)[0]
+    if is_section(inner):
+        return _place_field(inner, node, parts, read, where)
+    if get_origin(inner) is dict:  # `set` of a stage: its keys are dotted names of Config
+        name = ".".join(parts)
+        return {**(node or {}), name: read(_kind_at(Config, parts), join(where, name))}
+    if get_origin(inner) is tuple and is_section(get_args(inner)[0]):
+        return _place_item(get_args(inner)[0], list(node or ()), parts, read, where)
+    raise ConfigError(f"{join(where, parts[0])} does not exist: {where} takes one value, {words(kind)}")
+
+
+def _place_field(cls: Any, node: Any, parts: list[str], read: Reader, where: str) -> Any:
+    head, *rest = parts
+    if head not in kinds(cls):
+        raise _unknown(cls, where, head)
+    if not isinstance(node, (dict, NoneType)):
+        raise _mismatch(cls, node, where)
+    node = node or {}
+    return {**node, head: _place(kinds(cls)[head], node.get(head), rest, read, join(where, head))}
+
+
+def _place_item(cls: Any, items: list[Any], parts: list[str], read: Reader, where: str) -> Any:
+    head, *rest = parts
+    if not head.isdecimal() or int(head) >= len(items):
+        raise ConfigError(f"{join(where, head)} does not exist: {where} has {len(items)} entries, counted from 0")
+    items[int(head)] = _place(cls, items[int(head)], rest, read, join(where, head))
+    return items
+
+
+def _text_reader(text: str | None) -> Reader:
+    return lambda kind, where: _parse(kind, text, where)
+
+
+def _value_reader(value: object) -> Reader:
+    return lambda kind, where: value
+
+
+def _parse(kind: Any, text: str | None, where: str) -> object:
+    """Command-line text -> plain value. Text and choices stay as typed, lists may be `a,b`, the rest is YAML."""
+    inner, optional = strip_optional(kind)
+    if text is None:
+        if inner is bool:
+            return True
+        raise ConfigError(f"--{where} needs a value: {words(kind)}")
+    if optional and text.lower() in ("null", "none", "~"):
+        return None
+    if inner is str or get_origin(inner) is Literal:
+        return text
+    if get_origin(inner) is tuple and not text.lstrip().startswith("["):
+        return [_parse(get_args(inner)[0], part.strip(), where) for part in text.split(",") if part.strip()]
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
+        raise _mismatch(kind, text, where) from None
+
+
+def _flatten(changes: Mapping[str, object], where: str = "") -> Iterator[tuple[str, object]]:
+    """`{"grpo": {"steps": 1}, "dpo.epochs": 2}` -> ("grpo.steps", 1), ("dpo.epochs", 2)."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, join(where, key))
+        else:
+            yield join(where, key), value
+
+
+def _kind_at(cls: Any, parts: Sequence[str]) -> Any:
+    for depth, part in enumerate(parts):
+        if not is_section(cls) or part not in kinds(cls):
+            raise _unknown(cls, ".".join(parts[:depth]), part)
+        cls = kinds(cls)[part]
+    return cls
+
+
+def _get(tree: Any, name: str) -> object:
+    for part in name.split("."):
+        tree = tree[part]
+    return tree
+
+
+# Refusals
+
+def _mismatch(kind: Any, value: object, where: str) -> ConfigError:
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    hint = ""
+    if kind is str and not isinstance(value, (dict, list)):
+        hint = " (in quotes it is text)"
+    elif get_origin(kind) is Literal and isinstance(value, str) and (choice := nearest(value, get_args(kind))):
+        hint = f"; did you mean {choice}?"
+    return ConfigError(f"{where} must be {words(kind)}, got {shown if len(shown) <= 80 else shown[:77] + '...'}{hint}")
+
+
+def _unknown(cls: Any, where: str, key: str) -> ConfigError:
+    siblings = list(kinds(cls)) if is_section(cls) else []
+    if match := nearest(key, siblings):
+        hint = f"did you mean {join(where, match)}?"
+    elif found := guesses(key, option_names()):
+        hint = f"did you mean {found}?"
+    else:
+        hint = f"options here: {', '.join(siblings)}"
+    return ConfigError(f"unknown option {join(where, key)}; {hint}")

@@ -1,0 +1,136 @@
+"""Held-out evaluation: accuracy, MRA, format, think/answer inconsistency and length, greedy and sampled.
+
+One library scores training and evaluation (`reward.py`, `verifier/`). Intervals are bootstrapped over prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.schema import Config
+from veripo_fast.errors import ConfigError, DataError
+from veripo_fast.evaluation.intervals import bootstrap_interval
+from veripo_fast.model.policy import load_policy
+from veripo_fast.rollout import RolloutEngine, Sampling
+from veripo_fast.rollout.store import write_groups
+from veripo_fast.rollout.torch_engine import TorchEngine
+from veripo_fast.run.seeds import derive_seed
+from veripo_fast.stages.grpo import reward_groups
+from veripo_fast.types import Prompt, RolloutGroup
+from veripo_fast.verifier.judge_rules import RulesJudge
+from veripo_fast.verifier.judges import no_progress
+
+
+def modes(config: Config) -> dict[str, tuple[int, float]]:
+    """Name of each mode -> (completions per prompt, temperature)."""
+    sampled = {"sampled": (config.eval.samples, config.rollout.temperature)} if config.eval.samples else {}
+    return {"greedy": (1, 0.0), **sampled}
+
+
+def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prompt], config: Config, *, stage: str,
+             rows: Callable[[str], Path], check: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """Evaluate a policy in every mode; completions are stored at `rows(mode)`, `check` may stop between batches.
+
+    Returns:
+        one record per mode, as evals.jsonl holds them.
+    """
+    prompts = prompts[:config.eval.limit]
+    records = []
+    for mode, (samples, temperature) in modes(config).items():
+        started = time.perf_counter()
+        groups: list[RolloutGroup] = []
+        with tqdm(total=len(prompts), desc=f"eval {stage} {mode}", unit="prompt") as bar:
+            for start in range(0, len(prompts), config.eval.prompts_per_batch):
+                batch = prompts[start:start + config.eval.prompts_per_batch]
+                loaded = loader.load(batch)
+                loader.prefetch(prompts[start + len(batch):][:config.eval.prompts_per_batch])
+                bar.update(len(batch) - len(loaded))
+                sampling = Sampling(samples, temperature, config.rollout.max_new_tokens,
+                                    derive_seed(config.seed, "eval", mode, start), config.rollout.top_p,
+                                    config.rollout.top_k)
+                groups += engine.generate(loaded, sampling, lambda done: _advance(bar, done))
+                check()
+        if not groups:
+            raise DataError("no evaluation prompt could be loaded; skipped.jsonl says why for each")
+        reward_groups(groups, config)
+        write_groups(rows(mode), groups, stage, 0)
+        records.append({"stage": stage, "mode": mode, **scores(groups, config),
+                        "seconds": time.perf_counter() - started})
+    return records
+
+
+def _advance(bar: Any, prompts: int) -> None:
+    bar.update(prompts)
+
+
+def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
+    """Scores over all completions of rewarded groups, with 95 % intervals over prompts."""
+    judged = RulesJudge().judge(list(groups), no_progress)
+    inconsistent = [_mean([float(j.consistent is False) for j in row]) for row in judged]
+    accuracy = [_mean([c.accuracy for c in group.completions]) for group in groups]
+    rows = [c for group in groups for c in group.completions]
+    estimates = [value for value, group in zip(accuracy, groups, strict=True)
+                 if group.prompt.problem_type == "estimate"]
+    by_type: dict[str, list[float]] = defaultdict(list)
+    for value, group in zip(accuracy, groups, strict=True):
+        by_type[group.prompt.problem_type].append(value)
+    mean, low, high = bootstrap_interval(accuracy, config.eval.bootstrap, config.seed)
+    wrong, wrong_low, wrong_high = bootstrap_interval(inconsistent, config.eval.bootstrap, config.seed)
+    return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high,
+            "mra": _mean(estimates) if estimates else None, "format_rate": _mean([c.format for c in rows]),
+            "inconsistency_rate": wrong, "inconsistency_low": wrong_low, "inconsistency_high": wrong_high,
+            "no_verdict_rate": _mean([float(j.consistent is None) for row in judged for j in row]),
+            "accurate_and_consistent_rate": _mean([c.accuracy * float(j.consistent is not False) for group, row in
+                                                   zip(groups, judged, strict=True)
+                                                   for c, j in zip(group.completions, row, strict=True)]),
+            "length_mean": _mean([float(len(c.token_ids)) for c in rows]),
+            "finished_rate": _mean([float(c.finish_reason == "stop") for c in rows]),
+            "prompts": len(groups), "completions": len(rows),
+            "by_type": {name: _mean(values) for name, values in sorted(by_type.items())}}
+
+
+def evaluate_command(config: Config, out: Path | None) -> None:
+    """`veripo eval`: evaluate `model.path` on `data.eval` and print one line per mode.
+
+    With `out`, evals.jsonl and the completions are written there.
+    """
+    from veripo_fast.data.prompts import load_prompts
+
+    if not config.data.eval:
+        raise ConfigError("data.eval names no files to evaluate on")
+    prompts, skipped = load_prompts(config.data.eval, config.data)
+    policy = load_policy(config.model)
+    loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
+                          config.cache)
+    folder = out or Path(config.run_dir) / "eval"
+    try:
+        records = evaluate(TorchEngine(policy), loader, prompts, config, stage="eval",
+                           rows=lambda mode: folder / f"{mode}.parquet")
+    finally:
+        loader.close()
+    (folder / "evals.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for record in records:
+        print(summary(record))
+    if skipped or loader.bad:
+        print(f"skipped: {len(skipped)} records at load, {len(loader.bad)} while decoding")
+    print(f"completions and scores: {folder}")
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One line for people."""
+    mra = "" if record["mra"] is None else f", MRA {record['mra']:.3f}"
+    return (f"{record['stage']:>8} {record['mode']:>7}: accuracy {record['accuracy']:.3f} "
+            f"[{record['accuracy_low']:.3f}, {record['accuracy_high']:.3f}]{mra}, format {record['format_rate']:.3f}, "
+            f"inconsistent {record['inconsistency_rate']:.3f}, {record['length_mean']:.0f} tokens")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

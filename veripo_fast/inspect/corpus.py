@@ -1,0 +1,383 @@
+"""`veripo inspect DATA`: what a corpus of videos holds, what training would skip, and what a contract costs on it.
+
+Every medium is probed (video/probe.py) and decoded at its first, middle and last wanted frame, several at a time; one
+whose packets look damaged is decoded at every wanted frame. The result is media.parquet (one row per medium),
+skipped.jsonl and inspect.html (inspect_page.py), written together at the end.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from veripo_fast.config.schema import Config
+from veripo_fast.data.archives import locate
+from veripo_fast.data.prompts import Skipped
+from veripo_fast.data.sources import check_some, evenly, find_sources, read_records
+from veripo_fast.errors import ConfigError, MediaError
+from veripo_fast.report.frames import data_uri, spread
+from veripo_fast.run.checkpoint import atomic_write_bytes
+from veripo_fast.types import Image, Media, Video
+from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
+from veripo_fast.video.decode import decode, decode_image
+from veripo_fast.video.decoders import readers
+from veripo_fast.video.ffmpeg import torchcodec_decoder
+from veripo_fast.video.pool import MediaPool, run_with_deadline
+from veripo_fast.video.probe import Probe, VideoFacts, probe_video
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+SAMPLES = 3
+"""Frames decoded of a video that looks whole: the first and last wanted one, and one half way."""
+MAX_SHOWN = 60
+"""Media with thumbnails on the page, evenly spread over the corpus."""
+JPEG_QUALITY = 95
+"""Of the proxy that `proxy_jpeg_bytes` estimates."""
+_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """A medium to inspect."""
+
+    media: Media
+    prompts: int
+    """Records that name it; 0 for a file found in a folder."""
+    missing: str = ""
+    """Why its file is not there."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What DATA names."""
+
+    targets: list[Target]
+    total: int
+    """Distinct media before `--limit`."""
+    records: list[Skipped]
+    """Records that cannot be used for another reason than their medium."""
+    other_files: int
+    """Files of the folders that are no videos by name."""
+
+
+@dataclass(frozen=True)
+class PolicySizes:
+    """What decides the number of tokens, and the bytes of the tower's output per token."""
+
+    patch_size: int
+    merge_size: int
+    bytes_per_token: int
+
+    @property
+    def factor(self) -> int:
+        """Frame sides are multiples of this, in pixels."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The first columns of a row."""
+
+    path: str
+    kind: str
+    """`video` or `image`; `missing` where the file is not there."""
+    start_seconds: float | None
+    """Part of the video that the records name, from its first frame; None: from its start."""
+    end_seconds: float | None
+    prompts: int
+    bytes: int | None
+    status: str
+    """`ok` or `skipped`: what training would do with it."""
+    reason: str
+    """Why it is skipped, in one sentence; empty when it is not."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the contract takes from a medium, and what that costs. Known without decoding."""
+
+    taken_frames: int
+    resized_width: int
+    resized_height: int
+    tokens: int
+    """Merged patches: pad tokens that the medium puts into a prompt."""
+    decode_frames: int
+    """Frames that a decoder reads for the frames taken."""
+    proxy_bytes: int
+    """The frames taken, resized, as uint8."""
+    tower_bytes: int
+    """The vision tower's output in the type of model.dtype."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What decoding for real showed."""
+
+    decoder: str
+    """As video.decoder names it, `pyav-sequential`, or `pillow` for an image."""
+    sampled_frames: int
+    sampled_decode_frames: int
+    """Frames that were decoded for them."""
+    sampled_seconds: float
+    """Wall time, opening and resizing included."""
+    proxy_jpeg_bytes: int
+    """The frames taken, resized, as JPEG of quality 95: an estimate from the first, middle and last."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One medium's row (columns that are not known are absent) and thumbnails as data URIs."""
+
+    row: dict[str, Any]
+    thumbnails: tuple[str, ...] = ()
+
+
+def inspect_command(data: Sequence[Path], config: Config, out: Path, workers: int | None, limit: int | None) -> None:
+    """`veripo inspect`: inspect data files, folders of videos and single videos; print where the result is.
+
+    Args:
+        out: folder of the result; what an earlier inspection left there is replaced.
+        workers: media at a time (None: one per core).
+        limit: inspect only so many media, evenly spread (None: all).
+
+    Raises:
+        UserError: DATA holds no medium, an option cannot be used, or `out` cannot be written.
+    """
+    from veripo_fast.inspect.page import render
+
+    for name, value in (("--workers", workers), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    _check_writable(out)
+    corpus = find_media(data, config, limit)
+    sizes = policy_sizes(config)
+    workers = workers or len(os.sched_getaffinity(0))
+    table, thumbnails = _inspect_all(corpus.targets, config, sizes, workers)
+    page = render(table, thumbnails, corpus, config, sizes, workers, [str(path) for path in data])
+    skipped = [*corpus.records, *skipped_media(table)]
+    out.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    atomic_write_bytes(out / "media.parquet", buffer.getvalue())
+    atomic_write_bytes(out / "skipped.jsonl", b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in skipped))
+    atomic_write_bytes(out / "inspect.html", page.encode(errors="replace"))
+    counts = Counter(table["status"].to_pylist())
+    said = f", {len(corpus.records)} records skipped" if corpus.records else ""
+    print(f"{len(table)} media: {counts['ok']} ok, {counts['skipped']} skipped{said}; "
+          f"{out / 'inspect.html'}, {out / 'media.parquet'}, {out / 'skipped.jsonl'}")
+
+
+def skipped_media(table: pa.Table) -> list[Skipped]:
+    """The rows that training would skip, as skipped.jsonl names them."""
+    columns = (table[name].to_pylist() for name in ("path", "status", "reason"))
+    return [Skipped(path, path, reason) for path, status, reason in zip(*columns, strict=True) if status == "skipped"]
+
+
+def find_media(data: Sequence[Path], config: Config, limit: int | None) -> Corpus:
+    """Distinct media of data files and folders, in order.
+
+    Raises:
+        DataError: a path does not exist, a data file cannot be read, or there is no medium.
+    """
+    sources = find_sources(data)
+    files = sources.files
+    prompts, skipped = read_records(sources, config.data)
+    uses: Counter[Media] = Counter(medium for prompt in prompts for medium in prompt.media)
+    missing = Counter((item.path, item.reason) for item in skipped if item.path not in files)
+    targets = [Target(medium, count) for medium, count in uses.items()]
+    targets += [Target(medium, 0) for medium in sources.media if medium not in uses]
+    targets += [Target(Video(path), count, reason) for (path, reason), count in missing.items()]
+    check_some(targets, data)
+    records = [item for item in skipped if item.path in files] + sources.broken
+    return Corpus(evenly(targets, limit), len(targets), records, sources.other_files)
+
+
+def policy_sizes(config: Config) -> PolicySizes:
+    """From the checkpoint of `model.path`, as training would load it. Raises CheckpointError."""
+    from veripo_fast.model.encoding import PromptEncoder
+    from veripo_fast.model.tower import resolve_path
+
+    encoder = PromptEncoder(resolve_path(config.model.path))
+    return PolicySizes(encoder.vision.patch_size, encoder.vision.merge_size,
+                       encoder.tower_bytes_per_token(config.model.dtype))
+
+
+# One medium
+
+def inspect_medium(target: Target, config: Config, sizes: PolicySizes, *, thumbnails: bool = False) -> Finding:
+    """Probe and sample one medium; never raises MediaError: what is wrong is the row's reason."""
+    medium = target.media
+    known: dict[str, Any] = {}
+    pictures: list[Picture] = []
+    reason = target.missing
+    if not reason:
+        try:
+            steps = (_inspect_video(medium, config, sizes) if isinstance(medium, Video)
+                     else _inspect_image(medium, config, sizes))
+            for facts, shown in steps:
+                known |= asdict(facts)
+                pictures = shown
+            reason = _too_long(known["tokens"], config)
+        except MediaError as error:
+            reason = str(error)
+    part = (medium.start_seconds, medium.end_seconds) if isinstance(medium, Video) else (None, None)
+    kind = "missing" if target.missing else type(medium).__name__.lower()
+    identity = Identity(medium.path, kind, *part, target.prompts, _bytes(medium.path),
+                        "skipped" if reason else "ok", reason)
+    return Finding(asdict(identity) | known, tuple(data_uri(picture) for picture in pictures if thumbnails))
+
+
+Step = tuple[Any, "list[Picture]"]
+"""Facts (a dataclass whose fields are columns) and the pictures known so far; a row keeps what came before an error."""
+
+
+def _inspect_video(video: Video, config: Config, sizes: PolicySizes) -> Iterator[Step]:
+    contract = config.video
+    probe = run_with_deadline(lambda deadline: probe_video(video.path, deadline), video.path, contract.timeout_seconds)
+    yield probe.facts, []
+    wanted = _wanted(video, probe, config)
+    plan = _plan(probe, wanted, config, sizes)
+    yield plan, []
+    if probe.facts.damaged_packets == 0 and len(wanted) > SAMPLES:
+        contract = replace(contract, fps=None, num_frames=SAMPLES)
+    started = time.perf_counter()
+    frames = decode(video, contract, sizes.factor)
+    seconds = time.perf_counter() - started
+    pictures = [_picture(pixels) for pixels in spread(list(frames.pixels), SAMPLES)]
+    yield replace(plan, decode_frames=probe.frames_to_decode(wanted, frames.decoder)), pictures
+    positions = [position for position in frames.indices if position < probe.facts.frames]
+    yield Sampled(frames.decoder, len(frames.indices), probe.frames_to_decode(positions, frames.decoder), seconds,
+                  _jpeg_bytes(pictures) * len(wanted) // len(pictures)), pictures
+
+
+def _inspect_image(image: Image, config: Config, sizes: PolicySizes) -> Iterator[Step]:
+    started = time.perf_counter()
+    pixels = decode_image(image, config.video, sizes.factor)[:1]
+    seconds = time.perf_counter() - started
+    height, width = pixels.shape[2:]
+    pictures = [_picture(pixels[0])]
+    tokens = height * width // sizes.factor**2
+    yield Plan(1, width, height, tokens, 1, pixels.nbytes, tokens * sizes.bytes_per_token), pictures
+    yield Sampled("pillow", 1, 1, seconds, _jpeg_bytes(pictures)), pictures
+
+
+def _wanted(video: Video, probe: Probe, config: Config) -> list[int]:
+    """Positions in the timeline of the frames that the contract takes."""
+    seconds = probe.timeline.seconds
+    part = window(seconds, video.start_seconds, video.end_seconds)
+    if not part:
+        raise MediaError(f"{video.path} has no frame in the part that is asked for: it is "
+                         f"{probe.timeline.length:.2f} s long")
+    return [part.start + index for index in frame_indices(seconds[part.start:part.stop], config.video)]
+
+
+def _plan(probe: Probe, wanted: Sequence[int], config: Config, sizes: PolicySizes) -> Plan:
+    height, width = probe.facts.height, probe.facts.width
+    if round(probe.facts.rotation / 90) % 2:
+        height, width = width, height
+    try:
+        height, width = resized_size(height, width, sizes.factor, config.video.min_pixels, config.video.max_pixels)
+    except ValueError as error:
+        raise MediaError(f"the video cannot be resized: {error}") from error
+    decoder = (*readers(probe.timeline, config.video.decoder), "pyav-sequential")[0]
+    pairs = -(-len(wanted) // TEMPORAL_PATCH)
+    tokens = pairs * (height // sizes.factor) * (width // sizes.factor)
+    return Plan(len(wanted), width, height, tokens, probe.frames_to_decode(wanted, decoder),
+                len(wanted) * 3 * height * width, tokens * sizes.bytes_per_token)
+
+
+def _too_long(tokens: int, config: Config) -> str:
+    limit = config.data.max_prompt_tokens
+    return "" if tokens <= limit else f"its {tokens} tokens alone are more than data.max_prompt_tokens {limit}"
+
+
+def _picture(pixels: Any) -> Picture:
+    """The picture of uint8 [3, H, W]."""
+    import PIL.Image
+
+    return PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _jpeg_bytes(pictures: Sequence[Picture]) -> int:
+    total = 0
+    for picture in pictures:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        total += buffer.tell()
+    return total
+
+
+def _bytes(path: str) -> int | None:
+    try:
+        member = locate(path)
+        return member.size if member else Path(path).stat().st_size
+    except (MediaError, OSError):
+        return None
+
+
+# All media
+
+def _inspect_all(targets: Sequence[Target], config: Config, sizes: PolicySizes,
+                 workers: int) -> tuple[pa.Table, dict[int, tuple[str, ...]]]:
+    """The table of all rows, and the thumbnails of some by row number. Rows wait in Arrow's columns: 0.5 KB each."""
+    torchcodec_decoder()  # its import takes seconds, which are no part of the first video's
+    shown = set(spread(list(range(len(targets))), MAX_SHOWN))
+    rows: list[dict[str, Any]] = []
+    batches: list[pa.RecordBatch] = []
+    thumbnails: dict[int, tuple[str, ...]] = {}
+    skipped = 0
+
+    def one(number: int) -> Finding:
+        return inspect_medium(targets[number], config, sizes, thumbnails=number in shown)
+
+    with (MediaPool(replace(config.video, workers=workers)) as pool,
+          tqdm(total=len(targets), desc="inspect", unit="medium") as bar):
+        for number, finding in enumerate(pool.map(one, range(len(targets)))):
+            assert isinstance(finding, Finding)
+            rows.append(finding.row)
+            skipped += finding.row["status"] == "skipped"
+            if finding.thumbnails:
+                thumbnails[number] = finding.thumbnails
+            if len(rows) == _BATCH:
+                batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
+                rows.clear()
+            bar.set_postfix_str(f"{skipped} skipped", refresh=False)
+            bar.update()
+    batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
+    return pa.Table.from_batches(batches, SCHEMA), thumbnails
+
+
+def _schema(*parts: type) -> pa.Schema:
+    types: dict[type, Callable[[], pa.DataType]] = {str: pa.string, int: pa.int64, float: pa.float64, bool: pa.bool_}
+    columns = []
+    for part in parts:
+        hints = get_type_hints(part)
+        for field in fields(part):
+            options = [kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)]
+            columns.append(pa.field(field.name, types[options[0]]()))
+    return pa.schema(columns)
+
+
+SCHEMA = _schema(Identity, VideoFacts, Plan, Sampled)
+"""Columns of media.parquet, documented at the fields of these classes."""
+
+
+def _check_writable(out: Path) -> None:
+    """Before an hour of probing, not after it."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is not a folder")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be written: {nearest} is not a folder that this user may write to")

@@ -1,0 +1,145 @@
+"""The policy: a Hugging Face Qwen2.5-VL or Qwen3-VL checkpoint, run on packed groups.
+
+The vision tower runs once per prompt (or not at all when its cached output is given), the prompt once per group, and
+the language-model head only where a completion token is predicted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+from veripo_kernels import linear_logprobs
+
+from veripo_fast.config.schema import ModelConfig
+from veripo_fast.model import shared_prefix
+from veripo_fast.model.attention import AttentionShape, implementation, select
+from veripo_fast.model.encoding import PromptEncoder
+from veripo_fast.model.liger import apply_liger
+from veripo_fast.model.packing import PackedBatch, pack
+from veripo_fast.model.tower import Tower, VisionFeatures, load_weights, resolve_device, resolve_path
+from veripo_fast.types import Prompt
+
+if TYPE_CHECKING:
+    from veripo_fast.rollout import LoadedPrompt
+
+
+class Policy(Tower):
+    """A model with its encoder; `version` counts the optimizer steps behind its weights."""
+
+    def __init__(self, model: Any, encoder: PromptEncoder, *, freeze_vision: bool, attention: str = "sdpa") -> None:
+        super().__init__(model.model.visual, encoder, frozen=freeze_vision)
+        self.model = model
+        self.version = 0
+        model.model.language_model.set_attn_implementation(implementation(attention))
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Named trainable parameters, each once."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
+               cache: shared_prefix.PromptCache | None = None) -> torch.Tensor:
+        """Last hidden states [T, D] of a packed row; `features` of each group's prompt, None without media."""
+        ids = batch.token_ids.to(self.device)
+        return self._language_model(ids[None], batch.positions.to(self.device)[:, None],
+                                    [f for f in features if f is not None], groups=batch.groups, cache=cache)[0]
+
+    def decode_hidden(self, token_ids: torch.Tensor, positions: torch.Tensor,
+                      cache: shared_prefix.PromptCache) -> torch.Tensor:
+        """Hidden states [rows, D] of one new token per completion: token_ids and positions int64 [rows]."""
+        hidden = self._language_model(token_ids[:, None], positions.expand(3, -1)[..., None], [],
+                                      groups=None, cache=cache)
+        cache.length += 1
+        return hidden[:, 0]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        return self.model.lm_head(hidden)
+
+    def completion_hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None]) -> torch.Tensor:
+        """Hidden states [M, D] from which the head predicts the completion tokens of a packed row."""
+        return self.hidden(batch, features)[batch.logit_index.to(self.device)]
+
+    def completion_logprobs(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], *,
+                            temperature: float = 1.0) -> torch.Tensor:
+        """Log-probabilities float32 [M] of the completion tokens of a packed row."""
+        return linear_logprobs(self.completion_hidden(batch, features), self.model.lm_head.weight,
+                               batch.targets.to(self.device), temperature=temperature)
+
+    def _language_model(self, ids: torch.Tensor, positions: torch.Tensor, features: Sequence[VisionFeatures],
+                        **attention: Any) -> torch.Tensor:
+        embeddings = self.model.get_input_embeddings()(ids)
+        extra: dict[str, Any] = {}
+        if features:
+            pads = torch.tensor(list(self.encoder.pad_ids.values()), device=ids.device)
+            visual = torch.isin(ids, pads)
+            embeddings = embeddings.masked_scatter(
+                visual[..., None], torch.cat([f.embeddings for f in features]).to(embeddings.dtype))
+            if features[0].deepstack:
+                levels = zip(*(f.deepstack for f in features), strict=True)
+                extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": [torch.cat(level) for level in levels]}
+        return self.model.model.language_model(
+            inputs_embeds=embeddings, position_ids=positions, attention_mask=None, use_cache=False,
+            **extra, **attention).last_hidden_state
+
+
+def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
+    """Load a checkpoint folder (`path` instead of `config.path` when a run continues from its own).
+
+    Raises:
+        CheckpointError: no such folder, another architecture, or a missing or damaged weight file, by name.
+    """
+    folder = path or resolve_path(config.path)
+    encoder = PromptEncoder(folder)
+    model = load_weights(AutoModelForImageTextToText, folder, config.dtype)
+    torch.nn.Module.to(model, resolve_device(config.device))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    else:
+        model.eval()
+    if config.liger:
+        apply_liger(model)
+    attention = select(config.attention, AttentionShape.of(model))
+    return Policy(model, encoder, freeze_vision=config.freeze_vision, attention=attention)
+
+
+def answer_scorer(policy: Policy, load: Callable[[Prompt], LoadedPrompt]
+                  ) -> Callable[[Prompt, list[str], list[str]], list[float]]:
+    """Mean log-probability of continuations of a prompt, for the likelihood judge; `load` brings the prompt's media.
+
+    The returned function takes a prompt, prefixes (what the policy wrote so far) and as many continuations, and gives
+    for each pair the mean over the continuation's tokens of log p(token | prompt, prefix, tokens before), in nats.
+    """
+
+    @torch.no_grad()
+    def score(prompt: Prompt, prefixes: list[str], continuations: list[str]) -> list[float]:
+        encode = policy.encoder.encode_completion
+        loaded = load(prompt)
+        pairs = [(encode(prefix), encode(continuation))
+                 for prefix, continuation in zip(prefixes, continuations, strict=True)]
+        batch = pack([(loaded.encoded, [before + after for before, after in pairs])])
+        logprobs = policy.completion_logprobs(batch, [loaded.features]).split(batch.cu_seqlens.diff().tolist())
+        return [float(row[len(before):].mean()) for row, (before, _) in zip(logprobs, pairs, strict=True)]
+
+    return score
+
+
+_PROCESSOR_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+                    "*processor_config.json")
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with."""
+    policy.model.save_pretrained(folder)
+    for pattern in _PROCESSOR_FILES:
+        for file in policy.encoder.path.glob(pattern):
+            shutil.copyfile(file, folder / file.name)

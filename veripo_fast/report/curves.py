@@ -1,0 +1,132 @@
+"""The curves and the time section: every metric over its stages, and where the seconds went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veripo_fast.report.axes import number
+from veripo_fast.report.charts import Band, Chart, line_chart, smooth_window
+from veripo_fast.report.run_data import Row, RunData, Stage, finite, phases
+from veripo_fast.report.scores import UNIT, Table, duration
+
+METRICS: dict[str, tuple[str, str, tuple[float, float] | None]] = {
+    "reward_mean": ("Reward", "mean per completion", None),
+    "accuracy_mean": ("Accuracy", "mean of the rollouts, 0 to 1", UNIT),
+    "format_mean": ("Format", "share of well-formed completions", UNIT),
+    "preference_accuracy": ("Preference accuracy", "pairs ranked right", UNIT),
+    "margin": ("Margin", "implicit reward, chosen − rejected", None),
+    "chosen_logprobs_mean": ("Chosen logprobs", "mean per token, nats", None),
+    "rejected_logprobs_mean": ("Rejected logprobs", "mean per token, nats", None),
+    "chosen_drift": ("Chosen drift", "policy − reference, per token", None),
+    "length_mean": ("Length", "tokens per completion", None),
+    "finished_share": ("Finished", "share that ended by itself", UNIT),
+    "zero_variance_share": ("Zero-variance groups", "share of the groups", UNIT),
+    "loss": ("Loss", "", None),
+    "kl": ("KL to the reference", "nats per token", None),
+    "grad_norm": ("Gradient norm", "before clipping", None),
+    "clip_share": ("Clipped tokens", "share of tokens", None),
+    "ratio_max": ("Largest ratio", "policy / old", None),
+    "parity_max": ("Parity", "largest |trainer − engine|, nats", None),
+    "learning_rate": ("Learning rate", "", None),
+    "packed_tokens": ("Packed tokens", "per optimizer step", None),
+}
+"""Known metrics in drawing order: title, what the axis shows, fixed range. Other numeric keys are drawn after them."""
+NO_METRIC = {"global_step", "step", "seconds"}
+PHASES = ("decode", "vision", "rollout", "reward", "verify", "reference", "forward", "update", "sync", "checkpoint",
+          "eval")
+"""Known phases in the order of the data flow; others follow."""
+KINDS = {"grpo": "GRPO", "dpo": "DPO"}
+
+
+@dataclass
+class Curves:
+    """The charts of one kind of stage."""
+
+    kind: str
+    title: str
+    window: int
+    charts: list[Chart]
+    constant: list[str]
+    """Metrics that never changed, as text."""
+
+
+@dataclass
+class TimeBar:
+    """Where one stage spent its time."""
+
+    stage: str
+    total: str
+    segments: list[tuple[str, int, float, str]]
+    """(phase, colour number, percent of the longest stage, text)."""
+
+
+def curves(run: RunData) -> list[Curves]:
+    """Every numeric metric, drawn per kind of stage."""
+    return [_curves_of(kind, stages) for kind in dict.fromkeys(stage.kind for stage in run.stages)
+            if (stages := run.of_kind(kind))]
+
+
+def _curves_of(kind: str, stages: list[Stage]) -> Curves:
+    rows = [row for stage in stages for row in stage.rows]
+    present = [key for key in dict.fromkeys(k for row in rows for k in row) if key not in NO_METRIC
+               and any(finite(row.get(key)) is not None for row in rows)]
+    result = Curves(kind, KINDS.get(kind, kind), smooth_window(max(len(stage.rows) for stage in stages)), [], [])
+    for key in [k for k in METRICS if k in present] + [k for k in present if k not in METRICS]:
+        title, note, fixed = METRICS.get(key, (key.replace("_", " ").capitalize(), "", None))
+        bands = [_band(stage, [row for row in stage.rows if key in row], key) for stage in stages]
+        _add_chart(result, title, note, [band for band in bands if any(v is not None for v in band.values)], fixed)
+    seconds = [Band(stage.name, _steps(stage.rows), tuple(sum(phases(row).values()) for row in stage.rows))
+               for stage in stages]
+    _add_chart(result, "Step time", "seconds, all phases", seconds, None)
+    return result
+
+
+def _band(stage: Stage, rows: list[Row], key: str) -> Band:
+    """The rows that have the key: null where it was not finite, left out where it was not recorded."""
+    return Band(stage.name, _steps(rows), tuple(finite(row[key]) for row in rows))
+
+
+def _steps(rows: list[Row]) -> tuple[int, ...]:
+    return tuple(row["global_step"] for row in rows)
+
+
+def _add_chart(to: Curves, title: str, note: str, bands: list[Band], fixed: tuple[float, float] | None) -> None:
+    known = [v for band in bands for v in band.values if v is not None]
+    if len(set(known)) == 1 and all(None not in band.values for band in bands):
+        if known[0] or title != "Step time":
+            to.constant.append(f"{title.lower()} {number(known[0])}")
+        return
+    to.charts.append(Chart(title, note, line_chart(title, bands, fixed), number(known[-1])))
+
+
+def phase_order(run: RunData) -> list[str]:
+    """Phases that occur, in the order of the data flow."""
+    found = dict.fromkeys(phase for stage in run.stages for phase in stage.seconds)
+    return [p for p in PHASES if p in found] + [p for p in found if p not in PHASES]
+
+
+def time_bars(run: RunData) -> list[TimeBar]:
+    """One stacked bar per stage, all on the scale of the longest."""
+    order, ran = phase_order(run), [stage for stage in run.stages if stage.seconds]
+    longest = max((sum(stage.seconds.values()) for stage in ran), default=0.0)
+    return [TimeBar(stage.name, duration(sum(stage.seconds.values())),
+                    [(phase, order.index(phase), stage.seconds[phase] / longest * 100,
+                      f"{phase} {duration(stage.seconds[phase])}") for phase in order if stage.seconds.get(phase)])
+            for stage in ran if longest]
+
+
+def time_table(run: RunData) -> Table | None:
+    """Time per phase and stage, in one unit so that the columns compare, and the share of the whole."""
+    ran = [stage for stage in run.stages if stage.seconds]
+    total = sum(sum(stage.seconds.values()) for stage in ran)
+    if not total:
+        return None
+    title, unit = ("Minutes", 60.0) if total >= 2 * 3600 else ("Seconds", 1.0)
+
+    def line(name: str, values: list[float]) -> list[str]:
+        cells = [f"{value / unit:,.1f}" if value else "–" for value in (*values, sum(values))]
+        return [name, *cells, f"{sum(values) / total * 100:.1f} %"]
+
+    rows = [line(phase, [stage.seconds.get(phase, 0.0) for stage in ran]) for phase in phase_order(run)]
+    rows.append(line("all", [sum(stage.seconds.values()) for stage in ran]))
+    return Table(title, ["", *(stage.name for stage in ran), "total", "share"], rows)

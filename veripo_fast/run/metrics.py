@@ -1,0 +1,119 @@
+"""Metrics of a run: one JSON line per record, and the same numbers as TensorBoard scalars.
+
+A record is a flat or nested mapping with `global_step`; wall times live under the key `seconds`, so that the rest can
+be compared bitwise between a resumed run and an uninterrupted one. NaN and infinity become null: every line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veripo_fast.run.checkpoint import atomic_write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Appends records to `path` and, with a folder, to TensorBoard (torch is imported with the first record)."""
+
+    def __init__(self, path: Path, tensorboard_dir: Path | None = None) -> None:
+        self.path = path
+        self.tensorboard_dir = tensorboard_dir
+        self._next_step: int | None = None
+        self._writer: SummaryWriter | None = None
+
+    def log(self, record: Mapping[str, object]) -> None:
+        """Append one record; it has reached the operating system when this returns. Raises OSError."""
+        plain = _plain(record)
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(self.path)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
+        if self.tensorboard_dir is not None:
+            self._log_scalars(plain, self.tensorboard_dir)
+
+    def truncate_after(self, global_step: int) -> int:
+        """Forget records whose global_step is larger, as a resume at `global_step` must; returns how many."""
+        self.close()
+        self._next_step = global_step + 1
+        records = read_records(self.path)
+        kept = [record for record in records if record.get("global_step", 0) <= global_step]
+        if self.path.exists():
+            atomic_write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        return len(records) - len(kept)
+
+    def close(self) -> None:
+        """Flush and close the TensorBoard file; a later record opens another one."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _log_scalars(self, record: dict[str, Any], folder: Path) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides what an earlier process logged past the step that this one resumes from
+            self._writer = SummaryWriter(str(folder), purge_step=self._next_step)
+        for name, value in _scalars(record, ""):
+            self._writer.add_scalar(name, value, record.get("global_step"))
+        self._writer.flush()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a metrics file, [] when there is none. A line torn by a crash is left out and said in the log."""
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            _log.warning("%s line %d is not JSON and is left out", path, number)
+    return records
+
+
+def _plain(value: Any) -> Any:
+    """Plain Python values for JSON; scalars of numpy and torch (anything with `item`) included."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    number = float(value) if isinstance(value, float) else value.item()
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def _scalars(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "global_step":
+            yield f"{prefix}{key}", value
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut what a crash left after the last newline, so that the next record starts on a line of its own."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, 2)
+        if file.read(1) != b"\n":
+            whole = path.read_bytes()
+            file.truncate(whole.rfind(b"\n") + 1)
+            _log.warning("%s ended in a torn line, which was cut", path)

@@ -1,0 +1,72 @@
+"""The Rollout-Aware Verifier as one step: judge, check, pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.errors import JudgeError
+from veripo_fast.types import PreferencePair, RolloutGroup, Verdict
+from veripo_fast.verifier.account import Account
+from veripo_fast.verifier.checks import check_group
+from veripo_fast.verifier.judge_likelihood import AnswerLogprobs, LikelihoodJudge
+from veripo_fast.verifier.judge_rules import RulesJudge
+from veripo_fast.verifier.judges import Judge, judge_distinct
+from veripo_fast.verifier.pairs import Encode, build_pairs
+
+
+@dataclass
+class VerifierResult:
+    """What the verifier says of some groups."""
+
+    verdicts: list[list[Verdict]]
+    """Per group and completion, in the order of the groups that were verified."""
+    pairs: list[PreferencePair]
+    account: Account
+
+
+def make_judge(config: VerifierConfig, cache_path: Path | None = None,
+               scorer: Callable[[], AnswerLogprobs] | None = None) -> Judge:
+    """The judge that the configuration names.
+
+    Args:
+        cache_path: JSONL file in which the endpoint judge keeps its verdicts.
+        scorer: makes the frozen model's scorer; called for the likelihood judge alone.
+    """
+    if config.judge == "endpoint":
+        from veripo_fast.verifier.judge_endpoint import EndpointJudge
+
+        return EndpointJudge(config, cache_path)
+    if config.judge == "likelihood":
+        if scorer is None:
+            raise JudgeError("judge `likelihood` needs a model to score answers with")
+        return LikelihoodJudge(scorer(), config.likelihood_margin)
+    return RulesJudge()
+
+
+def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, count_tokens: Callable[[str], int],
+           encode: Encode, eos_id: int, seed: int, progress: bool = True) -> VerifierResult:
+    """Judge every distinct completion once, run the checks, build the pairs.
+
+    Args:
+        groups: scored rollouts; a prompt may occur in several groups, its pairs are capped together.
+        count_tokens: tokens of a text, for the length check.
+        encode: text to token ids without special tokens, for assembled sides of pairs.
+        progress: show a bar when standard error is a terminal.
+
+    Raises:
+        JudgeError: the judge cannot give (enough) verdicts.
+    """
+    total = sum(len(group.completions) for group in groups)
+    with tqdm(total=total, desc="verifier", unit="completion", disable=None if progress else True) as bar:
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        judgements = judge_distinct(judge, groups, advance)
+    verdicts = [check_group(group, row, config, count_tokens) for group, row in zip(groups, judgements, strict=True)]
+    pairs, account = build_pairs(groups, verdicts, config, encode, eos_id, seed)
+    return VerifierResult(verdicts, pairs, account)
