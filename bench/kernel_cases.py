@@ -61,10 +61,6 @@ class Problem:
                        advantages=self.advantages.to(wide),
                        old_logprobs=self.old_logprobs.to(wide))
 
-    def output_bytes(self) -> int:
-        """Bytes of the gradients that a step hands back."""
-        return self.hidden.nbytes + (self.head.nbytes if self.train_head else 0)
-
 
 def problem(shape: Shape, dtype: torch.dtype, device: torch.device, *, idle: float = 0.0, train_head: bool = True,
             seed: int = 0) -> Problem:

@@ -17,7 +17,8 @@ from veripo_kernels import resize_frames
 from video_worker import Answer, measured, serve
 
 from veripo_fast.cache.loader import PromptLoader
-from veripo_fast.config.schema import CacheConfig, ModelConfig, StageConfig, VideoConfig
+from veripo_fast.config.inputs import CacheConfig, ModelConfig, VideoConfig
+from veripo_fast.config.schema import StageConfig
 from veripo_fast.demo.corpus import write_corpus
 from veripo_fast.demo.run import demo_config
 from veripo_fast.demo.tiny_model import init_model

@@ -22,7 +22,7 @@ from measure import Ratio, digits, paired
 from video_clips import Size, described, textured
 from video_worker import Answer, Worker, WorkerError, bundled_ffmpeg
 
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.video.contract import frame_indices
 
 Row = dict[str, Any]

@@ -12,8 +12,7 @@ from veripo_fast.demo import tiny_model
 from veripo_fast.model import shared_prefix
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.policy import Policy
-from veripo_fast.rollout import LoadedPrompt
-from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Message, Prompt, Video
+from veripo_fast.types import EncodedPrompt, Image, LoadedPrompt, Media, MediaInputs, Message, Prompt, Video
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
@@ -29,7 +28,7 @@ def checkpoint(family: str) -> Path:
 @cache
 def policy(family: str, freeze_vision: bool = False) -> Policy:
     """A float32 policy on the CPU; tests must not change its weights."""
-    from veripo_fast.config.schema import ModelConfig
+    from veripo_fast.config.inputs import ModelConfig
     from veripo_fast.model.policy import load_policy
 
     return load_policy(ModelConfig(path=str(checkpoint(family)), device="cpu", freeze_vision=freeze_vision))

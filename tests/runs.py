@@ -29,8 +29,9 @@ import torch
 from PIL import Image as Picture
 
 from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.load import apply_overrides
-from veripo_fast.config.schema import Config, DataConfig, ModelConfig, VideoConfig
+from veripo_fast.config.schema import Config
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.demo import tiny_model
 from veripo_fast.demo.corpus import write_corpus

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from veripo_fast.config.schema import ModelConfig
+from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.model import attention as backends
 from veripo_fast.model import shared_prefix

@@ -14,13 +14,8 @@ from conftest import PYTHONPATH
 
 from veripo_fast.errors import CheckpointError
 from veripo_fast.run import checkpoint
-from veripo_fast.run.checkpoint import (
-    atomic_write_text,
-    checkpoint_step,
-    latest_checkpoint,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.run.checkpoint import checkpoint_step, latest_checkpoint, save_checkpoint, verify_checkpoint
 
 
 def writer(content: str):

@@ -7,15 +7,9 @@ from veripo_kernels import options, reference
 
 from veripo_fast.config import schema as module
 from veripo_fast.config.describe import _docs, is_section, kinds
-from veripo_fast.config.schema import (
-    Config,
-    DpoConfig,
-    GrpoConfig,
-    RolloutConfig,
-    StageConfig,
-    VerifierConfig,
-    VideoConfig,
-)
+from veripo_fast.config.inputs import VideoConfig
+from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig, VerifierConfig
+from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 
 SECTIONS = [value for value in vars(module).values() if isinstance(value, type) and is_section(value)]
@@ -67,7 +61,7 @@ def test_stages_that_do_not_fit(stages, sentence):
 
 
 def test_losses_are_those_of_the_kernels():
-    """config.py must not import torch, so it says the names again."""
+    """config/ must not import torch, so it says the names again."""
     assert choices(GrpoConfig, "loss") == get_args(options.PolicyLossName)
     assert choices(GrpoConfig, "aggregation") == (*get_args(options.Aggregation), None)
     assert choices(GrpoConfig, "kl_kind") == get_args(options.KlKind)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veripo_fast.data.prompts import PromptOrder, Skipped, SkippedLog
+from veripo_fast.data.order import PromptOrder
+from veripo_fast.data.skipped import Skipped, SkippedLog
 
 
 def test_every_prompt_once_per_epoch_and_reshuffled() -> None:

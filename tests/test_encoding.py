@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_patches import oracle_folder
 
-from veripo_fast.config.schema import ModelConfig
+from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.packing import pack

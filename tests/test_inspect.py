@@ -26,10 +26,12 @@ from report_browser import Browser
 
 from tests import clips
 from veripo_fast.cli import main
-from veripo_fast.config.schema import Config, DataConfig, ModelConfig, VideoConfig
-from veripo_fast.inspect import corpus
+from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
+from veripo_fast.config.schema import Config
+from veripo_fast.inspect import command, corpus
 from veripo_fast.inspect.corpus import PolicySizes, Target, find_media, inspect_medium, policy_sizes
-from veripo_fast.inspect.page import duration, histogram, memory
+from veripo_fast.inspect.page import duration, histogram
+from veripo_fast.text import memory
 from veripo_fast.types import Video
 from veripo_fast.video.probe import Probe, probe_video
 
@@ -258,7 +260,7 @@ def test_one_wrong_byte_in_the_structure_of_a_packet(folder: Path, tmp_path: Pat
 def test_time_out_is_a_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck = threading.Event()
     monkeypatch.setattr(corpus, "probe_video", lambda path, deadline: stuck.wait(60))
-    monkeypatch.setattr("veripo_fast.video.pool.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("veripo_fast.video.deadline.GRACE_SECONDS", 0.1)
     started = time.monotonic()
     found = row(folder / "plain.mp4", Config(video=VideoConfig(timeout_seconds=0.2)))
     seconds = time.monotonic() - started
@@ -355,7 +357,7 @@ def test_rows_and_skipped_file(result: tuple[Path, str]) -> None:
     out, last = result
     table = pq.read_table(out / "media.parquet")
     total = len(CLIPS) + 1 + len(REASONS)
-    assert len(table) == total and table.schema == corpus.SCHEMA
+    assert len(table) == total and table.schema == command.SCHEMA
     assert last == (f"{total} media: {total - 6} ok, 6 skipped; {out / 'inspect.html'}, {out / 'media.parquet'}, "
                     f"{out / 'skipped.jsonl'}")
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
@@ -415,7 +417,8 @@ def test_histogram_counts_every_value() -> None:
 
 def test_units_for_people() -> None:
     assert [memory(value) for value in (0, 999, 1500, 2_345_000_000)] == ["0 B", "999 B", "1.5 KB", "2.3 GB"]
-    assert [duration(value) for value in (1.25, 150, 9000, 200_000)] == ["1.2 s", "2.5 min", "2.5 h", "2.3 days"]
+    assert [duration(value) for value in (1.25, 150, 9000, 200_000)] == [
+        "1.2 s", "2 min 30 s", "2 h 30 min", "2 days 8 h"]
 
 
 def test_browser_shows_the_page(browser: Browser, result: tuple[Path, str]) -> None:

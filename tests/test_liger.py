@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 from veripo_kernels import dispatch
 
-from veripo_fast.config.schema import ModelConfig
+from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.model import liger
 from veripo_fast.model.packing import pack

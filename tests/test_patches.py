@@ -17,7 +17,7 @@ import torch
 from PIL import Image as PilImage
 from veripo_kernels import resize_frames
 
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Image, Video
 from veripo_fast.video.contract import resized_size

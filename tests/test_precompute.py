@@ -26,8 +26,9 @@ from tests import clips
 from veripo_fast.cache import precompute
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.cli import main
+from veripo_fast.config.inputs import DataConfig
 from veripo_fast.config.load import to_yaml
-from veripo_fast.config.schema import Config, DataConfig
+from veripo_fast.config.schema import Config
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.model import encoding
 from veripo_fast.model.tower import Tower

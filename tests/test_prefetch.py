@@ -14,7 +14,7 @@ import pytest
 import runs
 
 from veripo_fast.cache.prefetch import MediaSlots
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.model import encoding
 from veripo_fast.rollout.torch_engine import TorchEngine

@@ -17,11 +17,12 @@ from tokenizers.models import BPE
 from tests.report_run import half_done, make_run
 from veripo_fast.errors import UserError
 from veripo_fast.report import page as report
-from veripo_fast.report.axes import number, ticks, y_range
+from veripo_fast.report.axes import ticks, y_range
 from veripo_fast.report.charts import Band, line_chart, smooth
 from veripo_fast.report.run_data import load_run
 from veripo_fast.report.samples import collect
 from veripo_fast.report.verifier import TokenText
+from veripo_fast.text import number
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verifier_groups import prompt, written
 
-from veripo_fast.config.schema import RewardConfig
+from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.errors import DataError
 from veripo_fast.reward.score import (
     Score,

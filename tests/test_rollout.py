@@ -17,10 +17,10 @@ import torch
 from veripo_fast.errors import DataError
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
-from veripo_fast.rollout import LoadedPrompt, Sampling
+from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.rollout.torch_engine import TorchEngine, sample
-from veripo_fast.types import Completion, Image, Message, Prompt, RolloutGroup, Video
+from veripo_fast.types import Completion, Image, LoadedPrompt, Message, Prompt, RolloutGroup, Video
 
 MEDIA = [[("video", 4, 3, 2)], [], [("image", 2, 2, 3)], [("video", 6, 2, 2), ("image", 2, 3, 3)], [("video", 3, 2, 2)]]
 GREEDY = Sampling(group_size=2, temperature=0.0, max_new_tokens=8, seed=0)

@@ -23,10 +23,12 @@ from conftest import PYTHONPATH
 from PIL import Image as PilImage
 
 from tests import clips
-from veripo_fast.config.schema import Config, DataConfig, VideoConfig
+from veripo_fast.config.inputs import DataConfig, VideoConfig
+from veripo_fast.config.schema import Config
 from veripo_fast.data import archives
-from veripo_fast.data.archives import ffmpeg_source, find_member, locate, read_index, samples
+from veripo_fast.data.archives import ffmpeg_source, find_member, locate, read_index
 from veripo_fast.data.prompts import load_prompts
+from veripo_fast.data.webdataset import samples
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.inspect.corpus import PolicySizes, find_media, inspect_medium
 from veripo_fast.types import Image, Video

@@ -12,7 +12,8 @@ import av
 import numpy as np
 import pytest
 
-from veripo_fast.config.schema import DataConfig, RewardConfig
+from veripo_fast.config.inputs import DataConfig
+from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.demo.corpus import record, write_corpus
 from veripo_fast.demo.questions import Question, questions

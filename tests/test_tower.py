@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from veripo_fast.cache.disk import tower_version
-from veripo_fast.config.schema import ModelConfig
+from veripo_fast.cache.entries import tower_version
+from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError
 from veripo_fast.model.policy import load_policy
 from veripo_fast.model.tower import load_tower

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from verifier_groups import encode, group, prompt, written
 
-from veripo_fast.config.schema import Config, ModelConfig, VerifierConfig
+from veripo_fast.config.inputs import ModelConfig
+from veripo_fast.config.objectives import VerifierConfig
+from veripo_fast.config.schema import Config
 from veripo_fast.errors import DataError, JudgeError
 from veripo_fast.rollout.store import write_groups
 from veripo_fast.verifier import make_judge, read_pairs, verify, verify_files, write_result
@@ -89,7 +91,7 @@ def test_pairs_are_written_last(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("veripo_fast.verifier.store._write_text", full)
+    monkeypatch.setattr("veripo_fast.verifier.store.atomic_write_text", full)
     with pytest.raises(OSError, match="disk full"):
         write_result(tmp_path, verified())
     assert not (tmp_path / "pairs.parquet").exists()

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verifier_groups import completion, group, prompt, written
 
-from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.types import RolloutGroup
 from veripo_fast.verifier.checks import check_group, length_tokens, repetition
 from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from verifier_groups import group, prompt, written
 
-from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
 from veripo_fast.verifier.endpoint_client import NoReply, pause_seconds
 from veripo_fast.verifier.judge_endpoint import EndpointJudge, VerdictCache, judge_text, read_reply

@@ -6,7 +6,6 @@ import pytest
 from verifier_groups import completion, group, prompt, written
 
 from veripo_fast.types import RolloutGroup
-from veripo_fast.verifier import inconsistency_rate
 from veripo_fast.verifier.conclusions import reflectiveness, supported_answer
 from veripo_fast.verifier.judge_likelihood import LikelihoodJudge
 from veripo_fast.verifier.judge_rules import RulesJudge
@@ -203,13 +202,4 @@ def test_every_distinct_completion_is_judged_once():
 def test_equal_ids_of_different_prompts_are_kept_apart():
     reduced, _ = distinct_groups([group("a"), group("a", to=prompt(gold="C"))])
     assert len(reduced) == 2
-
-
-def test_inconsistency_rate_counts_over_all_completions():
-    found = inconsistency_rate([
-        group(written("so right", "B"), written("so right", "A"), written("right", "B"), "no tags"),
-        group(written("so left", "B"), to=prompt(prompt_id="p1"))], RulesJudge())
-    assert (found.inconsistent, found.unknown, found.total) == (2, 2, 5)
-    assert found.rate == pytest.approx(0.4) and found.unknown_rate == pytest.approx(0.4)
-    assert inconsistency_rate([], RulesJudge()).rate == 0
 

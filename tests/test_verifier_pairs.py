@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verifier_groups import encode, group, prompt, written
 
-from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.verifier.checks import check_group
 from veripo_fast.verifier.judge_rules import RulesJudge
 from veripo_fast.verifier.judges import judge_distinct, no_progress

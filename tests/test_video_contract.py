@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.video.contract import frame_count, frame_indices, resized_size, window
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import clips
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
 from veripo_fast.video import packets as module

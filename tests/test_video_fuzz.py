@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.clips import make_clip, open_gop
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
 
@@ -91,9 +91,9 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 def fuzz(folder: Path, count: int) -> dict[str, float]:
     """Probe and decode `count` damaged copies of the folder's files; only MediaError is caught."""
+    from veripo_fast.video.deadline import run_with_deadline
     from veripo_fast.video.decode import decode
     from veripo_fast.video.ffmpeg import torchcodec_decoder
-    from veripo_fast.video.pool import run_with_deadline
     from veripo_fast.video.probe import probe_video
 
     torchcodec_decoder()  # its import takes seconds, which are no hang

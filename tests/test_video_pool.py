@@ -11,12 +11,13 @@ import torch
 from PIL import Image as PilImage
 
 from tests import clips
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Frames, Image, Video
 from veripo_fast.video import decode as module
+from veripo_fast.video.deadline import run_with_deadline
 from veripo_fast.video.decode import decode
-from veripo_fast.video.pool import MediaPool, run_with_deadline
+from veripo_fast.video.pool import MediaPool
 
 
 def test_results_keep_their_order_and_errors_their_place(tmp_path: Path) -> None:

@@ -17,28 +17,20 @@ import runs
 import torch
 
 from veripo_fast.cache import disk as module
-from veripo_fast.cache.disk import (
-    DecodedMedia,
-    VisionStore,
-    read_frames,
-    read_tower,
-    tower_version,
-    write_frames,
-    write_tower,
-)
+from veripo_fast.cache.disk import VisionStore
+from veripo_fast.cache.entries import DecodedMedia, read_frames, read_tower, tower_version, write_frames, write_tower
 from veripo_fast.cache.loader import PromptLoader
-from veripo_fast.config.schema import CacheConfig, DataConfig, ModelConfig, VideoConfig
+from veripo_fast.config.inputs import CacheConfig, DataConfig, ModelConfig, VideoConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.demo.corpus import write_clip
 from veripo_fast.demo.world import random_clip
 from veripo_fast.errors import ConfigError
 from veripo_fast.model import encoding
 from veripo_fast.model.policy import Policy, load_policy
-from veripo_fast.model.tower import VisionFeatures
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import read_records
 from veripo_fast.trainer import train
-from veripo_fast.types import MediaInputs, Prompt, Video
+from veripo_fast.types import MediaInputs, Prompt, Video, VisionFeatures
 
 CONTRACT = VideoConfig(fps=None, num_frames=4, min_pixels=32 * 32, max_pixels=64 * 64)
 KEYS = [f"{number:032x}" for number in range(20)]

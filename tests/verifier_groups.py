@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from veripo_fast.config.schema import RewardConfig
+from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.reward.score import score
 from veripo_fast.types import Completion, Message, ProblemType, Prompt, RolloutGroup
 

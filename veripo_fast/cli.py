@@ -122,7 +122,7 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.config.load import load_config
 
     config = load_config(options.config, overrides)
-    from veripo_fast.evaluation.evaluate import evaluate_command
+    from veripo_fast.evaluation.command import evaluate_command
 
     evaluate_command(config, options.out)
 
@@ -131,7 +131,7 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.config.load import load_config
 
     config = load_config(options.config, overrides)
-    from veripo_fast.inspect.corpus import inspect_command
+    from veripo_fast.inspect.command import inspect_command
 
     inspect_command(options.data, config, options.out, options.workers, options.limit)
 

@@ -26,20 +26,25 @@ from tqdm import tqdm
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.load import apply_overrides, load_config, to_yaml
 from veripo_fast.config.schema import Config, StageConfig
-from veripo_fast.data.prompts import PromptOrder, Skipped, SkippedLog, load_prompts
+from veripo_fast.data.order import PromptOrder
+from veripo_fast.data.prompts import load_prompts
+from veripo_fast.data.skipped import Skipped, SkippedLog
 from veripo_fast.errors import ConfigError, DataError, TrainingError
 from veripo_fast.evaluation.evaluate import evaluate, summary
-from veripo_fast.model.policy import Policy, answer_scorer, load_policy, save_policy
-from veripo_fast.model.tower import resolve_path
-from veripo_fast.rollout import Sampling
+from veripo_fast.model.checkpoint_files import resolve_path
+from veripo_fast.model.policy import Policy, load_policy, save_policy
+from veripo_fast.model.scorer import answer_scorer
+from veripo_fast.reward.groups import reward_groups
+from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.rollout.torch_engine import TorchEngine
-from veripo_fast.run.checkpoint import atomic_write_text, latest_checkpoint, save_checkpoint
+from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.run.checkpoint import latest_checkpoint, save_checkpoint
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import MetricsLog, read_records
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.dpo import PairRow, dpo_update, reference_logprobs, step_order
-from veripo_fast.stages.grpo import GrpoUpdate, reward_groups, rollout_metrics
+from veripo_fast.stages.grpo import GrpoUpdate, rollout_metrics
 from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.types import PreferencePair, Prompt, RolloutGroup
 from veripo_fast.verifier import make_judge, read_pairs, verify, write_result

@@ -46,10 +46,8 @@ class Frames:
     """float64 [T]: the true presentation time of each frame, relative to the first frame of the (part of the) video."""
     indices: tuple[int, ...]
     """Index of each frame in decoding-independent presentation order."""
-    source_fps: float
-    """Average frame rate of the source, frames per second."""
     decoder: str
-    """Which decoder produced them: a name of choose.readers, or `pyav-sequential`."""
+    """Which decoder produced them: a name of `video.decoders.readers`, or `pyav-sequential`."""
 
 
 @dataclass(frozen=True)
@@ -179,3 +177,27 @@ class Verdict:
     """The judge's own number where it has one (likelihood judge: log-probability margin)."""
     flags: tuple[str, ...] = field(default_factory=tuple)
     """Names of failed checks: format, unfinished, length, repetition, inconsistent, wrong."""
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """Tower output of all media of one prompt, in the order of the pad tokens."""
+
+    embeddings: torch.Tensor
+    """[tokens, D], after the merger."""
+    deepstack: tuple[torch.Tensor, ...] = ()
+    """Qwen3-VL: [tokens, D] for each of the first decoder layers; empty for Qwen2.5-VL."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.embeddings.nbytes + sum(level.nbytes for level in self.deepstack)
+
+
+@dataclass(frozen=True)
+class LoadedPrompt:
+    """A prompt ready for the policy; the tower's output is shared by rollout, every log-prob pass and the update."""
+
+    prompt: Prompt
+    encoded: EncodedPrompt
+    features: VisionFeatures | None
+    """Detached tower output, None for a text-only prompt."""

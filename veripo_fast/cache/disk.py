@@ -7,7 +7,6 @@ modification time). There are no locks: two processes may write the same entry, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,18 +16,15 @@ import zlib
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from veripo_fast.errors import ConfigError
-from veripo_fast.model.tower import Tower, VisionFeatures
-from veripo_fast.run.checkpoint import atomic_write_bytes
-from veripo_fast.types import MediaInputs
+from veripo_fast.run.atomic import atomic_write_bytes
 
 log = logging.getLogger(__name__)
 MAX_PENDING = 8
@@ -38,25 +34,8 @@ SLACK = 16
 STALE_SECONDS = 3600
 """A temporary file as old as this was left by a crash."""
 _OURS = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{16}\.tower|\.frames)\.safetensors")
-Kind: TypeAlias = Literal["image", "video"]
 Stored: TypeAlias = tuple[dict[str, torch.Tensor], Any]
 """Tensors and what JSON says of them."""
-
-
-@dataclass(frozen=True)
-class DecodedMedia:
-    """All images and videos of one prompt, decoded and resized, in the order they appear in the text."""
-
-    frames: list[tuple[Kind, torch.Tensor, torch.Tensor]]
-    """Per medium its kind, pixels uint8 [T, 3, H, W], and times float64 [T] in seconds."""
-    key: str
-    """Content fingerprint of the media under the sampling contract."""
-    from_disk: bool = False
-    """Whether they were read from the cache and not decoded."""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(pixels.nbytes for _, pixels, _ in self.frames)
 
 
 class VisionStore:
@@ -173,76 +152,14 @@ class VisionStore:
             return
 
 
-def tower_version(tower: Tower) -> str:
-    """16 hexadecimal digits that change with any bit of the tower's weights, their type, or the kind of device.
-
-    Every byte is hashed rather than a sample: one changed weight gives another output, and it happens once per process
-    (a tower of 0.7 billion bfloat16 weights is 1.3 GB, about a second of SHA-256 on one core).
-    """
-    digest = hashlib.sha256(tower.device.type.encode())
-    for name, value in sorted(tower.visual.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(_raw(value.detach().cpu()))
-    return digest.hexdigest()[:16]
-
-
-def tower_name(key: str, version: str) -> str:
-    """Entry of the output of the tower of this version for the media of `key`."""
-    return f"{key}-{version}.tower"
-
-
-def frames_name(key: str) -> str:
-    """Entry of the decoded frames of the media of `key`."""
-    return f"{key}.frames"
-
-
-def write_tower(store: VisionStore, version: str, media: MediaInputs, features: VisionFeatures) -> None:
-    """Keep a tower's output, which lies on the CPU."""
-    levels = {f"deepstack.{number}": level for number, level in enumerate(features.deepstack)}
-    store.write_later(tower_name(media.key, version),
-                      {"grid_thw": media.grid_thw, "embeddings": features.embeddings, **levels},
-                      {"kinds": media.kinds, "grid_seconds": media.grid_seconds})
-
-
-def read_tower(store: VisionStore, version: str, key: str) -> tuple[MediaInputs, VisionFeatures] | None:
-    """Media without pixels, and the output of the tower of this version."""
-    found = store.read(tower_name(key, version))
-    if found is None:
-        return None
-    tensors, about = found
-    levels = tuple(tensors[f"deepstack.{number}"] for number in range(len(tensors) - 2))
-    seconds = tuple(tuple(times) for times in about["grid_seconds"])
-    return (MediaInputs(None, tensors["grid_thw"], tuple(about["kinds"]), seconds, key),
-            VisionFeatures(tensors["embeddings"], levels))
-
-
-def write_frames(store: VisionStore, decoded: DecodedMedia) -> None:
-    """Keep decoded frames."""
-    tensors: dict[str, torch.Tensor] = {}
-    for number, (_, pixels, seconds) in enumerate(decoded.frames):
-        tensors |= {f"pixels.{number}": pixels, f"seconds.{number}": seconds}
-    store.write_later(frames_name(decoded.key), tensors, [kind for kind, _, _ in decoded.frames])
-
-
-def read_frames(store: VisionStore, key: str) -> DecodedMedia | None:
-    """Frames that were decoded before."""
-    found = store.read(frames_name(key))
-    if found is None:
-        return None
-    tensors = found[0]
-    kinds: list[Kind] = found[1]
-    return DecodedMedia([(kind, tensors[f"pixels.{number}"], tensors[f"seconds.{number}"])
-                         for number, kind in enumerate(kinds)], key, from_disk=True)
-
-
 def _crc32(tensors: Mapping[str, torch.Tensor], about: str) -> int:
     value = zlib.crc32(about.encode())
     for name in sorted(tensors):
         value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(_raw(tensors[name]), value)
+        value = zlib.crc32(raw_bytes(tensors[name]), value)
     return value
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor on the CPU."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,44 +1,32 @@
 """Tower output per video, once while the tower is frozen; and the loader that turns prompts into what the policy reads.
 
-Levels, nearest first: GPU, host memory (pinned where there is a GPU), disk (vision_store.py); below them decoded frames
+Levels, nearest first: GPU, host memory (pinned where there is a GPU), disk (cache/disk.py); below them decoded frames
 on disk, then the video itself. While the tower trains only frames are kept: its output is another one after every step.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 
-from veripo_fast.cache.disk import (
-    DecodedMedia,
-    VisionStore,
-    read_frames,
-    read_tower,
-    tower_version,
-    write_frames,
-    write_tower,
-)
+from veripo_fast.cache.disk import VisionStore
+from veripo_fast.cache.entries import DecodedMedia, read_frames, read_tower, tower_version, write_frames, write_tower
+from veripo_fast.cache.memory import Entry, VisionCache
 from veripo_fast.cache.prefetch import MediaSlots
-from veripo_fast.config.schema import CacheConfig, VideoConfig
+from veripo_fast.config.inputs import CacheConfig, VideoConfig
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.model import encoding
-from veripo_fast.model.tower import Tower, VisionFeatures
-from veripo_fast.rollout import LoadedPrompt
-from veripo_fast.types import Media, MediaInputs, Prompt, Video
+from veripo_fast.model.tower import Tower
+from veripo_fast.types import LoadedPrompt, Media, MediaInputs, Prompt, Video, VisionFeatures
 from veripo_fast.video.contract import TEMPORAL_PATCH
 from veripo_fast.video.decode import check_decoder, fallbacks
 
 log = logging.getLogger(__name__)
-Entry: TypeAlias = tuple[MediaInputs, VisionFeatures]
-"""Media and the tower's output, without pixels while the tower is frozen."""
 
 
 @dataclass(frozen=True)
@@ -57,37 +45,6 @@ class VideoWork:
 
     def __sub__(self, other: VideoWork) -> VideoWork:
         return VideoWork(*(now - before for now, before in zip(astuple(self), astuple(other), strict=True)))
-
-
-class VisionCache:
-    """Media key -> (media without pixels, tower output), bounded by bytes; the least recently used go first."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = self.hits = self.misses = 0
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> Entry | None:
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                self.misses += 1
-                return None
-            self.hits += 1
-            self._entries.move_to_end(key)
-            return entry
-
-    def put(self, media: MediaInputs, features: VisionFeatures) -> None:
-        """Keep the tower's output; `media` without its pixels."""
-        with self._lock:
-            if media.key in self._entries or features.nbytes > self.max_bytes:
-                return
-            self._entries[media.key] = (media, features)
-            self.bytes += features.nbytes
-            while self.bytes > self.max_bytes:
-                _, (_, oldest) = self._entries.popitem(last=False)
-                self.bytes -= oldest.nbytes
 
 
 class PromptLoader:

@@ -17,23 +17,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from veripo_fast.cache.disk import (
-    SLACK,
-    DecodedMedia,
-    VisionStore,
-    frames_name,
-    tower_name,
-    tower_version,
-    write_frames,
-)
+from veripo_fast.cache.disk import SLACK, VisionStore
+from veripo_fast.cache.entries import DecodedMedia, frames_name, tower_name, tower_version, write_frames
 from veripo_fast.cache.loader import PromptLoader
-from veripo_fast.config.schema import CacheConfig, Config
-from veripo_fast.data.prompts import Skipped, SkippedLog
+from veripo_fast.config.inputs import CacheConfig
+from veripo_fast.config.schema import Config
+from veripo_fast.data.skipped import Skipped, SkippedLog
 from veripo_fast.data.sources import check_some, evenly, find_sources, read_records
 from veripo_fast.errors import ConfigError, MediaError
-from veripo_fast.inspect.page import memory
+from veripo_fast.model.checkpoint_files import resolve_device, resolve_path
 from veripo_fast.model.encoding import PromptEncoder, decode_frames
-from veripo_fast.model.tower import load_tower, resolve_device, resolve_path
+from veripo_fast.model.tower import load_tower
+from veripo_fast.text import memory
 from veripo_fast.types import Media, Message, Prompt, Video
 from veripo_fast.video.contract import TEMPORAL_PATCH
 from veripo_fast.video.decode import check_decoder

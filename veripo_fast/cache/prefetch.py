@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic
 
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Media, Prompt
 from veripo_fast.video.pool import MediaPool, Result

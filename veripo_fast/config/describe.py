@@ -1,4 +1,4 @@
-"""What config.py declares, in words: option names, expected values, the resolved tree with its docstrings.
+"""What config/ declares, in words: option names, expected values, the resolved tree with its docstrings.
 
 The types and docstrings of the dataclasses are the only source; nothing is listed a second time here.
 """

@@ -1,7 +1,7 @@
 """YAML files and dotted command-line options -> `Config`, strictly, and back.
 
 A tree of plain values (what YAML gives) is built first, options of the command line are put into it, and the result is
-converted field by field under the types that config.py declares. Messages name the dotted field, the value and what was
+converted field by field under the types that config/ declares. Messages name the dotted field, the value and what was
 expected. Imports no torch, so `veripo show-config` answers at once.
 """
 

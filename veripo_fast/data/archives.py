@@ -12,13 +12,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from veripo_fast.errors import MediaError
-from veripo_fast.types import Image, Media, Video
 
 VIDEO_SUFFIXES = frozenset({".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
                             ".ogv", ".ts", ".webm", ".wmv"})
@@ -75,23 +74,6 @@ class Index:
         return names
 
 
-@dataclass
-class Sample:
-    """Members of one key: the name up to the first dot of its last part."""
-
-    key: str
-    record: str | None = None
-    """Name of the member KEY.json."""
-    videos: list[str] = field(default_factory=list)
-    """Names of members, in the order of the archive."""
-    images: list[str] = field(default_factory=list)
-
-    def media(self, archive: str) -> list[Media]:
-        """The videos; the images where there is no video, beside which they are thumbnails."""
-        return [Video(f"{archive}/{name}") for name in self.videos] or [
-            Image(f"{archive}/{name}") for name in self.images]
-
-
 def is_archive(path: str) -> bool:
     """Whether a path ends like an archive, compressed ones included (which `read_index` refuses by name)."""
     return any(match.end() == len(path) for match in _ARCHIVE.finditer(path))
@@ -135,32 +117,6 @@ def find_member(archive: str, name: str) -> str:
     wanted = _plain(name)
     found = wanted if wanted in index.places else index.by_file_name.get(wanted, "")
     return f"{archive}/{found}" if found else ""
-
-
-def samples(archive: str) -> tuple[list[Sample], str]:
-    """Samples in the order of the archive, and why it could not be read to its end, or an empty string.
-
-    Hidden files and members of other kinds do not count.
-
-    Raises:
-        MediaError: as `read_index`.
-    """
-    found: dict[str, Sample] = {}
-    index = read_index(Path(archive).resolve())
-    for name, (offset, _) in index.places.items():
-        file_name = PurePosixPath(name)
-        key = str(file_name.with_name(file_name.name.partition(".")[0])) if file_name.name[0] != "." else ""
-        if not key or offset < 0:
-            continue
-        sample = found.setdefault(key, Sample(key))
-        suffix = file_name.suffix.lower()
-        if name.lower() == f"{key.lower()}.json":
-            sample.record = name
-        elif suffix in VIDEO_SUFFIXES:
-            sample.videos.append(name)
-        elif suffix in IMAGE_SUFFIXES:
-            sample.images.append(name)
-    return [sample for sample in found.values() if sample.record or sample.videos or sample.images], index.problem
 
 
 def _member(archive: Path, name: str, path: str) -> Member:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from veripo_fast.config.schema import DataConfig
-from veripo_fast.data.archives import VIDEO_SUFFIXES, is_archive, samples
-from veripo_fast.data.prompts import Skipped, load_prompts, read_prompts
+from veripo_fast.config.inputs import DataConfig
+from veripo_fast.data.archives import VIDEO_SUFFIXES, is_archive
+from veripo_fast.data.prompts import load_prompts, read_prompts
+from veripo_fast.data.skipped import Skipped
+from veripo_fast.data.webdataset import samples
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.types import Media, Prompt, Video
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from veripo_kernels import linear_logprobs
 
-from veripo_fast.config.schema import ModelConfig
+from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.data.prompts import question_text
 from veripo_fast.demo import tiny_model
 from veripo_fast.demo.questions import Question, describe, questions
@@ -28,8 +28,7 @@ from veripo_fast.demo.world import Clip, random_clip, render
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy, load_policy, save_policy
-from veripo_fast.model.tower import VisionFeatures
-from veripo_fast.types import EncodedPrompt, MediaInputs, Message, Prompt, Video
+from veripo_fast.types import EncodedPrompt, MediaInputs, Message, Prompt, Video, VisionFeatures
 
 FRAME_SECONDS = tuple(index / 2 for index in range(8))
 FRAME_SIDE = 96

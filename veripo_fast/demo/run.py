@@ -10,21 +10,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.load import check_stages, load_config
-from veripo_fast.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    DpoConfig,
-    EvalConfig,
-    GrpoConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    StageConfig,
-    VerifierConfig,
-    VideoConfig,
-)
+from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig, VerifierConfig
+from veripo_fast.config.schema import CheckpointConfig, Config, EvalConfig, OptimizerConfig, StageConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.intervals import paired_difference
 from veripo_fast.report.page import write_report

@@ -5,7 +5,6 @@ One library scores training and evaluation (`reward.py`, `verifier/`). Intervals
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,14 +15,12 @@ from tqdm import tqdm
 
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.schema import Config
-from veripo_fast.errors import ConfigError, DataError
+from veripo_fast.errors import DataError
 from veripo_fast.evaluation.intervals import bootstrap_interval
-from veripo_fast.model.policy import load_policy
-from veripo_fast.rollout import RolloutEngine, Sampling
+from veripo_fast.reward.groups import reward_groups
+from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.store import write_groups
-from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.run.seeds import derive_seed
-from veripo_fast.stages.grpo import reward_groups
 from veripo_fast.types import Prompt, RolloutGroup
 from veripo_fast.verifier.judge_rules import RulesJudge
 from veripo_fast.verifier.judges import no_progress
@@ -95,33 +92,6 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
             "finished_rate": _mean([float(c.finish_reason == "stop") for c in rows]),
             "prompts": len(groups), "completions": len(rows),
             "by_type": {name: _mean(values) for name, values in sorted(by_type.items())}}
-
-
-def evaluate_command(config: Config, out: Path | None) -> None:
-    """`veripo eval`: evaluate `model.path` on `data.eval` and print one line per mode.
-
-    With `out`, evals.jsonl and the completions are written there.
-    """
-    from veripo_fast.data.prompts import load_prompts
-
-    if not config.data.eval:
-        raise ConfigError("data.eval names no files to evaluate on")
-    prompts, skipped = load_prompts(config.data.eval, config.data)
-    policy = load_policy(config.model)
-    loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
-                          config.cache)
-    folder = out or Path(config.run_dir) / "eval"
-    try:
-        records = evaluate(TorchEngine(policy), loader, prompts, config, stage="eval",
-                           rows=lambda mode: folder / f"{mode}.parquet")
-    finally:
-        loader.close()
-    (folder / "evals.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    for record in records:
-        print(summary(record))
-    if skipped or loader.bad:
-        print(f"skipped: {len(skipped)} records at load, {len(loader.bad)} while decoding")
-    print(f"completions and scores: {folder}")
 
 
 def summary(record: dict[str, Any]) -> str:

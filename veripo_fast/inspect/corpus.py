@@ -1,40 +1,33 @@
-"""`veripo inspect DATA`: what a corpus of videos holds, what training would skip, and what a contract costs on it.
+"""What a corpus of videos holds, what training would skip, and what a contract costs on it, medium by medium.
 
-Every medium is probed (video/probe.py) and decoded at its first, middle and last wanted frame, several at a time; one
-whose packets look damaged is decoded at every wanted frame. The result is media.parquet (one row per medium),
-skipped.jsonl and inspect.html (inspect_page.py), written together at the end.
+Every medium is probed (video/probe.py) and decoded at its first, middle and last wanted frame. One whose packets look
+damaged is decoded at every wanted frame. command.py runs this over all media; page.py shows the result.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from veripo_fast.config.schema import Config
 from veripo_fast.data.archives import locate
-from veripo_fast.data.prompts import Skipped
+from veripo_fast.data.skipped import Skipped
 from veripo_fast.data.sources import check_some, evenly, find_sources, read_records
-from veripo_fast.errors import ConfigError, MediaError
+from veripo_fast.errors import MediaError
 from veripo_fast.report.frames import data_uri, spread
-from veripo_fast.run.checkpoint import atomic_write_bytes
 from veripo_fast.types import Image, Media, Video
-from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
-from veripo_fast.video.decode import decode, decode_image
+from veripo_fast.video.contract import TEMPORAL_PATCH, resized_size
+from veripo_fast.video.deadline import run_with_deadline
+from veripo_fast.video.decode import decode, decode_image, wanted_frames
 from veripo_fast.video.decoders import readers
-from veripo_fast.video.ffmpeg import torchcodec_decoder
-from veripo_fast.video.pool import MediaPool, run_with_deadline
-from veripo_fast.video.probe import Probe, VideoFacts, probe_video
+from veripo_fast.video.probe import Probe, probe_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -45,7 +38,6 @@ MAX_SHOWN = 60
 """Media with thumbnails on the page, evenly spread over the corpus."""
 JPEG_QUALITY = 95
 """Of the proxy that `proxy_jpeg_bytes` estimates."""
-_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -144,41 +136,6 @@ class Finding:
     thumbnails: tuple[str, ...] = ()
 
 
-def inspect_command(data: Sequence[Path], config: Config, out: Path, workers: int | None, limit: int | None) -> None:
-    """`veripo inspect`: inspect data files, folders of videos and single videos; print where the result is.
-
-    Args:
-        out: folder of the result; what an earlier inspection left there is replaced.
-        workers: media at a time (None: one per core).
-        limit: inspect only so many media, evenly spread (None: all).
-
-    Raises:
-        UserError: DATA holds no medium, an option cannot be used, or `out` cannot be written.
-    """
-    from veripo_fast.inspect.page import render
-
-    for name, value in (("--workers", workers), ("--limit", limit)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
-    _check_writable(out)
-    corpus = find_media(data, config, limit)
-    sizes = policy_sizes(config)
-    workers = workers or len(os.sched_getaffinity(0))
-    table, thumbnails = _inspect_all(corpus.targets, config, sizes, workers)
-    page = render(table, thumbnails, corpus, config, sizes, workers, [str(path) for path in data])
-    skipped = [*corpus.records, *skipped_media(table)]
-    out.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    atomic_write_bytes(out / "media.parquet", buffer.getvalue())
-    atomic_write_bytes(out / "skipped.jsonl", b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in skipped))
-    atomic_write_bytes(out / "inspect.html", page.encode(errors="replace"))
-    counts = Counter(table["status"].to_pylist())
-    said = f", {len(corpus.records)} records skipped" if corpus.records else ""
-    print(f"{len(table)} media: {counts['ok']} ok, {counts['skipped']} skipped{said}; "
-          f"{out / 'inspect.html'}, {out / 'media.parquet'}, {out / 'skipped.jsonl'}")
-
-
 def skipped_media(table: pa.Table) -> list[Skipped]:
     """The rows that training would skip, as skipped.jsonl names them."""
     columns = (table[name].to_pylist() for name in ("path", "status", "reason"))
@@ -206,8 +163,8 @@ def find_media(data: Sequence[Path], config: Config, limit: int | None) -> Corpu
 
 def policy_sizes(config: Config) -> PolicySizes:
     """From the checkpoint of `model.path`, as training would load it. Raises CheckpointError."""
+    from veripo_fast.model.checkpoint_files import resolve_path
     from veripo_fast.model.encoding import PromptEncoder
-    from veripo_fast.model.tower import resolve_path
 
     encoder = PromptEncoder(resolve_path(config.model.path))
     return PolicySizes(encoder.vision.patch_size, encoder.vision.merge_size,
@@ -247,7 +204,7 @@ def _inspect_video(video: Video, config: Config, sizes: PolicySizes) -> Iterator
     contract = config.video
     probe = run_with_deadline(lambda deadline: probe_video(video.path, deadline), video.path, contract.timeout_seconds)
     yield probe.facts, []
-    wanted = _wanted(video, probe, config)
+    wanted = wanted_frames(video, probe.timeline, config.video)
     plan = _plan(probe, wanted, config, sizes)
     yield plan, []
     if probe.facts.damaged_packets == 0 and len(wanted) > SAMPLES:
@@ -271,16 +228,6 @@ def _inspect_image(image: Image, config: Config, sizes: PolicySizes) -> Iterator
     tokens = height * width // sizes.factor**2
     yield Plan(1, width, height, tokens, 1, pixels.nbytes, tokens * sizes.bytes_per_token), pictures
     yield Sampled("pillow", 1, 1, seconds, _jpeg_bytes(pictures)), pictures
-
-
-def _wanted(video: Video, probe: Probe, config: Config) -> list[int]:
-    """Positions in the timeline of the frames that the contract takes."""
-    seconds = probe.timeline.seconds
-    part = window(seconds, video.start_seconds, video.end_seconds)
-    if not part:
-        raise MediaError(f"{video.path} has no frame in the part that is asked for: it is "
-                         f"{probe.timeline.length:.2f} s long")
-    return [part.start + index for index in frame_indices(seconds[part.start:part.stop], config.video)]
 
 
 def _plan(probe: Probe, wanted: Sequence[int], config: Config, sizes: PolicySizes) -> Plan:
@@ -325,59 +272,3 @@ def _bytes(path: str) -> int | None:
         return member.size if member else Path(path).stat().st_size
     except (MediaError, OSError):
         return None
-
-
-# All media
-
-def _inspect_all(targets: Sequence[Target], config: Config, sizes: PolicySizes,
-                 workers: int) -> tuple[pa.Table, dict[int, tuple[str, ...]]]:
-    """The table of all rows, and the thumbnails of some by row number. Rows wait in Arrow's columns: 0.5 KB each."""
-    torchcodec_decoder()  # its import takes seconds, which are no part of the first video's
-    shown = set(spread(list(range(len(targets))), MAX_SHOWN))
-    rows: list[dict[str, Any]] = []
-    batches: list[pa.RecordBatch] = []
-    thumbnails: dict[int, tuple[str, ...]] = {}
-    skipped = 0
-
-    def one(number: int) -> Finding:
-        return inspect_medium(targets[number], config, sizes, thumbnails=number in shown)
-
-    with (MediaPool(replace(config.video, workers=workers)) as pool,
-          tqdm(total=len(targets), desc="inspect", unit="medium") as bar):
-        for number, finding in enumerate(pool.map(one, range(len(targets)))):
-            assert isinstance(finding, Finding)
-            rows.append(finding.row)
-            skipped += finding.row["status"] == "skipped"
-            if finding.thumbnails:
-                thumbnails[number] = finding.thumbnails
-            if len(rows) == _BATCH:
-                batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
-                rows.clear()
-            bar.set_postfix_str(f"{skipped} skipped", refresh=False)
-            bar.update()
-    batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
-    return pa.Table.from_batches(batches, SCHEMA), thumbnails
-
-
-def _schema(*parts: type) -> pa.Schema:
-    types: dict[type, Callable[[], pa.DataType]] = {str: pa.string, int: pa.int64, float: pa.float64, bool: pa.bool_}
-    columns = []
-    for part in parts:
-        hints = get_type_hints(part)
-        for field in fields(part):
-            options = [kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)]
-            columns.append(pa.field(field.name, types[options[0]]()))
-    return pa.schema(columns)
-
-
-SCHEMA = _schema(Identity, VideoFacts, Plan, Sampled)
-"""Columns of media.parquet, documented at the fields of these classes."""
-
-
-def _check_writable(out: Path) -> None:
-    """Before an hour of probing, not after it."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is not a folder")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {out} cannot be written: {nearest} is not a folder that this user may write to")

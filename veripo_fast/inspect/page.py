@@ -12,19 +12,18 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from veripo_fast.config.schema import Config, VideoConfig
-from veripo_fast.report.axes import number, tick_labels, ticks
+from veripo_fast.config.inputs import VideoConfig
+from veripo_fast.config.schema import Config
+from veripo_fast.inspect.corpus import MAX_SHOWN, SAMPLES, Corpus, PolicySizes, skipped_media
+from veripo_fast.report.axes import tick_labels, ticks
 from veripo_fast.report.frames import spread
 from veripo_fast.report.page import MAX_SKIPPED, page_environment
-from veripo_fast.report.run_data import plural
-
-if TYPE_CHECKING:
-    from veripo_fast.inspect.corpus import Corpus, PolicySizes
+from veripo_fast.text import duration, memory, number, plural
 
 Row = dict[str, Any]
 BARS = 10
@@ -35,7 +34,6 @@ _HISTOGRAMS = (("seconds", "Duration", "seconds"), ("fps", "Frame rate", "frames
 _STREAMS = (("container", "Container"), ("codec", "Codec"), ("profile", "Profile"), ("pixel_format", "Pixel format"),
             ("color_matrix", "Colour matrix"), ("color_primaries", "Primaries"), ("color_transfer", "Transfer"),
             ("color_range", "Range"), ("rotation", "Rotation"), ("decoder", "Decoder"), ("kind", "Medium"))
-_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
 def render(table: pa.Table, thumbnails: Mapping[int, Sequence[str]], corpus: Corpus, config: Config,
@@ -47,8 +45,6 @@ def render(table: pa.Table, thumbnails: Mapping[int, Sequence[str]], corpus: Cor
         thumbnails: row number -> data URIs of its pictures.
         data: what was inspected, as typed.
     """
-    from veripo_fast.inspect.corpus import MAX_SHOWN, skipped_media
-
     skipped = [*skipped_media(table), *corpus.records]
     ok = table.filter(pc.equal(table["status"], "ok"))
     return page_environment().get_template("inspect.html").render(
@@ -87,20 +83,6 @@ def histogram(values: Sequence[float], title: str, note: str) -> Row | None:
     return {"title": title, "note": note, "bars": bars}
 
 
-def memory(count: float) -> str:
-    """Bytes for people, in decimal units: `1.5 GB`."""
-    power = min(max(int(math.log10(count) // 3), 0), len(_UNITS) - 1) if count >= 1 else 0
-    return f"{number(round(count / 1000**power, 1))} {_UNITS[power]}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: `2.5 h`."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
 def _step(marks: Sequence[float]) -> float:
     return marks[1] - marks[0] if len(marks) > 1 else marks[0] or 1.0
 
@@ -125,8 +107,6 @@ def _figures(table: pa.Table, ok: pa.Table, records: int) -> list[Row]:
 
 
 def _notes(table: pa.Table, corpus: Corpus, config: Config, sizes: PolicySizes) -> list[str]:
-    from veripo_fast.inspect.corpus import SAMPLES
-
     said = [f"Of each video {SAMPLES} frames were decoded: the first and last wanted one and one half way. Damage "
             "between them shows only where it breaks the packets; such a video was decoded at every wanted frame.",
             f"Tokens and tower output are those of model.path {config.model.path} (patches of {sizes.patch_size} "

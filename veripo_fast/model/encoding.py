@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.positions import GridSpan, TextSpan, grid_times, mrope_positions
 from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Prompt, Video

@@ -7,25 +7,23 @@ the language-model head only where a completion token is predicted.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText
 from veripo_kernels import linear_logprobs
 
-from veripo_fast.config.schema import ModelConfig
+from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.model import shared_prefix
 from veripo_fast.model.attention import AttentionShape, implementation, select
+from veripo_fast.model.checkpoint_files import PROCESSOR_FILES, load_weights, resolve_device, resolve_path
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.liger import apply_liger
-from veripo_fast.model.packing import PackedBatch, pack
-from veripo_fast.model.tower import Tower, VisionFeatures, load_weights, resolve_device, resolve_path
-from veripo_fast.types import Prompt
-
-if TYPE_CHECKING:
-    from veripo_fast.rollout import LoadedPrompt
+from veripo_fast.model.packing import PackedBatch
+from veripo_fast.model.tower import Tower
+from veripo_fast.types import VisionFeatures
 
 
 class Policy(Tower):
@@ -112,34 +110,9 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
     return Policy(model, encoder, freeze_vision=config.freeze_vision, attention=attention)
 
 
-def answer_scorer(policy: Policy, load: Callable[[Prompt], LoadedPrompt]
-                  ) -> Callable[[Prompt, list[str], list[str]], list[float]]:
-    """Mean log-probability of continuations of a prompt, for the likelihood judge; `load` brings the prompt's media.
-
-    The returned function takes a prompt, prefixes (what the policy wrote so far) and as many continuations, and gives
-    for each pair the mean over the continuation's tokens of log p(token | prompt, prefix, tokens before), in nats.
-    """
-
-    @torch.no_grad()
-    def score(prompt: Prompt, prefixes: list[str], continuations: list[str]) -> list[float]:
-        encode = policy.encoder.encode_completion
-        loaded = load(prompt)
-        pairs = [(encode(prefix), encode(continuation))
-                 for prefix, continuation in zip(prefixes, continuations, strict=True)]
-        batch = pack([(loaded.encoded, [before + after for before, after in pairs])])
-        logprobs = policy.completion_logprobs(batch, [loaded.features]).split(batch.cu_seqlens.diff().tolist())
-        return [float(row[len(before):].mean()) for row, (before, _) in zip(logprobs, pairs, strict=True)]
-
-    return score
-
-
-_PROCESSOR_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-                    "*processor_config.json")
-
-
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with."""
     policy.model.save_pretrained(folder)
-    for pattern in _PROCESSOR_FILES:
+    for pattern in PROCESSOR_FILES:
         for file in policy.encoder.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)

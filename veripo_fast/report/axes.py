@@ -6,20 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-
-def number(value: float) -> str:
-    """A plain number of four significant digits: `0.25`, `1,200`, `5e-7`."""
-    size = abs(value)
-    if size and (size < 1e-3 or size >= 1e6):
-        mantissa, exponent = f"{value:.3e}".split("e")
-        return _minus(f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}")
-    decimals = max(0, 3 - math.floor(math.log10(size))) if size else 0
-    text = f"{value:,.{decimals}f}"
-    return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
-
-
-def _minus(text: str) -> str:
-    return "−" + text[1:] if text.startswith("-") else text
+from veripo_fast.text import number, with_minus_sign
 
 
 def tick_labels(marks: Sequence[float]) -> list[str]:
@@ -29,7 +16,7 @@ def tick_labels(marks: Sequence[float]) -> list[str]:
     if step <= 0 or largest < 1e-3 or largest >= 1e6:
         return [number(mark) for mark in marks]
     decimals = next(d for d in range(20) if abs(step * 10**d - round(step * 10**d)) < 1e-6)
-    return [_minus(f"{mark + 0.0:,.{decimals}f}") for mark in marks]
+    return [with_minus_sign(f"{mark + 0.0:,.{decimals}f}") for mark in marks]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

@@ -15,7 +15,8 @@ from itertools import accumulate, pairwise
 
 from markupsafe import Markup, escape
 
-from veripo_fast.report.axes import number, tick_labels, ticks, y_range
+from veripo_fast.report.axes import tick_labels, ticks, y_range
+from veripo_fast.text import number
 
 WIDTH, HEIGHT = 360, 192
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 18, 22

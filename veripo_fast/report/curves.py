@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veripo_fast.report.axes import number
 from veripo_fast.report.charts import Band, Chart, line_chart, smooth_window
 from veripo_fast.report.run_data import Row, RunData, Stage, finite, phases
-from veripo_fast.report.scores import UNIT, Table, duration
+from veripo_fast.report.scores import UNIT, Table
+from veripo_fast.text import duration, number
 
 METRICS: dict[str, tuple[str, str, tuple[float, float] | None]] = {
     "reward_mean": ("Reward", "mean per completion", None),

@@ -15,9 +15,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veripo_fast.config.schema import ConfigError, VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.data.archives import locate
-from veripo_fast.errors import MediaError
+from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.report.run_data import Row, RunData, part
 from veripo_fast.types import Image, Media
 

@@ -19,9 +19,10 @@ from markupsafe import Markup
 
 from veripo_fast.errors import UserError
 from veripo_fast.report import curves, scores, verifier
-from veripo_fast.report.run_data import Row, RunData, load_run, plural
+from veripo_fast.report.run_data import Row, RunData, load_run
 from veripo_fast.report.samples import collect
-from veripo_fast.run.checkpoint import atomic_write_bytes
+from veripo_fast.run.atomic import atomic_write_bytes
+from veripo_fast.text import plural
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_SKIPPED = 200

@@ -6,7 +6,6 @@ cannot be read becomes one sentence in `RunData.notes`, which the report prints.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ import yaml
 
 from veripo_fast.errors import UserError
 from veripo_fast.run.folder import RunDir
+from veripo_fast.run.jsonlines import read_objects
+from veripo_fast.text import plural
 
 Row = dict[str, Any]
 
@@ -86,15 +87,7 @@ def load_run(root: Path) -> RunData:
 
 def read_jsonl(path: Path, notes: list[str]) -> list[Row]:
     """The objects of a JSONL file; lines that are none are counted in one note. A missing file is empty."""
-    if not path.exists():
-        return []
-    rows, bad = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        row = _object(line)
-        if row is not None:
-            rows.append(row)
-        elif line.strip():
-            bad.append(number)
+    rows, bad = read_objects(path)
     if bad:
         notes.append(f"{path.name}: {plural(len(bad), 'line')} could not be read (the first is line {bad[0]}).")
     return rows
@@ -112,19 +105,6 @@ def phases(row: Row) -> dict[str, float]:
     seconds = row.get("seconds")
     pairs = seconds.items() if isinstance(seconds, Mapping) else ()
     return {str(phase): value for phase, raw in pairs if (value := finite(raw)) is not None}
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 line`, `1,200 lines`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _object(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def _last_of(rows: Iterable[Row], *keys: str) -> list[Row]:

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from veripo_fast.evaluation.intervals import paired_difference
-from veripo_fast.report.axes import number
 from veripo_fast.report.charts import Chart, Interval, interval_chart
-from veripo_fast.report.run_data import Row, RunData, Stage, finite, plural, read_columns
+from veripo_fast.report.run_data import Row, RunData, Stage, finite, read_columns
+from veripo_fast.text import duration, number, plural
 
 UNIT = (0.0, 1.0)
 _COLUMNS = ("accuracy", "mra", "format_rate", "inconsistency_rate", "length_mean", "prompts", "completions")
@@ -50,16 +50,6 @@ def tidy(value: object) -> str:
 def interval(low: object, high: object) -> str:
     """`59.1–67.8` in percent, or nothing."""
     return f"{percent(low)}–{percent(high)}" if finite(low) is not None and finite(high) is not None else ""
-
-
-def duration(seconds: float) -> str:
-    """`0.42 s`, `12.3 s`, `4 min 05 s`, `2 h 07 min`."""
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if seconds < 3600:
-        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def headline(run: RunData) -> list[Figure]:

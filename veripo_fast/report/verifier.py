@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from veripo_fast.report.axes import number
 from veripo_fast.report.frames import checkpoint_folders
-from veripo_fast.report.run_data import Row, RunData, finite, plural, read_columns
+from veripo_fast.report.run_data import Row, RunData, finite, read_columns
 from veripo_fast.report.scores import Table
+from veripo_fast.text import number, plural
 from veripo_fast.types import PreferencePair, RolloutGroup
 
 MAX_TEXT = 12_000

@@ -1,6 +1,6 @@
 """Reading completions: the think and answer spans, and what an answer says (a choice, a text).
 
-Numbers are read in answers_number.py and mathematics in answers_math.py. A reader returns None for an answer that
+Numbers are read in number_answers.py and mathematics in math_answers.py. A reader returns None for an answer that
 hedges ("A or B"), so hedging never scores. Nothing here needs torch.
 """
 

@@ -1,7 +1,7 @@
 r"""Reading numbers: `1,000`, `2.5m`, `about 2.5`, `\frac{5}{2}`, `50%`, `3 \times 10^{4}`, `twenty-one`, `x = 5`.
 
 An answer with two different numbers ("2 or 3") or with a sum in it ("2+2", "x+1") is no number: it is left to the
-mathematics of answers_math.py.
+mathematics of math_answers.py.
 """
 
 from __future__ import annotations

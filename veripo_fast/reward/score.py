@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veripo_fast.config.schema import RewardConfig
+from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.errors import DataError
 from veripo_fast.reward.answers import normalise_text, parse_completion, read_choice, words
 from veripo_fast.reward.math_answers import math_equal, math_parses

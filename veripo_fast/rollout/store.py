@@ -8,7 +8,6 @@ advantage.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from veripo_fast.errors import DataError
+from veripo_fast.run.atomic import atomic_open
 from veripo_fast.types import Completion, Image, Message, Prompt, RolloutGroup, Video
 
 _SCORES = ("accuracy", "format", "reward", "advantage")
@@ -57,12 +57,8 @@ def prompt_from_json(text: str) -> Prompt:
 def write_table(table: pa.Table, path: Path) -> None:
     """Write Parquet so that `path` either holds the whole table or does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with atomic_open(path) as file:
         pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_groups(path: Path, groups: Iterable[RolloutGroup], stage: str, step: int) -> None:

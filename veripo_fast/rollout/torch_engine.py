@@ -14,8 +14,8 @@ from veripo_fast.errors import TrainingError
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import PromptCache
-from veripo_fast.rollout import LoadedPrompt, Sampling
-from veripo_fast.types import Completion, RolloutGroup
+from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.types import Completion, LoadedPrompt, RolloutGroup
 
 EngineOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import zlib
@@ -22,6 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from veripo_fast.errors import CheckpointError
+from veripo_fast.run.atomic import atomic_write_text, sync
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
@@ -105,25 +105,6 @@ def checkpoint_step(path: Path) -> int:
     return int(match[1])
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers and crashes see the old content or the new one, never a part. Raises OSError."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def atomic_write_text(path: Path, text: str) -> None:
-    """atomic_write_bytes of UTF-8 text."""
-    atomic_write_bytes(path, text.encode())
-
-
 # Writing
 
 def _seal(folder: Path) -> None:
@@ -132,12 +113,12 @@ def _seal(folder: Path) -> None:
     files = {}
     for path in paths:
         if path.is_file():
-            _sync(path)
+            sync(path)
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
     atomic_write_text(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
     for path in paths:
         if path.is_dir():
-            _sync(path)
+            sync(path)
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -145,7 +126,7 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     atomic_write_text(final.with_name("latest"), final.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -177,14 +158,6 @@ def _prune(root: Path, newest: Path, keep: int, protected: set[str]) -> None:
             shutil.rmtree(trash)
         except OSError as error:
             _log.warning("the old checkpoint %s could not be deleted: %s", path, error.strerror)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _crc32(path: Path) -> int:

@@ -6,14 +6,14 @@ be compared bitwise between a resumed run and an uninterrupted one. NaN and infi
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veripo_fast.run.checkpoint import atomic_write_text
+from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.run.jsonlines import append_objects, dump_objects, read_objects
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -33,11 +33,8 @@ class MetricsLog:
     def log(self, record: Mapping[str, object]) -> None:
         """Append one record; it has reached the operating system when this returns. Raises OSError."""
         plain = _plain(record)
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(self.path)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+        if append_objects(self.path, [plain]):
+            _log.warning("%s ended in a torn line, which was cut", self.path)
         if self.tensorboard_dir is not None:
             self._log_scalars(plain, self.tensorboard_dir)
 
@@ -48,7 +45,7 @@ class MetricsLog:
         records = read_records(self.path)
         kept = [record for record in records if record.get("global_step", 0) <= global_step]
         if self.path.exists():
-            atomic_write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            atomic_write_text(self.path, dump_objects(kept))
         return len(records) - len(kept)
 
     def close(self) -> None:
@@ -76,14 +73,9 @@ class MetricsLog:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All records of a metrics file, [] when there is none. A line torn by a crash is left out and said in the log."""
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            _log.warning("%s line %d is not JSON and is left out", path, number)
+    records, bad_lines = read_objects(path)
+    for number in bad_lines:
+        _log.warning("%s line %d is not a JSON object and is left out", path, number)
     return records
 
 
@@ -105,15 +97,3 @@ def _scalars(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
             yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "global_step":
             yield f"{prefix}{key}", value
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut what a crash left after the last newline, so that the next record starts on a line of its own."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("rb+") as file:
-        file.seek(-1, 2)
-        if file.read(1) != b"\n":
-            whole = path.read_bytes()
-            file.truncate(whole.rfind(b"\n") + 1)
-            _log.warning("%s ended in a torn line, which was cut", path)

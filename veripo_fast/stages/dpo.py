@@ -18,12 +18,11 @@ from veripo_kernels.reference import pair_sums
 from veripo_fast.config.schema import Config
 from veripo_fast.model.packing import PackedBatch, micro_batches, pack, packed_length
 from veripo_fast.model.policy import Policy
-from veripo_fast.rollout import LoadedPrompt
 from veripo_fast.rollout.store import write_table
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.grpo import group_features
 from veripo_fast.stages.optimizer import Optimizer
-from veripo_fast.types import PreferencePair
+from veripo_fast.types import LoadedPrompt, PreferencePair
 
 PairRow = tuple[LoadedPrompt, PreferencePair]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.reward.answers import parse_completion
 from veripo_fast.reward.score import answers_equal
 from veripo_fast.types import PairFamily, RolloutGroup, Verdict

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.reward.answers import words
 from veripo_fast.types import RolloutGroup, Verdict
 from veripo_fast.verifier.judges import Judgement, spans

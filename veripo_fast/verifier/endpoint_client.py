@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
 
 log = logging.getLogger(__name__)

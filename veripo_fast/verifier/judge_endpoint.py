@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
 from veripo_fast.reward.answers import letters, read_choice
 from veripo_fast.reward.number_answers import read_number
+from veripo_fast.run.jsonlines import append_objects, read_objects
 from veripo_fast.types import Prompt, RolloutGroup
 from veripo_fast.verifier.endpoint_client import EndpointClient, NoReply
 from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, compare, spans
@@ -87,18 +88,15 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 class VerdictCache:
-    """Verdicts in an append-only JSONL file; a torn last line is ignored and closed."""
+    """Verdicts in an append-only JSONL file; a torn last line is cut."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._known: dict[str, str | None] = {}
-        if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
+        if path is not None:
+            for record in read_objects(path)[0]:
+                if "key" in record and "supported_answer" in record:
                     self._known[record["key"]] = record["supported_answer"]
-                except (ValueError, KeyError, TypeError):
-                    continue
 
     def __contains__(self, key: str) -> bool:
         return key in self._known
@@ -108,14 +106,8 @@ class VerdictCache:
 
     def add(self, key: str, supported: str | None) -> None:
         self._known[key] = supported
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"key": key, "supported_answer": supported}) + "\n"
-        with self._path.open("ab+") as file:
-            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
-                line = "\n" + line
-            file.write(line.encode())
+        if self._path is not None:
+            append_objects(self._path, [{"key": key, "supported_answer": supported}])
 
 
 class EndpointJudge:

@@ -97,32 +97,6 @@ def judge_distinct(judge: Judge, groups: list[RolloutGroup], progress: Progress)
     return [[judged[number][index] for number, index in places] for places in where]
 
 
-@dataclass(frozen=True)
-class Inconsistency:
-    """How often answers contradict their reasoning."""
-
-    inconsistent: int
-    unknown: int
-    """Completions without a verdict."""
-    total: int
-
-    @property
-    def rate(self) -> float:
-        """Inconsistent completions / all completions (VerIPO Fig. 1C counts over all samples), 0 to 1."""
-        return self.inconsistent / self.total if self.total else 0.0
-
-    @property
-    def unknown_rate(self) -> float:
-        """Completions without a verdict / all completions, 0 to 1."""
-        return self.unknown / self.total if self.total else 0.0
-
-
-def inconsistency_rate(groups: list[RolloutGroup], judge: Judge, progress: Progress = no_progress) -> Inconsistency:
-    """The metric of evaluation: the share of all completions whose answer contradicts their think span."""
-    verdicts = [judgement.consistent for row in judge_distinct(judge, groups, progress) for judgement in row]
-    return Inconsistency(verdicts.count(False), verdicts.count(None), len(verdicts))
-
-
 def spans(group: RolloutGroup) -> list[Parsed]:
     """The parsed completions of a group."""
     return [parse_completion(completion.text) for completion in group.completions]

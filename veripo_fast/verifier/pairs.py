@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TypeAlias
 
-from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.reward.answers import answer_prefix, parse_completion
 from veripo_fast.types import Completion, PairFamily, PreferencePair, Prompt, RolloutGroup, Verdict
 from veripo_fast.verifier.account import Account

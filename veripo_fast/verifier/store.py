@@ -7,7 +7,6 @@ imported where they are used: they bring torch, which the checks do not need.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from veripo_fast.config.schema import Config
 from veripo_fast.errors import DataError
+from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.types import PreferencePair
 from veripo_fast.verifier.judge_likelihood import AnswerLogprobs
 from veripo_fast.verifier.verify import VerifierResult, make_judge, verify
@@ -44,17 +44,8 @@ def write_result(folder: Path, result: VerifierResult) -> None:
     (folder / "pairs.parquet").unlink(missing_ok=True)
     rows = [{"group": number, **asdict(verdict)} for number, row in enumerate(result.verdicts) for verdict in row]
     write_table(pa.Table.from_pylist(rows, _VERDICTS), folder / "verdicts.parquet")
-    _write_text(folder / "account.json", json.dumps(result.account.to_json(), indent=2) + "\n")
+    atomic_write_text(folder / "account.json", json.dumps(result.account.to_json(), indent=2) + "\n")
     write_table(pa.Table.from_pylist([asdict(pair) for pair in result.pairs], _PAIRS), folder / "pairs.parquet")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_pairs(path: Path) -> list[PreferencePair]:
@@ -85,8 +76,8 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
         DataError: no rollouts there.
         JudgeError: the judge cannot give verdicts.
     """
+    from veripo_fast.model.checkpoint_files import resolve_path
     from veripo_fast.model.encoding import PromptEncoder
-    from veripo_fast.model.tower import resolve_path
     from veripo_fast.rollout.store import read_groups
 
     files = _rollout_files(paths)
@@ -116,7 +107,8 @@ def _rollout_files(paths: Sequence[Path]) -> list[Path]:
 def _scorer(config: Config, stack: ExitStack) -> AnswerLogprobs:
     """Scores under the policy of the configuration; `stack` stops its decoding threads."""
     from veripo_fast.cache.loader import PromptLoader
-    from veripo_fast.model.policy import answer_scorer, load_policy
+    from veripo_fast.model.policy import load_policy
+    from veripo_fast.model.scorer import answer_scorer
 
     policy = load_policy(config.model)
     loader = PromptLoader(policy, config.video, sys.maxsize, lambda prompt, reason: None, config.cache)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from veripo_fast.config.schema import VerifierConfig
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
 from veripo_fast.types import PreferencePair, RolloutGroup, Verdict
 from veripo_fast.verifier.account import Account

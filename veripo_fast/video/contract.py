@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 
 TEMPORAL_PATCH = 2
 """Qwen towers read frames in pairs; an odd count is filled by repeating the last frame (see patches.patchify)."""

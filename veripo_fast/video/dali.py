@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from veripo_fast.data.archives import locate
+from veripo_fast.video.deadline import check_deadline
 from veripo_fast.video.decoders import UNSPECIFIED, nvdec_refuses, untagged_hd
-from veripo_fast.video.packets import check_deadline, decoded_frames, open_video
+from veripo_fast.video.packets import decoded_frames, open_video
 from veripo_fast.video.readers import CHUNK, RefusedError
 from veripo_fast.video.timeline import Timeline
 

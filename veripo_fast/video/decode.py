@@ -1,8 +1,8 @@
 """video file -> frames: uint8 RGB, already resized to what the policy sees, with their true times.
 
-Which frames are wanted is decided first, from the packets (timeline.py) under the contract (contract.py), then who
-decodes them (choose.py): all decoders answer the same question, and the next one takes over where one refuses. That is
-counted, and said once per reason.
+The packets (timeline.py) and the contract (contract.py) decide which frames are wanted; then decoders.py says who
+decodes them. All decoders answer the same question. Where one refuses, the next one takes over; that is counted, and
+said once per reason.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from PIL import Image as PilImage
 from PIL import ImageOps
 from veripo_kernels import resize_frames
 
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.data.archives import locate
 from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.types import Frames, Image, Video
 from veripo_fast.video import dali
 from veripo_fast.video.buffers import room
 from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
+from veripo_fast.video.deadline import run_with_deadline
 from veripo_fast.video.decoders import GPU_DECODERS, readers, refuses
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.packets import KeptPackets, check_file, open_video, read_packets
-from veripo_fast.video.pool import MediaPool, run_with_deadline
+from veripo_fast.video.pool import MediaPool
 from veripo_fast.video.readers import LostFrameError, RefusedError, read_pyav, read_torchcodec
 from veripo_fast.video.timeline import Timeline, check_complete, scan_decoded, timeline_of
 
@@ -95,6 +96,20 @@ def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tens
     return resized.expand(TEMPORAL_PATCH, -1, -1, -1).contiguous()
 
 
+def wanted_frames(video: Video, timeline: Timeline, contract: VideoConfig) -> list[int]:
+    """Positions in the timeline of the frames that the contract takes of (the part of) a video.
+
+    Raises:
+        MediaError: the part holds no frame.
+    """
+    part = window(timeline.seconds, video.start_seconds, video.end_seconds)
+    if not part:
+        raise MediaError(f"{video.path} has no frame from {video.start_seconds or 0:g} s to "
+                         f"{'its end' if video.end_seconds is None else f'{video.end_seconds:g} s'}: "
+                         f"it is {timeline.length:.2f} s long")
+    return [part.start + index for index in frame_indices(timeline.seconds[part.start:part.stop], contract)]
+
+
 def _decode(video: Video, contract: VideoConfig, factor: int, decoder_class: Any, device: str,
             deadline: float) -> Frames:
     packets: list[Packet] = []
@@ -109,7 +124,7 @@ def _decode(video: Video, contract: VideoConfig, factor: int, decoder_class: Any
                     continue
                 if name != "pyav":
                     packets.clear()  # it reads the file itself
-                wanted = _wanted(video, timeline, contract)
+                wanted = wanted_frames(video, timeline, contract)
                 try:
                     chunks = _read(name, decoder_class, video.path, timeline, wanted, device, deadline,
                                    KeptPackets(container, stream, packets) if packets else None)
@@ -147,22 +162,12 @@ def _decode_as_it_comes(video: Video, contract: VideoConfig, factor: int, promis
     expected = {key for key in promised.keys if key >= timeline.keys[0]}
     if promised.has_stamps and timeline.has_stamps and not expected <= set(timeline.keys):
         raise MediaError(f"{video.path} is damaged: {reason}")
-    wanted = _wanted(video, timeline, contract)
+    wanted = wanted_frames(video, timeline, contract)
     try:
         chunks = read_pyav(video.path, timeline, wanted, deadline, sequential=True)
         return _collect(chunks, video, timeline, wanted, contract, factor, "pyav-sequential")
     except RefusedError as refusal:
         raise MediaError(f"{video.path} is damaged: {refusal}") from refusal
-
-
-def _wanted(video: Video, timeline: Timeline, contract: VideoConfig) -> list[int]:
-    """Positions in the timeline of the frames to take."""
-    part = window(timeline.seconds, video.start_seconds, video.end_seconds)
-    if not part:
-        raise MediaError(f"{video.path} has no frame from {video.start_seconds or 0:g} s to "
-                         f"{'its end' if video.end_seconds is None else f'{video.end_seconds:g} s'}: "
-                         f"it is {timeline.length:.2f} s long")
-    return [part.start + index for index in frame_indices(timeline.seconds[part.start:part.stop], contract)]
 
 
 def _collect(chunks: Iterator[torch.Tensor], video: Video, timeline: Timeline, wanted: Sequence[int],
@@ -184,7 +189,7 @@ def _collect(chunks: Iterator[torch.Tensor], video: Video, timeline: Timeline, w
     assert pixels is not None and done == len(wanted)
     start = window(timeline.seconds, video.start_seconds, video.end_seconds).start
     times = [timeline.seconds[position] - timeline.seconds[start] for position in wanted]
-    return Frames(pixels, torch.tensor(times, dtype=torch.float64), tuple(wanted), timeline.fps, decoder)
+    return Frames(pixels, torch.tensor(times, dtype=torch.float64), tuple(wanted), decoder)
 
 
 def _size(pixels: torch.Tensor, path: str, contract: VideoConfig, factor: int) -> tuple[int, int]:

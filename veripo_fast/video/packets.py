@@ -7,7 +7,6 @@ what they say of themselves becomes a timeline (timeline.py), which says what to
 from __future__ import annotations
 
 import stat
-import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from av.video.stream import VideoStream
 
 from veripo_fast.data.archives import ffmpeg_source, locate
 from veripo_fast.errors import MediaError
+from veripo_fast.video.deadline import check_deadline
 from veripo_fast.video.units import Units, length_bytes, read_units
 
 KEPT_BYTES = 64 << 20
@@ -53,12 +53,6 @@ class KeptPackets(NamedTuple):
     stream: VideoStream
     packets: Sequence[Packet]
     """In the order of the file, empty ones included."""
-
-
-def check_deadline(path: str, deadline: float) -> None:
-    """Raise MediaError when the monotonic clock has passed `deadline`."""
-    if time.monotonic() > deadline:
-        raise MediaError(f"{path} took longer to decode than video.timeout_seconds allows")
 
 
 def check_file(path: str) -> bytes:

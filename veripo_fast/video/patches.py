@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from veripo_kernels import frames_to_patches
 
-from veripo_fast.config.schema import VideoConfig
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.data.archives import locate
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Media, Video

@@ -93,7 +93,7 @@ class Probe:
     timeline: Timeline
 
     def frames_to_decode(self, wanted: Sequence[int], decoder: str) -> int:
-        """How many frames a decoder of that name (see choose.py) reads to return those at positions `wanted`."""
+        """How many frames a decoder of that name (see decoders.py) reads to return those at positions `wanted`."""
         timeline = self.timeline
         if not timeline.places:
             return max(wanted) + 1

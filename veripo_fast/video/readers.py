@@ -16,8 +16,9 @@ import torch
 from av.video.reformatter import Colorspace, VideoReformatter
 
 from veripo_fast.data.archives import ffmpeg_source
+from veripo_fast.video.deadline import check_deadline
 from veripo_fast.video.decoders import untagged_hd
-from veripo_fast.video.packets import KeptPackets, check_deadline, decoded_frames, open_video
+from veripo_fast.video.packets import KeptPackets, decoded_frames, open_video
 from veripo_fast.video.timeline import Timeline
 
 CHUNK = 8

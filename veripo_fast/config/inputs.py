@@ -1,0 +1,111 @@
+"""Sections of the configuration that say what goes in: policy, frames, cache, data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from veripo_fast.config.checks import positive, require
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str = "tiny"
+    """Folder of a Qwen2.5-VL or Qwen3-VL checkpoint, or `tiny`: the demo policy shipped in the package."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; `auto` takes a GPU when there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights while training."""
+    freeze_vision: bool = True
+    """Leave the vision tower and its merger as they are; its output is then computed once per video and cached."""
+    gradient_checkpointing: bool = False
+    """Recompute the layers in the backward pass: less memory, about a third more time."""
+    attention: Literal["auto", "sdpa", "varlen", "flash2", "flash3", "flash4", "flex"] = "auto"
+    """What computes the attention of a packed group: SDPA, torch's varlen_attn, flash-attn 2, 3 or 4, or FlexAttention;
+    `auto` takes the first that is installed, fits the GPU and agrees with SDPA, and says in the log which."""
+    liger: bool = False
+    """Liger's RMSNorm, SwiGLU and rotary embedding in the language model; needs a GPU, triton and liger-kernel."""
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """The sampling contract: which frames of a video, and how large. Policy, engine and evaluation obey one."""
+
+    fps: float | None = 2.0
+    """Frames taken per second of video; conflicts with num_frames."""
+    num_frames: int | None = None
+    """Exactly so many frames, evenly spread, whatever the duration; set `fps: null` to use it."""
+    min_frames: int = 4
+    """At least so many frames when sampling by fps (fewer only if the video has fewer)."""
+    max_frames: int = 64
+    """At most so many frames when sampling by fps."""
+    min_pixels: int = 4 * 28 * 28
+    """Smallest frame area after resizing, in pixels."""
+    max_pixels: int = 128 * 28 * 28
+    """Largest frame area after resizing, in pixels."""
+    decoder: Literal["auto", "pyav", "torchcodec", "nvdec", "dali"] = "auto"
+    """`auto`: PyAV or torchcodec on the CPU, per file; or the one to begin with, another takes over where it refuses a
+    file: `pyav`, `torchcodec`, or on a GPU `nvdec` (torchcodec) or `dali`. GPU decoders round colours differently."""
+    workers: int = 2
+    """Threads that decode; each holds one video."""
+    timeout_seconds: float = 60.0
+    """A video that takes longer to decode is skipped."""
+
+    def __post_init__(self) -> None:
+        require((self.fps is None) != (self.num_frames is None),
+                 f"exactly one of fps and num_frames must be set, got fps={self.fps}, num_frames={self.num_frames}")
+        positive(self, "fps", "num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "workers",
+                  "timeout_seconds")
+        require(self.min_frames <= self.max_frames,
+                 f"min_frames {self.min_frames} is larger than max_frames {self.max_frames}")
+        require(self.min_pixels <= self.max_pixels,
+                 f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where decoded videos and tower outputs are kept, and what is decoded ahead; changes time, never results."""
+
+    folder: str = ""
+    """Folder of the disk level, shared by runs, stages, evaluation and the ranks of a node; empty: no disk level."""
+    disk_bytes: int = 64 << 30
+    """Most bytes in `folder`; the least recently used entries are deleted."""
+    host_bytes: int = 4 << 30
+    """Most bytes of tower output in host memory, pinned where there is a GPU; 0: none."""
+    gpu_bytes: int = 0
+    """Most bytes of tower output kept on the GPU; 0: none beyond the current step."""
+    frames: bool = False
+    """Keep decoded frames in `folder` beside the output of a frozen tower, so that another tower decodes nothing; while
+    the tower trains they are kept anyway, because its output cannot be."""
+    prefetch_prompts: int = 256
+    """Prompts of the next step whose media are decoded while the current one runs, at most; 0: none."""
+    prefetch_bytes: int = 2 << 30
+    """Most bytes of frames decoded ahead."""
+
+    def __post_init__(self) -> None:
+        positive(self, "disk_bytes", "prefetch_bytes")
+        for name in ("host_bytes", "gpu_bytes", "prefetch_prompts"):
+            require(getattr(self, name) >= 0, f"{name} must be 0 or larger, got {getattr(self, name)}")
+        require(not self.frames or bool(self.folder), "frames are kept on disk: name a folder")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the questions come from."""
+
+    train: tuple[str, ...] = ()
+    """JSONL or Parquet files in any accepted layout (Video-R1, EasyR1/verl, chat messages), or WebDataset shards: plain
+    tar archives of KEY.json beside KEY.mp4."""
+    eval: tuple[str, ...] = ()
+    """Held-out files, same layouts."""
+    media_root: str = ""
+    """Folder that relative media paths start from; empty: the folder of the data file."""
+    template: Literal["think_answer", "none"] = "think_answer"
+    """Instruction put around a question; `none` sends it as it is."""
+    max_prompt_tokens: int = 16384
+    """Longer prompts are skipped and named in skipped.jsonl (they are never truncated)."""
+
+    def __post_init__(self) -> None:
+        positive(self, "max_prompt_tokens")

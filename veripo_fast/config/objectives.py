@@ -1,0 +1,176 @@
+"""Sections of the configuration that say what is optimised: rollout, reward, GRPO, verifier, DPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from veripo_fast.config.checks import positive, require, unit_interval
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    engine: Literal["torch"] = "torch"
+    """The engine that samples."""
+    group_size: int = 8
+    """G, completions per prompt."""
+    temperature: float = 1.0
+    """Softmax temperature while sampling; the loss uses the same one."""
+    top_p: float = 1.0
+    """Nucleus sampling: keep the smallest set of tokens with this probability."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    max_new_tokens: int = 1024
+    """Longest completion; one that reaches it is marked unfinished."""
+
+    def __post_init__(self) -> None:
+        require(self.group_size >= 2, f"group_size must be at least 2, got {self.group_size}")
+        positive(self, "temperature", "max_new_tokens")
+        require(0.0 < self.top_p <= 1.0, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        require(self.top_k >= 0, f"top_k must be 0 or larger, got {self.top_k}")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """reward = accuracy in [0, 1] + format_weight * format in {0, 1}."""
+
+    format_weight: float = 0.5
+    """Weight of the format term."""
+    number_tolerance: float = 1e-6
+    """Relative tolerance of typed numbers (`number`); estimates use MRA instead."""
+
+    def __post_init__(self) -> None:
+        require(self.format_weight >= 0, f"format_weight must be 0 or larger, got {self.format_weight}")
+        require(self.number_tolerance >= 0, f"number_tolerance must be 0 or larger, got {self.number_tolerance}")
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Group-relative policy optimisation; a stage may override any field."""
+
+    steps: int = 100
+    """Rollout batches in the stage."""
+    prompts_per_step: int = 64
+    """Prompts per rollout batch (VerIPO Table 1: rollout batch 64)."""
+    updates_per_rollout: int = 1
+    """Optimizer steps per rollout batch; each takes an equal share of the groups."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    advantage: Literal["std", "no_std", "leave_one_out", "batch_std"] = "std"
+    """(r - mean) / std of the group, r - mean (Dr. GRPO), r - mean of the others (RLOO), or over the std of the
+    batch."""
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo"] = "grpo"
+    """The policy loss; formulas and sources: veripo_kernels.PolicyLoss."""
+    clip_low: float = 0.2
+    """Ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """Ratio is clipped above 1 + clip_high (DAPO: 0.28)."""
+    dual_clip: float | None = None
+    """Bound c > 1 on ratio * |advantage| for negative advantages; null: none."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the policy at the start of the stage; 0: no reference model is run."""
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL (Schulman 2020)."""
+    aggregation: Literal["sequence", "token", "constant"] | None = None
+    """Mean per completion then over completions, over all tokens, or sum / max_new_tokens; null: the loss's own."""
+    drop_easy: float = 0.0
+    """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "prompts_per_step", "updates_per_rollout", "learning_rate")
+        require(self.prompts_per_step % self.updates_per_rollout == 0,
+                 f"prompts_per_step {self.prompts_per_step} must be divisible by "
+                 f"updates_per_rollout {self.updates_per_rollout}")
+        require(0.0 <= self.clip_low < 1.0, f"clip_low must be at least 0 and below 1, got {self.clip_low}")
+        require(self.clip_high >= 0, f"clip_high must be 0 or larger, got {self.clip_high}")
+        require(self.dual_clip is None or self.dual_clip > 1 + self.clip_high,
+                 f"dual_clip must be above 1 + clip_high = {1 + self.clip_high:g}, got {self.dual_clip}")
+        require(self.kl_coef >= 0, f"kl_coef must be 0 or larger, got {self.kl_coef}")
+        unit_interval(self, "drop_easy")
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    """The Rollout-Aware Verifier: checks, judge, and how pairs are built; a stage may override any field."""
+
+    judge: Literal["rules", "likelihood", "endpoint"] = "rules"
+    """Who decides which answer a reasoning supports."""
+    max_repetition: float = 0.3
+    """A think span with a larger share of repeated n-grams is repetitive."""
+    repetition_ngram: int = 4
+    """Length of the n-grams, in words."""
+    min_length_ratio: float = 0.25
+    """A think span shorter than this share of its group's median length fails the length check."""
+    max_length_ratio: float = 4.0
+    """A think span longer than this multiple of its group's median length fails the length check."""
+    families: tuple[Literal["accuracy", "consistency", "reflection", "repetition"], ...] = (
+        "accuracy", "consistency", "repetition")
+    """Pair families to build: correct/wrong, consistent/inconsistent, reflective/not, concise/repetitive."""
+    max_pairs_per_prompt: int = 4
+    """At most so many pairs of one prompt, spread over the families."""
+    length_match: float = 2.0
+    """The longer completion of an accuracy or consistency pair has at most this multiple of the shorter's tokens."""
+    endpoint_url: str = ""
+    """Base URL of an OpenAI-compatible server (`.../v1`); needed by the endpoint judge."""
+    endpoint_model: str = ""
+    """Model name sent to the endpoint."""
+    endpoint_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; unset: no key is sent."""
+    endpoint_concurrency: int = 16
+    """Requests in flight."""
+    endpoint_timeout_seconds: float = 30.0
+    """Time-out of one request."""
+    endpoint_retries: int = 4
+    """Attempts after the first, with exponential back-off."""
+    endpoint_max_failures: float = 0.2
+    """Share of items without a verdict above which the stage stops instead of going on with what it has."""
+    likelihood_margin: float = 0.0
+    """likelihood: the answer given must beat every other candidate by this many nats to be consistent."""
+
+    def __post_init__(self) -> None:
+        unit_interval(self, "max_repetition", "endpoint_max_failures", "min_length_ratio")
+        positive(self, "repetition_ngram", "max_pairs_per_prompt", "endpoint_concurrency", "endpoint_timeout_seconds")
+        require(self.max_length_ratio >= 1, f"max_length_ratio must be at least 1, got {self.max_length_ratio}")
+        require(self.length_match >= 1, f"length_match must be at least 1, got {self.length_match}")
+        require(self.endpoint_retries >= 0, f"endpoint_retries must be 0 or larger, got {self.endpoint_retries}")
+        require(len(self.families) > 0, "families must name at least one pair family")
+        if self.judge == "endpoint":
+            require(bool(self.endpoint_url) and bool(self.endpoint_model),
+                     "judge `endpoint` needs endpoint_url and endpoint_model")
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimisation; a stage may override any field."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo"] = "sigmoid"
+    """The preference loss; formulas and sources: veripo_kernels.formulas."""
+    dpo_beta: float = 0.1
+    """Strength of the pull towards the reference (VerIPO Table 1: 0.1)."""
+    nll_coef: float = 0.0
+    """Weight of the negative log-likelihood of the chosen completion."""
+    length_normalize: bool = False
+    """Divide each log-ratio by the number of its tokens."""
+    label_smoothing: float = 0.0
+    """Probability that a pair is the wrong way round (sigmoid, robust, exo)."""
+    ld_alpha: float | None = None
+    """Weight of tokens beyond the shorter completion of a pair (LD-DPO); null: 1."""
+    learning_rate: float = 5e-7
+    """Peak learning rate (VerIPO Table 1: 5e-7)."""
+    pairs_per_step: int = 32
+    """Pairs per optimizer step (VerIPO Table 1: 32)."""
+    epochs: int = 1
+    """Passes over the pairs."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps; null: all pairs."""
+
+    def __post_init__(self) -> None:
+        positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps")
+        require(self.nll_coef >= 0, f"nll_coef must be 0 or larger, got {self.nll_coef}")
+        require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
+        smooth = self.loss in ("sigmoid", "robust", "exo")
+        require(0 <= self.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        require(smooth or not self.label_smoothing, f"loss {self.loss} does not use label_smoothing")
+        require(self.loss != "exo" or self.label_smoothing > 0, "loss exo needs label_smoothing above 0")
