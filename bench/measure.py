@@ -11,9 +11,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from veripo_fast.run.memory import reset_resident_peak, status_bytes
 
 Clock = Callable[[Callable[[], object]], float]
 """Runs a call and gives its seconds."""
@@ -98,15 +99,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not hide what this one needs
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    reset_resident_peak()
+    before = status_bytes("VmRSS")
     run()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+    return status_bytes("VmHWM") - before
 
 
 def launches(run: Callable[[], object], device: torch.device) -> list[str] | None:

@@ -27,6 +27,12 @@ def set_gradients(named: list[tuple[str, torch.nn.Parameter]], step: int, scale:
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
+def step_after(optimizer: Optimizer, loss: float) -> float | None:
+    """A step as if `backward` had been given losses of this sum."""
+    optimizer.loss += loss
+    return optimizer.step()
+
+
 def values(named: list[tuple[str, torch.nn.Parameter]]) -> list[torch.Tensor]:
     return [parameter.detach().clone() for _, parameter in named]
 
@@ -45,7 +51,7 @@ def rates(steps: int, **options: object) -> list[float]:
     for step in range(steps):
         set_gradients(named, step)
         found.append(optimizer.learning_rate())
-        optimizer.step(0.0)
+        step_after(optimizer, 0.0)
         assert optimizer.adamw.param_groups[0]["lr"] == found[-1]
     return found
 
@@ -75,7 +81,7 @@ def test_steps_are_those_of_adamw_with_clipped_gradients(scale: float, clips: bo
         expected = torch.nn.utils.clip_grad_norm_([p for _, p in theirs], 1.0)
         adamw.param_groups[0]["lr"] = 0.01 * min((step + 1) / 3, 1)
         adamw.step()
-        norm = optimizer.step(0.5)
+        norm = step_after(optimizer, 0.0)
         assert norm == pytest.approx(expected.item()) and (norm > 1) == clips
         assert all(p.grad is None for _, p in ours)
         for one, other in zip(values(ours), values(theirs), strict=True):
@@ -89,7 +95,7 @@ def test_a_parameter_without_gradient_stays() -> None:
     before = values(named)
     set_gradients(named, 0)
     named[1][1].grad = None
-    optimizer.step(0.0)
+    step_after(optimizer, 0.0)
     assert not torch.equal(named[0][1], before[0]) and torch.equal(named[1][1], before[1])
 
 
@@ -100,7 +106,7 @@ def test_updates_below_bfloat16_resolution_add_up_in_the_master_weights() -> Non
     adamw = torch.optim.AdamW([plain], lr=1e-4, weight_decay=0.0)
     for _ in range(100):
         parameter.grad, plain.grad = torch.ones_like(parameter), torch.ones_like(plain)
-        optimizer.step(0.0)
+        step_after(optimizer, 0.0)
         adamw.step()
     assert torch.equal(plain, torch.ones_like(plain)), "bfloat16 alone forgets every step"
     torch.testing.assert_close(optimizer.masters[0].detach(), torch.full((8,), 0.99), rtol=1e-4, atol=0)
@@ -121,11 +127,11 @@ def test_a_bad_step_is_skipped_and_leaves_no_trace(loss: float, gradient: float,
     for step in range(4):
         for named, optimizer in ((trained, with_bad), (spared, without)):
             set_gradients(named, step)
-            assert optimizer.step(0.1) is not None
+            assert step_after(optimizer, 0.0) is not None
         before = values(trained)
         set_gradients(trained, 50 + step)
         trained[1][1].grad[2] *= gradient
-        assert with_bad.step(loss) is None
+        assert step_after(with_bad, loss) is None
         assert all(p.grad is None for _, p in trained)
         assert_equal(values(trained), before)
         assert with_bad.bad_steps == 1 and with_bad.steps == step + 1
@@ -137,12 +143,26 @@ def test_the_run_stops_after_too_many_bad_steps_in_a_row() -> None:
     optimizer = Optimizer(named, OptimizerConfig(max_bad_steps=3), peak=0.01, total_steps=9)
     for step, loss in enumerate([math.nan, math.nan, 0.0, math.nan, math.nan]):
         set_gradients(named, step)
-        assert (optimizer.step(loss) is None) == math.isnan(loss)
+        assert (step_after(optimizer, loss) is None) == math.isnan(loss)
     before = values(named)
     set_gradients(named, 9)
     with pytest.raises(TrainingError, match=r"3 optimizer steps in a row .*last loss nan"):
-        optimizer.step(math.nan)
+        step_after(optimizer, math.nan)
     assert_equal(values(named), before)
+
+
+def test_losses_of_micro_batches_add_up_and_one_that_is_nan_spoils_the_step() -> None:
+    named = parameters()
+    optimizer = Optimizer(named, OptimizerConfig(), peak=0.01, total_steps=9)
+    weights = named[0][1]
+    assert [optimizer.backward((weights * scale).sum()) for scale in (0.0, 0.0)] == [0.0, 0.0] and optimizer.loss == 0
+    value = optimizer.backward(weights.sum())
+    assert optimizer.loss == value == pytest.approx(weights.sum().item())
+    torch.testing.assert_close(weights.grad, torch.ones_like(weights))
+    assert optimizer.step() is not None and optimizer.loss == 0
+    optimizer.backward(weights.sum())
+    optimizer.backward(weights.sum() * math.nan)
+    assert optimizer.step() is None and optimizer.loss == 0 and optimizer.bad_steps == 1
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------
@@ -157,7 +177,7 @@ def test_a_loaded_optimizer_continues_bitwise(tmp_path: Path, dtype: torch.dtype
     def advance(named: list, optimizer: Optimizer, steps: range) -> None:
         for step in steps:
             set_gradients(named, step)
-            optimizer.step(0.0)
+            step_after(optimizer, 0.0)
 
     advance(straight, first, range(4))
     first.save(tmp_path / "optimizer.pt")

@@ -18,7 +18,9 @@ from veripo_fast.model import encoding
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import MetricsLog, read_records
-from veripo_fast.trainer import Trainer, train
+from veripo_fast.stages import grpo
+from veripo_fast.stages.session import Session
+from veripo_fast.trainer import evaluate_stage, run_stages, train
 from veripo_fast.types import Completion, Image, Prompt, RolloutGroup, Video
 from veripo_fast.verifier import read_pairs
 
@@ -49,17 +51,17 @@ def without_times(records: list[dict]) -> list[dict]:
 
 
 @pytest.fixture
-def trainer(tmp_path):
-    """A Trainer that has not begun, with one override by dotted name after another."""
+def session(tmp_path):
+    """A Session that has not begun, with one override by dotted name after another."""
     made = []
 
-    def make(run: Path = tmp_path / "run", interrupted=lambda: False, **changes) -> Trainer:
-        made.append(Trainer(runs.config(run, **changes), RunDir(run), MetricsLog(RunDir(run).metrics), interrupted))
+    def make(run: Path = tmp_path / "run", interrupted=lambda: False, **changes) -> Session:
+        made.append(Session(runs.config(run, **changes), RunDir(run), MetricsLog(RunDir(run).metrics), interrupted))
         return made[-1]
 
     yield make
     for one in made:
-        one.loader.close()
+        one.close()
 
 
 def test_a_metrics_line_per_step(run):
@@ -84,11 +86,12 @@ def test_an_evaluation_before_and_after_every_stage(run):
 
 
 @pytest.mark.parametrize(("at", "stages"), [("ends", ["start", "grpo-2"]), ("never", [])])
-def test_fewer_evaluations(trainer, at, stages):
-    one = trainer(eval__at=at, eval__samples=0, stages=[{"kind": "grpo"}, {"kind": "grpo"}])
+def test_fewer_evaluations(session, at, stages):
+    one = session(eval__at=at, eval__samples=0, stages=[{"kind": "grpo"}, {"kind": "grpo"}])
     one.run.root.mkdir()
     for finished in range(3):
-        one.evaluate_stage(finished)
+        one.state.stage = finished
+        evaluate_stage(one)
     assert [record["stage"] for record in read_records(one.run.evals)] == stages
 
 
@@ -173,20 +176,20 @@ def test_the_same_seed_gives_the_same_run(run, tmp_path):
     assert first == same != other
 
 
-def test_the_reference_of_the_kl_is_the_start_of_the_stage(trainer):
+def test_the_reference_of_the_kl_is_the_start_of_the_stage(session):
     """So the KL is 0 in the first step of each stage, also in one that begins from a checkpoint of the run."""
-    one = trainer(grpo__kl_coef=0.1, grpo__learning_rate=3e-3, eval__at="never", checkpoint__keep=1,
+    one = session(grpo__kl_coef=0.1, grpo__learning_rate=3e-3, eval__at="never", checkpoint__keep=1,
                   stages=[{"kind": "grpo"}, {"kind": "grpo"}])
     one.interrupted = lambda: one.state.global_step == 3
     with pytest.raises(KeyboardInterrupt):
-        one.run_stages()
+        run_stages(one)
     records = read_records(one.run.metrics)
     assert [record["kl"] > 1e-6 for record in records] == [False, True, False]
     kept = sorted(path.name for path in one.run.checkpoints.glob("step_*"))
     assert kept == ["step_000002", "step_000003"]  # the newest, and the start of the stage
-    resumed = trainer(grpo__kl_coef=0.1)
+    resumed = session(grpo__kl_coef=0.1)
     start = weights(one.run.checkpoints / "step_000002")
-    reference = resumed.stage_reference()
+    reference = grpo.stage_reference(resumed)
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     assert torch.equal(reference.model.get_parameter(name), start[name])
     assert not torch.equal(resumed.policy.model.get_parameter(name), start[name])
@@ -255,11 +258,11 @@ def rollout(prompt: Prompt, *accuracies: float) -> RolloutGroup:
 
 
 @pytest.fixture
-def explored(trainer):
-    """A Trainer before its second GRPO stage; the first one found prompts 0 to 5 easy and 6 and 7 not."""
-    def make(**changes) -> tuple[Trainer, list[Prompt]]:
-        one = trainer(stages=[{"kind": "grpo"}, {"kind": "dpo"}, {"kind": "grpo"}], **changes)
-        prompts = one.load(one.config.data.train)
+def explored(session):
+    """A Session before its second GRPO stage; the first one found prompts 0 to 5 easy and 6 and 7 not."""
+    def make(**changes) -> tuple[Session, list[Prompt]]:
+        one = session(stages=[{"kind": "grpo"}, {"kind": "dpo"}, {"kind": "grpo"}], **changes)
+        prompts = one.load_prompts(one.config.data.train)
         one.state.stage = 2
         first = [rollout(prompt, 1.0, 1.0) for prompt in prompts[:7]] + [rollout(prompts[7], 1.0, 0.9)]
         write_groups(one.run.rollouts("grpo-1", 0), first, "grpo-1", 0)
@@ -272,15 +275,15 @@ def explored(trainer):
 def test_easy_prompts_are_left_out_at_a_rate(explored):
     one, prompts = explored()
     stage = one.config.stages[2]
-    assert one.stage_prompts(stage, one.config) == prompts  # drop_easy is 0
+    assert grpo.stage_prompts(one, stage, one.config) == prompts  # drop_easy is 0
     for rate, least, most in ((1.0, 6, 6), (0.5, 1, 5)):
         config = runs.config(one.run.root, grpo__drop_easy=rate)
-        kept = one.stage_prompts(stage, config)
+        kept = grpo.stage_prompts(one, stage, config)
         assert least <= 8 - len(kept) <= most
         assert kept == [prompt for prompt in prompts if prompt in kept] and set(prompts[6:]) <= set(kept)
-        assert kept == one.stage_prompts(stage, config)  # decided by the seed
+        assert kept == grpo.stage_prompts(one, stage, config)  # decided by the seed
     one.state.stage = 0
-    assert one.stage_prompts(one.config.stages[0], runs.config(one.run.root, grpo__drop_easy=1.0)) == prompts
+    assert grpo.stage_prompts(one, one.config.stages[0], runs.config(one.run.root, grpo__drop_easy=1.0)) == prompts
 
 
 def test_an_easy_prompt_is_another_one_under_the_same_id_elsewhere(explored):
@@ -288,14 +291,14 @@ def test_an_easy_prompt_is_another_one_under_the_same_id_elsewhere(explored):
     other = runs.corpus().parent / "other.jsonl"
     other.write_text(json.dumps({"problem_id": prompts[0].prompt_id, "problem": "What?", "answer": "yes"}) + "\n")
     stage = runs.config(one.run.root, stages=[{"kind": "grpo", "data": [str(other)]}]).stages[0]
-    assert len(one.stage_prompts(stage, runs.config(one.run.root, grpo__drop_easy=1.0))) == 1
+    assert len(grpo.stage_prompts(one, stage, runs.config(one.run.root, grpo__drop_easy=1.0))) == 1
 
 
 def test_nothing_left_to_train_on(explored):
     one, prompts = explored()
     write_groups(one.run.rollouts("grpo-1", 2), [rollout(p, 1.0, 1.0) for p in prompts], "grpo-1", 2)
     with pytest.raises(DataError, match=r"stage grpo-2 would leave out all 8 prompts; lower grpo\.drop_easy"):
-        one.stage_prompts(one.config.stages[2], runs.config(one.run.root, grpo__drop_easy=1.0))
+        grpo.stage_prompts(one, one.config.stages[2], runs.config(one.run.root, grpo__drop_easy=1.0))
 
 
 # -- what cannot begin ------------------------------------------------------------------------------------------------
@@ -318,12 +321,12 @@ def test_a_folder_that_a_kill_left_without_a_configuration_is_free(tmp_path):
         train(runs.config(tmp_path, data__train=["none.jsonl"], eval__at="never"))
 
 
-def test_an_evaluation_that_was_asked_for_inside_a_stage_waits_for_its_end(trainer):
+def test_an_evaluation_that_was_asked_for_inside_a_stage_waits_for_its_end(session):
     """The policy inside a stage is not the one that an evaluation `start` would be about."""
-    one = trainer(eval__at="never", stages=[{"kind": "grpo"}])
+    one = session(eval__at="never", stages=[{"kind": "grpo"}])
     one.interrupted = lambda: one.state.global_step == 1
     with pytest.raises(KeyboardInterrupt):
-        one.run_stages()
-    resumed = trainer(eval__samples=0, stages=[{"kind": "grpo"}])
-    resumed.run_stages()
+        run_stages(one)
+    resumed = session(eval__samples=0, stages=[{"kind": "grpo"}])
+    run_stages(resumed)
     assert [record["stage"] for record in read_records(resumed.run.evals)] == ["grpo-1"]

@@ -4,7 +4,7 @@ that nothing is computed twice on the way; and the loader that turns real mp4 fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +26,15 @@ from veripo_fast.model import encoding
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.reward.groups import reward_groups
-from veripo_fast.stages.dpo import PairRow, dpo_update, pair_logprobs, preference_loss, reference_logprobs, step_order
-from veripo_fast.stages.grpo import GrpoUpdate, policy_loss, rollout_metrics
+from veripo_fast.stages.dpo import (
+    PairRow,
+    dpo_update,
+    pair_logprobs,
+    preference_loss_of,
+    reference_logprobs,
+    step_order,
+)
+from veripo_fast.stages.grpo import GrpoUpdate, policy_loss_of, rollout_metrics
 from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.types import (
     Completion,
@@ -66,7 +73,7 @@ class Counted:
 class Gradients(Optimizer):
     """Records the gradient of every step and leaves the weights alone."""
 
-    def step(self, loss: float) -> float:
+    def step(self) -> float:
         self.recorded = getattr(self, "recorded", [])
         self.recorded.append(flat(self.parameters))
         self.zero_grad()
@@ -87,10 +94,10 @@ def config_of(max_tokens: int = WHOLE, dpo: DpoConfig | None = None, **grpo: obj
 def test_every_option_of_a_loss_reaches_it() -> None:
     grpo = {"loss": "dapo", "aggregation": "sequence", "clip_low": 0.1, "clip_high": 0.3, "dual_clip": 4.0,
             "kl_coef": 0.2, "kl_kind": "k2"}
-    assert policy_loss(config_of(**grpo)) == PolicyLoss(**grpo, constant_length=MAX_NEW_TOKENS)
+    assert policy_loss_of(config_of(**grpo)) == PolicyLoss(**grpo, constant_length=MAX_NEW_TOKENS)
     dpo = {"loss": "robust", "dpo_beta": 0.3, "nll_coef": 0.5, "length_normalize": True, "label_smoothing": 0.1,
            "ld_alpha": 0.4}
-    assert preference_loss(config_of(dpo=DpoConfig(**dpo))) == PreferenceLoss(**dpo)
+    assert preference_loss_of(config_of(dpo=DpoConfig(**dpo))) == PreferenceLoss(**dpo)
 
 
 def optimizer_of(policy: Policy, config: Config, kind: type[Optimizer] = Gradients, peak: float = 1e-3) -> Optimizer:
@@ -172,7 +179,7 @@ def test_micro_batches_add_up_and_cost_one_forward_per_live_group(
         policy: Policy, monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
     whole, expected = update_gradients(policy, config_of(**options))
     prompts, groups = groups_of(policy)
-    forwards = Counted(policy, "hidden", monkeypatch)
+    forwards = Counted(policy.step, "forward", monkeypatch)
     monkeypatch.setattr(policy, "version", 0)
     config = config_of(max_tokens=1, **options)
     optimizer = optimizer_of(policy, config)
@@ -190,14 +197,14 @@ def test_a_batch_without_signal_costs_nothing(policy: Policy, monkeypatch: pytes
     prompts, groups = groups_of(policy)
     config = config_of()
     optimizer = optimizer_of(policy, config)
-    forwards = Counted(policy, "hidden", monkeypatch)
+    forwards = Counted(policy.step, "forward", monkeypatch)
     metrics = GrpoUpdate(policy, optimizer, config, None).run(prompts[1:2], groups[1:2])
     assert metrics == {"updates": 0} and len(forwards) == 0 and optimizer.steps == 0 and policy.version == 0
 
 
 def test_later_updates_compare_with_the_rollout(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's log-probs are half a nat too low: the first update must not see it, the second must."""
-    forwards = Counted(policy, "hidden", monkeypatch)
+    forwards = Counted(policy.step, "forward", monkeypatch)
     config = config_of(updates_per_rollout=2, max_tokens=1)
     rollout = groups_of(policy, shift=-0.5)
     forwards.calls.clear()
@@ -244,7 +251,7 @@ def other() -> Policy:
 def test_the_kl_term_runs_the_reference(policy: Policy, other: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, groups = groups_of(policy)
     config = config_of(max_tokens=1, kl_coef=0.4, kl_kind="k3")
-    forwards = Counted(other, "hidden", monkeypatch)
+    forwards = Counted(other.step, "forward", monkeypatch)
     ours, metrics = update_gradients(policy, config, other)
     assert len(forwards) == 3
     loss, kl = torch.zeros(()), 0.0
@@ -338,7 +345,7 @@ def pairs_of(policy: Policy) -> list[PairRow]:
         chosen, rejected = policies.random_completions([6 + seed, 4], seed)
         masks = tuple(int(i not in (3, 4)) for i in range(len(chosen))), (0, 1, 1, 1)
         pair = PreferencePair(f"p{seed}", "accuracy", tuple(chosen), tuple(rejected), *masks, "", "", 0, 1)
-        rows.append((policies.loaded(policy, sizes, seed), pair))
+        rows.append(PairRow(seed, policies.loaded(policy, sizes, seed), pair))
     return rows
 
 
@@ -356,9 +363,9 @@ def test_dpo_is_the_loss_of_plain_forwards_one_by_one(policy: Policy, dpo: DpoCo
     rows, config = pairs_of(policy), config_of(dpo=dpo)
     optimizer = optimizer_of(policy, config)
     metrics = dpo_update(policy, optimizer, rows, REF, config)
-    chosen = torch.stack([masked_sum(policy, item, pair.chosen_ids, pair.chosen_loss_mask) for item, pair in rows])
+    chosen = torch.stack([masked_sum(policy, item, pair.chosen_ids, pair.chosen_loss_mask) for _, item, pair in rows])
     rejected = torch.stack([masked_sum(policy, item, pair.rejected_ids, pair.rejected_loss_mask)
-                            for item, pair in rows])
+                            for _, item, pair in rows])
     lengths = torch.tensor([[4.0 + seed, 3.0] for seed in range(4)])
     ratios = torch.stack([chosen, rejected], 1) - REF
     if dpo.length_normalize:
@@ -382,7 +389,7 @@ def test_dpo_is_the_loss_of_plain_forwards_one_by_one(policy: Policy, dpo: DpoCo
 @pytest.mark.parametrize("dpo", [DPO[0], DPO[3]])
 def test_dpo_micro_batches_add_up(policy: Policy, monkeypatch: pytest.MonkeyPatch, dpo: DpoConfig) -> None:
     rows, results = pairs_of(policy), []
-    forwards = Counted(policy, "hidden", monkeypatch)
+    forwards = Counted(policy.step, "forward", monkeypatch)
     for max_tokens, expected in ((WHOLE, 1), (1, 4)):
         config = config_of(max_tokens, dpo)
         optimizer = optimizer_of(policy, config)
@@ -394,12 +401,13 @@ def test_dpo_micro_batches_add_up(policy: Policy, monkeypatch: pytest.MonkeyPatc
 
 
 def test_masked_tokens_do_not_enter(policy: Policy) -> None:
-    item, pair = pairs_of(policy)[0]
+    row = pairs_of(policy)[0]
+    pair = row.pair
     with torch.no_grad():
-        sums = pair_logprobs(policy, [(item, pair)], PreferenceLoss())[0]
+        sums = pair_logprobs(policy, [row], PreferenceLoss())[0]
         others = replace(pair, rejected_loss_mask=(1, 1, 1, 1), chosen_ids=(*pair.chosen_ids, 99),
                          chosen_loss_mask=(*pair.chosen_loss_mask, 0))  # behind the end nothing else can change
-        more = pair_logprobs(policy, [(item, others)], PreferenceLoss())[0]
+        more = pair_logprobs(policy, [row._replace(pair=others)], PreferenceLoss())[0]
     assert more[0].item() == pytest.approx(sums[0].item(), abs=1e-5) and more[1] < sums[1] - 0.1
 
 
@@ -407,20 +415,18 @@ def test_reference_logprobs_are_computed_once_and_kept(policy: Policy, tmp_path:
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     rows, path, done = pairs_of(policy), tmp_path / "verifier" / "ref.parquet", []
     config = config_of(max_tokens=60, dpo=DpoConfig(pairs_per_step=3))
-    gone = rows[1][1]
 
-    def load(pairs: list[PreferencePair]) -> list[PairRow]:
-        return [row for pair in pairs for row in rows if row[1] is pair and pair is not gone]
+    def load(numbers: Sequence[int]) -> list[PairRow]:
+        return [rows[number] for number in numbers if number != 1]  # the media of pair 1 are gone
 
-    pairs = [pair for _, pair in rows]
-    values = reference_logprobs(policy, pairs, load, config, path, done.append)
+    values = reference_logprobs(policy, len(rows), load, config, path, done.append)
     assert done == [3, 1]
     with torch.no_grad():
         expected = torch.cat([pair_logprobs(policy, [row], PreferenceLoss()) for row in rows])
     expected[1] = math.nan
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    forwards = Counted(policy, "hidden", monkeypatch)
-    again = reference_logprobs(policy, pairs, load, config, path, done.append)
+    forwards = Counted(policy.step, "forward", monkeypatch)
+    again = reference_logprobs(policy, len(rows), load, config, path, done.append)
     torch.testing.assert_close(again, values, rtol=0, atol=0, equal_nan=True)
     assert len(forwards) == 0 and [file.name for file in path.parent.iterdir()] == [path.name]
 

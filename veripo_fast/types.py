@@ -121,10 +121,11 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int
     """Number of optimizer steps behind the weights that wrote it."""
-    accuracy: float = 0.0
-    format: float = 0.0
-    reward: float = 0.0
-    advantage: float = 0.0
+    accuracy: float | None = None
+    """This and the next three: None until `reward_groups` has scored it."""
+    format: float | None = None
+    reward: float | None = None
+    advantage: float | None = None
 
 
 @dataclass

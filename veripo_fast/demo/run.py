@@ -17,6 +17,7 @@ from veripo_fast.config.schema import CheckpointConfig, Config, EvalConfig, Opti
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.intervals import paired_difference
 from veripo_fast.report.page import write_report
+from veripo_fast.reward.score import scores_of
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import read_records
 
@@ -107,4 +108,4 @@ def prompt_accuracy(run: RunDir, stage: str, mode: str) -> list[float]:
     from veripo_fast.rollout.store import read_groups
 
     groups = sorted(read_groups(run.eval_rows(stage, mode)), key=lambda group: group.prompt.prompt_id)
-    return [sum(c.accuracy for c in group.completions) / len(group.completions) for group in groups]
+    return [sum(scores_of(group, "accuracy")) / len(group.completions) for group in groups]

@@ -9,7 +9,7 @@ from veripo_fast.config.schema import Config
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.evaluate import evaluate, summary
 from veripo_fast.model.policy import load_policy
-from veripo_fast.rollout.torch_engine import TorchEngine
+from veripo_fast.rollout.engine import make_engine
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.jsonlines import dump_objects
 
@@ -29,7 +29,7 @@ def evaluate_command(config: Config, out: Path | None) -> None:
                           config.cache)
     folder = out or Path(config.run_dir) / "eval"
     try:
-        records = evaluate(TorchEngine(policy), loader, prompts, config, stage="eval",
+        records = evaluate(make_engine(config, policy), loader, prompts, config, stage="eval",
                            rows=lambda mode: folder / f"{mode}.parquet")
     finally:
         loader.close()

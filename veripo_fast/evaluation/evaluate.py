@@ -18,6 +18,7 @@ from veripo_fast.config.schema import Config
 from veripo_fast.errors import DataError
 from veripo_fast.evaluation.intervals import bootstrap_interval
 from veripo_fast.reward.groups import reward_groups
+from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.store import write_groups
 from veripo_fast.run.seeds import derive_seed
@@ -72,8 +73,13 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     """Scores over all completions of rewarded groups, with 95 % intervals over prompts."""
     judged = RulesJudge().judge(list(groups), no_progress)
     inconsistent = [_mean([float(j.consistent is False) for j in row]) for row in judged]
-    accuracy = [_mean([c.accuracy for c in group.completions]) for group in groups]
+    accuracy = [_mean(scores_of(group, "accuracy")) for group in groups]
     rows = [c for group in groups for c in group.completions]
+    formats = [value for group in groups for value in scores_of(group, "format")]
+    sound: list[float] = []
+    for group, row in zip(groups, judged, strict=True):
+        for value, judgement in zip(scores_of(group, "accuracy"), row, strict=True):
+            sound.append(value * float(judgement.consistent is not False))
     estimates = [value for value, group in zip(accuracy, groups, strict=True)
                  if group.prompt.problem_type == "estimate"]
     by_type: dict[str, list[float]] = defaultdict(list)
@@ -82,12 +88,10 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     mean, low, high = bootstrap_interval(accuracy, config.eval.bootstrap, config.seed)
     wrong, wrong_low, wrong_high = bootstrap_interval(inconsistent, config.eval.bootstrap, config.seed)
     return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high,
-            "mra": _mean(estimates) if estimates else None, "format_rate": _mean([c.format for c in rows]),
+            "mra": _mean(estimates) if estimates else None, "format_rate": _mean(formats),
             "inconsistency_rate": wrong, "inconsistency_low": wrong_low, "inconsistency_high": wrong_high,
             "no_verdict_rate": _mean([float(j.consistent is None) for row in judged for j in row]),
-            "accurate_and_consistent_rate": _mean([c.accuracy * float(j.consistent is not False) for group, row in
-                                                   zip(groups, judged, strict=True)
-                                                   for c, j in zip(group.completions, row, strict=True)]),
+            "accurate_and_consistent_rate": _mean(sound),
             "length_mean": _mean([float(len(c.token_ids)) for c in rows]),
             "finished_rate": _mean([float(c.finish_reason == "stop") for c in rows]),
             "prompts": len(groups), "completions": len(rows),

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText
-from veripo_kernels import linear_logprobs
 
 from veripo_fast.config.inputs import ModelConfig
-from veripo_fast.model import shared_prefix
 from veripo_fast.model.attention import AttentionShape, implementation, select
 from veripo_fast.model.checkpoint_files import PROCESSOR_FILES, load_weights, resolve_device, resolve_path
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.liger import apply_liger
 from veripo_fast.model.packing import PackedBatch
+from veripo_fast.model.shared_prefix import PromptCache
+from veripo_fast.model.step import LogprobInputs, PolicyStep
 from veripo_fast.model.tower import Tower
-from veripo_fast.types import VisionFeatures
+from veripo_fast.types import LoadedPrompt, VisionFeatures
 
 
 class Policy(Tower):
@@ -33,6 +33,7 @@ class Policy(Tower):
         super().__init__(model.model.visual, encoder, frozen=freeze_vision)
         self.model = model
         self.version = 0
+        self.step = PolicyStep(model, list(encoder.pad_ids.values()))
         model.model.language_model.set_attn_implementation(implementation(attention))
 
     @property
@@ -43,50 +44,34 @@ class Policy(Tower):
         """Named trainable parameters, each once."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
-    def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
-               cache: shared_prefix.PromptCache | None = None) -> torch.Tensor:
-        """Last hidden states [T, D] of a packed row; `features` of each group's prompt, None without media."""
-        ids = batch.token_ids.to(self.device)
-        return self._language_model(ids[None], batch.positions.to(self.device)[:, None],
-                                    [f for f in features if f is not None], groups=batch.groups, cache=cache)[0]
+    def features_of(self, prompts: Sequence[LoadedPrompt]) -> list[VisionFeatures | None]:
+        """Tower output for an update: the one at hand while the tower is frozen, else a new pass with gradients."""
+        if self.frozen_vision:
+            return [item.features for item in prompts]
+        media = [item.encoded.media for item in prompts if item.encoded.media is not None]
+        fresh = iter(self.vision_features_of(media) if media else [])
+        return [None if item.encoded.media is None else next(fresh) for item in prompts]
 
-    def decode_hidden(self, token_ids: torch.Tensor, positions: torch.Tensor,
-                      cache: shared_prefix.PromptCache) -> torch.Tensor:
+    def completion_logprobs(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], *,
+                            temperature: float = 1.0) -> torch.Tensor:
+        """Log-probabilities float32 [M] of the completion tokens of a packed row."""
+        return self.step(batch, features, LogprobInputs(temperature)).logprobs
+
+    def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
+               cache: PromptCache | None = None) -> torch.Tensor:
+        """Last hidden states [T, D] of a packed row; `features` of each group's prompt, None without media."""
+        return self.step.hidden(batch, features, cache)
+
+    def decode_hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: PromptCache) -> torch.Tensor:
         """Hidden states [rows, D] of one new token per completion: token_ids and positions int64 [rows]."""
-        hidden = self._language_model(token_ids[:, None], positions.expand(3, -1)[..., None], [],
-                                      groups=None, cache=cache)
+        hidden = self.step.run_language_model(token_ids[:, None], positions.expand(3, -1)[..., None], [],
+                                              groups=None, cache=cache)
         cache.length += 1
         return hidden[:, 0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of hidden states [..., D]."""
         return self.model.lm_head(hidden)
-
-    def completion_hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None]) -> torch.Tensor:
-        """Hidden states [M, D] from which the head predicts the completion tokens of a packed row."""
-        return self.hidden(batch, features)[batch.logit_index.to(self.device)]
-
-    def completion_logprobs(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], *,
-                            temperature: float = 1.0) -> torch.Tensor:
-        """Log-probabilities float32 [M] of the completion tokens of a packed row."""
-        return linear_logprobs(self.completion_hidden(batch, features), self.model.lm_head.weight,
-                               batch.targets.to(self.device), temperature=temperature)
-
-    def _language_model(self, ids: torch.Tensor, positions: torch.Tensor, features: Sequence[VisionFeatures],
-                        **attention: Any) -> torch.Tensor:
-        embeddings = self.model.get_input_embeddings()(ids)
-        extra: dict[str, Any] = {}
-        if features:
-            pads = torch.tensor(list(self.encoder.pad_ids.values()), device=ids.device)
-            visual = torch.isin(ids, pads)
-            embeddings = embeddings.masked_scatter(
-                visual[..., None], torch.cat([f.embeddings for f in features]).to(embeddings.dtype))
-            if features[0].deepstack:
-                levels = zip(*(f.deepstack for f in features), strict=True)
-                extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": [torch.cat(level) for level in levels]}
-        return self.model.model.language_model(
-            inputs_embeds=embeddings, position_ids=positions, attention_mask=None, use_cache=False,
-            **extra, **attention).last_hidden_state
 
 
 def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:

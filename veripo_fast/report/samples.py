@@ -14,6 +14,7 @@ from veripo_fast.errors import DataError
 from veripo_fast.report.frames import FrameStrips, spread
 from veripo_fast.report.run_data import Row, RunData, finite, read_columns
 from veripo_fast.report.verifier import GroupVerdicts, cut, verified_by
+from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.store import read_groups
 from veripo_fast.types import Completion, RolloutGroup
 
@@ -86,7 +87,7 @@ def _choose(run: RunData, stage: str, stage_number: int) -> list[Pick]:
 
 
 def _telling(group: RolloutGroup, paired: set[str]) -> tuple[bool, bool, float]:
-    rewards = [completion.reward for completion in group.completions]
+    rewards = scores_of(group, "reward")
     mean = sum(rewards) / len(rewards)
     variance = sum((reward - mean) ** 2 for reward in rewards)
     return variance > 0, group.prompt.prompt_id in paired, variance

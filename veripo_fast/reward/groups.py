@@ -8,7 +8,7 @@ import torch
 from veripo_kernels import group_advantages
 
 from veripo_fast.config.schema import Config
-from veripo_fast.reward.score import score, total
+from veripo_fast.reward.score import score, scores_of, total
 from veripo_fast.types import RolloutGroup
 
 
@@ -31,4 +31,4 @@ def reward_groups(groups: Sequence[RolloutGroup], config: Config) -> None:
 
 def has_signal(group: RolloutGroup) -> bool:
     """Whether any completion of the group would move the policy."""
-    return any(completion.advantage != 0 for completion in group.completions)
+    return any(advantage != 0 for advantage in scores_of(group, "advantage"))

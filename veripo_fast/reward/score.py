@@ -10,13 +10,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.errors import DataError
 from veripo_fast.reward.answers import normalise_text, parse_completion, read_choice, words
 from veripo_fast.reward.math_answers import math_equal, math_parses
 from veripo_fast.reward.number_answers import Number, read_number
-from veripo_fast.types import ProblemType, Prompt
+from veripo_fast.types import ProblemType, Prompt, RolloutGroup
 
 _FLOAT_SLACK = 1e-9
 _SAME_ESTIMATE = 0.05
@@ -38,6 +39,19 @@ def score(text: str, prompt: Prompt, config: RewardConfig) -> Score:
     parsed = parse_completion(text)
     accuracy = 0.0 if parsed.answer is None else answer_accuracy(parsed.answer, prompt, config.number_tolerance)
     return Score(accuracy, float(parsed.format_ok))
+
+
+def scores_of(group: RolloutGroup, name: Literal["accuracy", "format", "reward", "advantage"]) -> list[float]:
+    """One score of every completion of a group.
+
+    Raises:
+        ValueError: a completion is not scored.
+    """
+    scores = [getattr(completion, name) for completion in group.completions]
+    if None in scores:
+        raise ValueError(f"completion {scores.index(None)} of prompt {group.prompt.prompt_id} has no {name}: "
+                         "it is not scored")
+    return scores
 
 
 def total(score: Score, config: RewardConfig) -> float:

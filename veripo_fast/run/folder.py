@@ -2,7 +2,8 @@
 
     RUN/
       config.yaml            resolved configuration
-      metrics.jsonl          one line per optimizer phase (see trainer.py): stage, step, losses, rewards, seconds
+      metrics.jsonl          one line per optimizer phase (see stages/session.py): stage, step, losses, rewards, seconds
+      memory.jsonl           one line per finished stage: most bytes held in each phase
       evals.jsonl            one line per evaluation: stage, mode (greedy or sampled), scores with bootstrap intervals
       skipped.jsonl          media and records that were left out, each with its reason
       rollouts/STAGE/step_000000.parquet
@@ -25,6 +26,7 @@ class RunDir:
         self.root = Path(root)
         self.config = self.root / "config.yaml"
         self.metrics = self.root / "metrics.jsonl"
+        self.memory = self.root / "memory.jsonl"
         self.evals = self.root / "evals.jsonl"
         self.skipped = self.root / "skipped.jsonl"
         self.checkpoints = self.root / "checkpoints"

@@ -1,78 +1,163 @@
-"""DPO on verified pairs (arXiv 2305.18290): a pair is a group of two completions that share their prompt.
+"""A DPO stage: rollouts of an earlier stage -> verifier -> pairs -> update, step by step (arXiv 2305.18290).
 
-Reference log-probs are those of the policy at the start of the stage, computed once and stored beside the pairs.
+A pair is a group of two completions that share their prompt. Reference log-probs are those of the policy at the start
+of the stage, computed once and stored beside the pairs.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from veripo_kernels import PreferenceLoss, linear_dpo_loss
+from tqdm import tqdm
+from veripo_kernels import PreferenceLoss
 from veripo_kernels.reference import pair_sums
 
-from veripo_fast.config.schema import Config
+from veripo_fast.config.schema import Config, StageConfig
+from veripo_fast.errors import TrainingError
 from veripo_fast.model.packing import PackedBatch, micro_batches, pack, packed_length
 from veripo_fast.model.policy import Policy
+from veripo_fast.model.scorer import answer_scorer
+from veripo_fast.model.step import PairLossInputs
 from veripo_fast.rollout.store import write_table
 from veripo_fast.run.seeds import derive_seed
-from veripo_fast.stages.grpo import group_features
-from veripo_fast.stages.optimizer import Optimizer
-from veripo_fast.types import LoadedPrompt, PreferencePair
+from veripo_fast.stages.optimizer import Optimizer, step_policy
+from veripo_fast.stages.session import Session
+from veripo_fast.types import LoadedPrompt, PreferencePair, Prompt, RolloutGroup
+from veripo_fast.verifier import make_judge, read_pairs, verify, write_result
 
-PairRow = tuple[LoadedPrompt, PreferencePair]
-
-
-def pack_pairs(rows: Sequence[PairRow], device: torch.device) -> tuple[PackedBatch, torch.Tensor]:
-    """The packed row of (chosen, rejected, chosen, ...), and the loss mask float32 [M] of its completion tokens."""
-    batch = pack([(prompt.encoded, [list(pair.chosen_ids), list(pair.rejected_ids)]) for prompt, pair in rows])
-    mask = torch.tensor([bit for _, pair in rows for bit in (*pair.chosen_loss_mask, *pair.rejected_loss_mask)],
-                        dtype=torch.float32, device=device)
-    return batch, mask
+log = logging.getLogger(__name__)
 
 
-def pair_logprobs(policy: Policy, rows: Sequence[PairRow], loss: PreferenceLoss) -> torch.Tensor:
-    """Log-probs [B, 2] of (chosen, rejected), summed as the loss sums them."""
-    batch, mask = pack_pairs(rows, policy.device)
-    logprobs = policy.completion_logprobs(batch, group_features(policy, [prompt for prompt, _ in rows]))
-    return pair_sums(logprobs, batch.cu_seqlens.to(policy.device), loss=loss, loss_mask=mask)
+class PairRow(NamedTuple):
+    """A pair with its loaded prompt."""
+
+    number: int
+    """Its place among the pairs of the stage, as pairs.parquet holds them."""
+    prompt: LoadedPrompt
+    pair: PreferencePair
 
 
-def preference_loss(config: Config) -> PreferenceLoss:
-    """The loss that a configuration describes."""
-    dpo = config.dpo
-    return PreferenceLoss(dpo.loss, dpo_beta=dpo.dpo_beta, label_smoothing=dpo.label_smoothing,
-                          length_normalize=dpo.length_normalize, ld_alpha=dpo.ld_alpha, nll_coef=dpo.nll_coef)
+def run(session: Session, stage: StageConfig, config: Config) -> None:
+    """Verify the rollouts of an earlier stage, then align on the pairs, from where the session stands."""
+    groups = session.stage_groups(stage.rollouts_from)
+    with session.phase("verify"):
+        pairs = verified_pairs(session, stage, config, groups)
+    if not pairs:
+        log.warning("%s: the verifier built no pairs from %s, so there is nothing to align on (%s says why)",
+                    stage.name, stage.rollouts_from, session.run.verifier(stage.name) / "account.json")
+        return
+    source = PairSource(session, pairs, {group.prompt.prompt_id: group.prompt for group in groups})
+    with session.phase("reference"):
+        ref_logprobs = stage_reference(session, stage, config, source)
+    steps = usable_steps(step_order(len(pairs), config, derive_seed(config.seed, stage.name)), ref_logprobs)
+    optimizer = session.stage_optimizer(config, config.dpo.learning_rate, len(steps))
+    for step in session.steps(stage, len(steps), optimizer):
+        with session.phase("vision"):
+            rows = source.load(steps[step])
+        source.prefetch(steps[step + 1] if step + 1 < len(steps) else [])
+        if not rows:
+            session.finish_step({})
+            continue
+        with session.phase("update"):
+            used = torch.tensor([row.number for row in rows], dtype=torch.long)
+            values = dpo_update(session.policy, optimizer, rows, ref_logprobs[used], config)
+        session.finish_step(values, loss=values.get("loss", float("nan")))
 
 
-def pair_length(row: PairRow) -> int:
-    """Packed tokens of a pair."""
-    return packed_length(row[0].encoded, [row[1].chosen_ids, row[1].rejected_ids])
+class PairSource:
+    """The pairs of a stage by number, with the prompts that their media come from."""
+
+    def __init__(self, session: Session, pairs: Sequence[PreferencePair], prompts: dict[str, Prompt]) -> None:
+        self.loader = session.loader
+        self.pairs = pairs
+        self.prompts = prompts
+
+    def load(self, numbers: Sequence[int]) -> list[PairRow]:
+        """Pairs with their loaded prompts; those whose media are gone are left out."""
+        wanted = {self.pairs[number].prompt_id: self.prompt_of(number) for number in numbers}
+        loaded = {item.prompt.prompt_id: item for item in self.loader.load(list(wanted.values()))}
+        rows = []
+        for number in numbers:
+            pair = self.pairs[number]
+            if pair.prompt_id in loaded:
+                rows.append(PairRow(number, loaded[pair.prompt_id], pair))
+        return rows
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Decode the media of the pairs that come next."""
+        self.loader.prefetch([self.prompt_of(number) for number in numbers])
+
+    def prompt_of(self, number: int) -> Prompt:
+        """The prompt of a pair."""
+        return self.prompts[self.pairs[number].prompt_id]
+
+
+# -- what a stage begins with ----------------------------------------------------------------------------------------
+
+
+def verified_pairs(session: Session, stage: StageConfig, config: Config, groups: list[RolloutGroup]
+                   ) -> list[PreferencePair]:
+    """Pairs of the stage, from disk when the verifier has finished before."""
+    folder = session.run.verifier(stage.name)
+    if not (folder / "pairs.parquet").is_file():
+        (folder / "ref_logprobs.parquet").unlink(missing_ok=True)  # of other pairs
+        encoder = session.policy.encoder
+        judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
+                           lambda: answer_scorer(session.policy, session.loader.load_one))
+        result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
+                        encoder.encode_completion, encoder.eos_id, derive_seed(config.seed, stage.name, "pairs"))
+        write_result(folder, result)
+    return read_pairs(folder / "pairs.parquet")
+
+
+def stage_reference(session: Session, stage: StageConfig, config: Config, source: PairSource) -> torch.Tensor:
+    """Reference log-probs [pairs, 2] of the stage, from disk when they were computed before.
+
+    Raises:
+        TrainingError: not one of them is finite.
+    """
+    path = session.run.verifier(stage.name) / "ref_logprobs.parquet"
+    with tqdm(total=len(source.pairs), desc=f"{stage.name} reference", unit="pair") as bar:
+
+        def load(numbers: Sequence[int]) -> list[PairRow]:
+            rows = source.load(numbers)
+            end = numbers[-1] + 1
+            source.prefetch(range(end, min(end + config.dpo.pairs_per_step, len(source.pairs))))
+            return rows
+
+        ref_logprobs = reference_logprobs(session.policy, len(source.pairs), load, config, path, bar.update)
+    if not ref_logprobs.isfinite().any():
+        path.unlink()  # a resume computes them again
+        raise TrainingError(f"no pair of stage {stage.name} has a finite reference log-prob: its media are gone "
+                            f"({session.run.skipped} says which), or the weights hold NaN or infinity")
+    return ref_logprobs
 
 
 @torch.no_grad()
-def reference_logprobs(policy: Policy, pairs: Sequence[PreferencePair], load: Callable[[Sequence[PreferencePair]],
-                       list[PairRow]], config: Config, path: Path, advance: Callable[[int], object]) -> torch.Tensor:
+def reference_logprobs(policy: Policy, pairs: int, load: Callable[[Sequence[int]], list[PairRow]], config: Config,
+                       path: Path, advance: Callable[[int], object]) -> torch.Tensor:
     """Log-probs [pairs, 2] of the policy at the start of the stage, read from `path` when it is there.
 
     A pair whose media cannot be loaded any more gets NaN.
     """
     if path.is_file():
         return torch.tensor(pq.read_table(path).column("ref_logprobs").to_pylist())
-    values = torch.full((len(pairs), 2), float("nan"))
-    for start in range(0, len(pairs), config.dpo.pairs_per_step):
-        part = pairs[start:start + config.dpo.pairs_per_step]
-        rows = load(part)
-        places = {id(pair): start + number for number, pair in enumerate(part)}
-        for run in micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens):
-            sums = pair_logprobs(policy, [rows[i] for i in run], preference_loss(config))
-            for i, value in zip(run, sums.cpu(), strict=True):
-                values[places[id(rows[i][1])]] = value
-        advance(len(part))
+    values = torch.full((pairs, 2), float("nan"))
+    for start in range(0, pairs, config.dpo.pairs_per_step):
+        numbers = range(start, min(start + config.dpo.pairs_per_step, pairs))
+        rows = load(numbers)
+        for part in micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens):
+            sums = pair_logprobs(policy, [rows[i] for i in part], preference_loss_of(config))
+            for i, value in zip(part, sums.cpu(), strict=True):
+                values[rows[i].number] = value
+        advance(len(numbers))
     write_table(pa.table({"ref_logprobs": values.tolist()}), path)
     return values
 
@@ -88,33 +173,66 @@ def step_order(pairs: int, config: Config, seed: int) -> list[list[int]]:
     return steps[:config.dpo.max_steps]
 
 
+def usable_steps(steps: list[list[int]], ref_logprobs: torch.Tensor) -> list[list[int]]:
+    """The steps without the pairs that have no finite reference log-probs."""
+    finite = ref_logprobs.isfinite().all(1)
+    return [[number for number in numbers if finite[number]] for numbers in steps]
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
+
+
+def pack_pairs(rows: Sequence[PairRow], device: torch.device) -> tuple[PackedBatch, torch.Tensor]:
+    """The packed row of (chosen, rejected, chosen, ...), and the loss mask float32 [M] of its completion tokens."""
+    batch = pack([(row.prompt.encoded, [list(row.pair.chosen_ids), list(row.pair.rejected_ids)]) for row in rows])
+    bits: list[int] = []
+    for row in rows:
+        bits += [*row.pair.chosen_loss_mask, *row.pair.rejected_loss_mask]
+    return batch, torch.tensor(bits, dtype=torch.float32, device=device)
+
+
+def pair_logprobs(policy: Policy, rows: Sequence[PairRow], loss: PreferenceLoss) -> torch.Tensor:
+    """Log-probs [B, 2] of (chosen, rejected), summed as the loss sums them."""
+    batch, mask = pack_pairs(rows, policy.device)
+    logprobs = policy.completion_logprobs(batch, policy.features_of([row.prompt for row in rows]))
+    return pair_sums(logprobs, batch.cu_seqlens.to(policy.device), loss=loss, loss_mask=mask)
+
+
+def preference_loss_of(config: Config) -> PreferenceLoss:
+    """The loss that a configuration describes."""
+    dpo = config.dpo
+    return PreferenceLoss(dpo.loss, dpo_beta=dpo.dpo_beta, label_smoothing=dpo.label_smoothing,
+                          length_normalize=dpo.length_normalize, ld_alpha=dpo.ld_alpha, nll_coef=dpo.nll_coef)
+
+
+def pair_length(row: PairRow) -> int:
+    """Packed tokens of a pair."""
+    return packed_length(row.prompt.encoded, [row.pair.chosen_ids, row.pair.rejected_ids])
+
+
 def dpo_update(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], ref_logprobs: torch.Tensor,
                config: Config) -> dict[str, float]:
     """One optimizer step over pairs with their reference log-probs [B, 2]; returns metrics, means over the pairs."""
     metrics = {"loss": 0.0, "preference_accuracy": 0.0, "margin": 0.0, "chosen_logprobs_mean": 0.0,
                "rejected_logprobs_mean": 0.0, "chosen_drift": 0.0}
-    for run in micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens):
-        part = _backward(policy, [rows[i] for i in run], ref_logprobs[run].to(policy.device), config, len(rows))
-        metrics = {name: value + part[name] for name, value in metrics.items()}
-    rate = optimizer.learning_rate()
-    norm = optimizer.step(metrics["loss"])
-    if norm is None:
-        return {"skipped_updates": 1.0, "pairs": float(len(rows))}
-    policy.version += 1
-    return metrics | {"grad_norm": norm, "learning_rate": rate, "skipped_updates": 0.0, "pairs": float(len(rows))}
+    for part in micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens):
+        values = _backward(policy, optimizer, [rows[i] for i in part], ref_logprobs[part], config, len(rows))
+        metrics = {name: value + values[name] for name, value in metrics.items()}
+    stepped = step_policy(policy, optimizer)
+    if stepped["skipped_updates"]:
+        return stepped | {"pairs": float(len(rows))}
+    return metrics | stepped | {"pairs": float(len(rows))}
 
 
-def _backward(policy: Policy, rows: Sequence[PairRow], ref: torch.Tensor, config: Config,
-              total: int) -> dict[str, float]:
+def _backward(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], ref_logprobs: torch.Tensor,
+              config: Config, total: int) -> dict[str, float]:
     """Forward and backward of one micro-batch; every metric is its share of the mean over `total` pairs.
 
     chosen_drift is policy minus reference log-prob of the chosen completion, per token: strongly negative means that
     DPO pushes both sides down and only widens the gap.
     """
     batch, mask = pack_pairs(rows, policy.device)
-    hidden = policy.completion_hidden(batch, group_features(policy, [prompt for prompt, _ in rows]))
-    loss, metrics, _ = linear_dpo_loss(
-        hidden, policy.model.lm_head.weight, batch.targets.to(policy.device), ref, batch.cu_seqlens.to(policy.device),
-        loss=preference_loss(config), loss_mask=mask, num_pairs=total)
-    loss.backward()
-    return {"loss": loss.item(), **{name: value.item() for name, value in metrics.items()}}
+    output = policy.step(batch, policy.features_of([row.prompt for row in rows]), PairLossInputs(
+        preference_loss_of(config), ref_logprobs.to(policy.device), mask, total))
+    loss = optimizer.backward(output.loss)
+    return {"loss": loss, **{name: value.item() for name, value in output.metrics.items()}}

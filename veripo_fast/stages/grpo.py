@@ -1,4 +1,4 @@
-"""One GRPO step: rollout -> reward -> advantage -> update (arXiv 2402.03300).
+"""A GRPO stage: rollout -> reward -> advantage -> update, step by step (arXiv 2402.03300).
 
 Groups whose advantages are all zero are dropped before any forward pass is paid. While the policy has taken no step
 since the rollout, its own log-probs are the old ones; for later updates of the same rollout batch the engine's are, so
@@ -7,17 +7,109 @@ no pass is ever run for them.
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import Sequence
 
 import torch
-from veripo_kernels import PolicyLoss, linear_policy_loss
+from veripo_kernels import PolicyLoss
 
-from veripo_fast.config.schema import Config
-from veripo_fast.model.packing import PackedBatch, micro_batches, pack, packed_length
-from veripo_fast.model.policy import Policy
-from veripo_fast.reward.groups import has_signal
-from veripo_fast.stages.optimizer import Optimizer
-from veripo_fast.types import LoadedPrompt, RolloutGroup, VisionFeatures
+from veripo_fast.config.schema import Config, StageConfig
+from veripo_fast.data.order import PromptOrder
+from veripo_fast.errors import DataError
+from veripo_fast.model.packing import micro_batches, pack, packed_length
+from veripo_fast.model.policy import Policy, load_policy
+from veripo_fast.model.step import PolicyLossInputs
+from veripo_fast.reward.groups import has_signal, reward_groups
+from veripo_fast.reward.score import scores_of
+from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.run.seeds import derive_seed
+from veripo_fast.stages.optimizer import Optimizer, step_policy
+from veripo_fast.stages.session import Session
+from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
+
+log = logging.getLogger(__name__)
+
+
+def run(session: Session, stage: StageConfig, config: Config) -> None:
+    """Explore for `grpo.steps` steps, from where the session stands."""
+    prompts = stage_prompts(session, stage, config)
+    order = PromptOrder(len(prompts), derive_seed(config.seed, stage.name, "order"))
+    optimizer = session.stage_optimizer(config, config.grpo.learning_rate,
+                                        config.grpo.steps * config.grpo.updates_per_rollout)
+    reference = stage_reference(session) if config.grpo.kl_coef else None
+    update = GrpoUpdate(session.policy, optimizer, config, reference)
+    for step in session.steps(stage, config.grpo.steps, optimizer):
+        batch, session.state.position = take(prompts, order, session.state.position, config)
+        following, _ = take(prompts, order, session.state.position, config)
+        with session.phase("vision"):
+            loaded = session.loader.load(batch)
+        if step + 1 < config.grpo.steps:
+            session.loader.prefetch(following)
+        if not loaded and all(prompt in session.loader.bad for prompt in prompts):
+            raise DataError(f"none of the {len(prompts)} prompts of stage {stage.name} could be loaded; "
+                            f"{session.run.skipped} says why for each")
+        with session.phase("rollout"):
+            groups = session.engine.generate(loaded, sampling(stage, config, step))
+        with session.phase("reward"):
+            reward_groups(groups, config)
+            session.keep(groups)
+        with session.phase("update"):
+            values = rollout_metrics(groups) | update.run(loaded, groups)
+        session.finish_step(values, reward=values["reward_mean"], accuracy=values["accuracy_mean"])
+
+
+def take(prompts: Sequence[Prompt], order: PromptOrder, position: int, config: Config) -> tuple[list[Prompt], int]:
+    """The prompts of a step that starts at `position` of the order, and the position behind them."""
+    indices, behind = order.take(position, config.grpo.prompts_per_step)
+    return [prompts[index] for index in indices], behind
+
+
+def sampling(stage: StageConfig, config: Config, step: int) -> Sampling:
+    """How the completions of a step are drawn."""
+    rollout = config.rollout
+    return Sampling(rollout.group_size, rollout.temperature, rollout.max_new_tokens,
+                    derive_seed(config.seed, stage.name, "rollout", step), rollout.top_p, rollout.top_k)
+
+
+# -- what a stage begins with ----------------------------------------------------------------------------------------
+
+
+def stage_prompts(session: Session, stage: StageConfig, config: Config) -> list[Prompt]:
+    """The prompts of the stage, without the share of easy ones that it leaves out."""
+    prompts = session.load_prompts(stage.data or config.data.train)
+    earlier = session.earlier_stages("grpo")
+    if not earlier or not config.grpo.drop_easy:
+        return prompts
+    easy = easy_prompts(session.stage_groups(earlier[-1]))
+    dropped = {prompt for prompt in prompts if prompt in easy and _is_dropped(prompt, stage, config)}
+    log.info("%s: %d of %d prompts had group accuracy 1 in %s; %d of them are left out", stage.name, len(easy),
+             len(prompts), earlier[-1], len(dropped))
+    kept = [prompt for prompt in prompts if prompt not in dropped]
+    if not kept:
+        raise DataError(f"stage {stage.name} would leave out all {len(prompts)} prompts; lower grpo.drop_easy")
+    return kept
+
+
+def _is_dropped(prompt: Prompt, stage: StageConfig, config: Config) -> bool:
+    seed = derive_seed(config.seed, stage.name, "drop", prompt.prompt_id)
+    return random.Random(seed).random() < config.grpo.drop_easy
+
+
+def easy_prompts(groups: Sequence[RolloutGroup]) -> set[Prompt]:
+    """Prompts whose latest group was answered right by every completion (VerIPO: group accuracy 1)."""
+    latest = {group.prompt: group for group in groups}
+    return {prompt for prompt, group in latest.items() if min(scores_of(group, "accuracy")) == 1}
+
+
+def stage_reference(session: Session) -> Policy:
+    """The policy at the start of the stage, frozen, for the KL term."""
+    reference = load_policy(session.config.model, session.stage_start())
+    reference.model.requires_grad_(False)
+    return reference
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -27,21 +119,13 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     def mean(values: list[float]) -> float:
         return sum(values) / max(len(values), 1)
 
-    return {"reward_mean": mean([row.reward for row in rows]), "accuracy_mean": mean([row.accuracy for row in rows]),
-            "format_mean": mean([row.format for row in rows]),
+    return {"reward_mean": mean([value for group in groups for value in scores_of(group, "reward")]),
+            "accuracy_mean": mean([value for group in groups for value in scores_of(group, "accuracy")]),
+            "format_mean": mean([value for group in groups for value in scores_of(group, "format")]),
             "length_mean": mean([float(len(row.token_ids)) for row in rows]),
             "finished_share": mean([float(row.finish_reason == "stop") for row in rows]),
             "zero_variance_share": mean([float(not has_signal(group)) for group in groups]),
             "prompts": len(groups)}
-
-
-def group_features(policy: Policy, prompts: Sequence[LoadedPrompt]) -> list[VisionFeatures | None]:
-    """Tower output for an update: the one at hand while the tower is frozen, otherwise a new pass with gradients."""
-    if policy.frozen_vision:
-        return [item.features for item in prompts]
-    media = [item.encoded.media for item in prompts if item.encoded.media is not None]
-    fresh = iter(policy.vision_features_of(media) if media else [])
-    return [None if item.encoded.media is None else next(fresh) for item in prompts]
 
 
 class GrpoUpdate:
@@ -51,7 +135,7 @@ class GrpoUpdate:
         self.policy = policy
         self.optimizer = optimizer
         self.config = config
-        self.loss = policy_loss(config)
+        self.loss = policy_loss_of(config)
         self.ref = ref
 
     def run(self, prompts: Sequence[LoadedPrompt], groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -64,13 +148,7 @@ class GrpoUpdate:
             metrics = self._update(part, fresh=self.policy.version == version)
             if metrics is not None:
                 rows.append(metrics)
-        names = sorted({name for row in rows for name in row})
-        means = {name: sum(row[name] for row in rows if name in row) / sum(name in row for row in rows)
-                 for name in names}
-        for name in ("ratio_max", "parity_max"):
-            if name in means:
-                means[name] = max(row[name] for row in rows if name in row)
-        return means | {"updates": self.policy.version - version}
+        return _means(rows) | {"updates": self.policy.version - version}
 
     def _update(self, part: list[tuple[LoadedPrompt, RolloutGroup]], fresh: bool) -> dict[str, float] | None:
         """One optimizer step; None when no group carries a signal."""
@@ -78,52 +156,53 @@ class GrpoUpdate:
         if not live:
             return None
         completions = [c for _, group in part for c in group.completions]
-        counts = {"num_sequences": len(completions), "num_tokens": sum(len(c.token_ids) for c in completions)}
+        counts = (len(completions), sum(len(c.token_ids) for c in completions))
         lengths = [packed_length(prompt.encoded, [c.token_ids for c in group.completions]) for prompt, group in live]
         metrics = {"loss": 0.0, "clip_share": 0.0, "kl": 0.0, "ratio_max": 0.0, "parity_max": 0.0}
-        for run in micro_batches(lengths, self.config.optimizer.max_tokens):
-            for name, value in self._backward([live[i] for i in run], counts, fresh).items():
+        for numbers in micro_batches(lengths, self.config.optimizer.max_tokens):
+            for name, value in self._backward([live[i] for i in numbers], counts, fresh).items():
                 metrics[name] = max(metrics[name], value) if name.endswith("_max") else metrics[name] + value
-        rate = self.optimizer.learning_rate()
-        norm = self.optimizer.step(metrics["loss"])
+        stepped = step_policy(self.policy, self.optimizer)
+        if stepped["skipped_updates"]:
+            return stepped
         if not fresh:
             del metrics["parity_max"]
-        if norm is None:
-            return {"skipped_updates": 1.0}
-        self.policy.version += 1
-        return metrics | {"grad_norm": norm, "learning_rate": rate, "skipped_updates": 0.0,
-                          "packed_tokens": float(sum(lengths))}
+        return metrics | stepped | {"packed_tokens": float(sum(lengths))}
 
-    def _backward(self, rows: list[tuple[LoadedPrompt, RolloutGroup]], counts: dict[str, int],
+    def _backward(self, rows: list[tuple[LoadedPrompt, RolloutGroup]], counts: tuple[int, int],
                   fresh: bool) -> dict[str, float]:
-        """Forward and backward of one micro-batch; weighted so that the parts add up to the whole update."""
+        """Forward and backward of one micro-batch; `counts`: completions and tokens of the whole update."""
         device = self.policy.device
         prompts = [prompt for prompt, _ in rows]
-        batch = pack([(prompt.encoded, [c.token_ids for c in group.completions]) for prompt, group in rows])
-        hidden = self.policy.completion_hidden(batch, group_features(self.policy, prompts))
         completions = [c for _, group in rows for c in group.completions]
+        advantages = [value for _, group in rows for value in scores_of(group, "advantage")]
+        batch = pack([(prompt.encoded, [c.token_ids for c in group.completions]) for prompt, group in rows])
         rollout_logprobs = torch.tensor([v for c in completions for v in c.rollout_logprobs], device=device)
         ref_logprobs = None
         if self.ref is not None:
             with torch.no_grad():
-                ref_logprobs = self._logprobs(self.ref, batch, prompts)
-        loss, metrics, policy_logprobs = linear_policy_loss(
-            hidden, self.policy.model.lm_head.weight, batch.targets.to(device), None if fresh else rollout_logprobs,
-            torch.tensor([c.advantage for c in completions], device=device), batch.cu_seqlens.to(device),
-            loss=self.loss, temperature=self.config.rollout.temperature, ref_logprobs=ref_logprobs,
-            num_sequences=counts["num_sequences"], num_tokens=counts["num_tokens"])
-        loss.backward()
-        parity = (policy_logprobs - rollout_logprobs).abs().amax()
-        shares = {"clip_share": metrics["clip_low_share"] + metrics["clip_high_share"], "kl": metrics["kl"],
-                  "ratio_max": metrics["ratio_max"]}
-        return {"loss": loss.item(), "parity_max": parity.item(), **{k: v.item() for k, v in shares.items()}}
-
-    def _logprobs(self, policy: Policy, batch: PackedBatch, prompts: Sequence[LoadedPrompt]) -> torch.Tensor:
-        return policy.completion_logprobs(batch, group_features(policy, prompts),
-                                          temperature=self.config.rollout.temperature)
+                ref_logprobs = self.ref.completion_logprobs(batch, self.ref.features_of(prompts),
+                                                            temperature=self.config.rollout.temperature)
+        output = self.policy.step(batch, self.policy.features_of(prompts), PolicyLossInputs(
+            self.loss, torch.tensor(advantages, device=device),
+            None if fresh else rollout_logprobs, ref_logprobs, self.config.rollout.temperature, *counts))
+        loss = self.optimizer.backward(output.loss)
+        clipped = output.metrics["clip_low_share"] + output.metrics["clip_high_share"]
+        parity = (output.logprobs - rollout_logprobs).abs().amax()
+        return {"loss": loss, "parity_max": parity.item(), "clip_share": clipped.item(),
+                "kl": output.metrics["kl"].item(), "ratio_max": output.metrics["ratio_max"].item()}
 
 
-def policy_loss(config: Config) -> PolicyLoss:
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the updates that have it; of those that end in _max the largest."""
+    means: dict[str, float] = {}
+    for name in sorted({name for row in rows for name in row}):
+        values = [row[name] for row in rows if name in row]
+        means[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return means
+
+
+def policy_loss_of(config: Config) -> PolicyLoss:
     """The loss that a configuration describes."""
     grpo = config.grpo
     return PolicyLoss(grpo.loss, aggregation=grpo.aggregation, constant_length=config.rollout.max_new_tokens,

@@ -14,12 +14,30 @@ import torch
 
 from veripo_fast.config.schema import OptimizerConfig
 from veripo_fast.errors import TrainingError
+from veripo_fast.model.policy import Policy
 
 log = logging.getLogger(__name__)
 
 
+def step_policy(policy: Policy, optimizer: Optimizer) -> dict[str, float]:
+    """Step over what was given to `backward`, and count the step: the one writer of a running policy's version.
+
+    Returns:
+        metrics of the step; `skipped_updates` alone when the guard skipped it.
+    """
+    rate = optimizer.learning_rate()
+    norm = optimizer.step()
+    if norm is None:
+        return {"skipped_updates": 1.0}
+    policy.version += 1
+    return {"grad_norm": norm, "learning_rate": rate, "skipped_updates": 0.0}
+
+
 class Optimizer:
-    """Optimizer of one stage; `total_steps` is the number of optimizer steps that the schedule spans."""
+    """Backward passes, clipping, the step and its guard, for one stage.
+
+    `total_steps` is the number of optimizer steps that the schedule spans.
+    """
 
     def __init__(self, parameters: list[tuple[str, torch.nn.Parameter]], config: OptimizerConfig, peak: float,
                  total_steps: int) -> None:
@@ -27,6 +45,8 @@ class Optimizer:
         self.peak = peak
         self.total_steps = total_steps
         self.steps = self.bad_steps = 0
+        self.loss = 0.0
+        """Sum of the losses given to `backward` since the last step."""
         self.parameters = [p for _, p in parameters]
         self.masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
                         for p in self.parameters]
@@ -42,15 +62,22 @@ class Optimizer:
         done = min((self.steps - self.config.warmup_steps) / span, 1.0)
         return self.peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def step(self, loss: float) -> float | None:
+    def backward(self, loss: torch.Tensor) -> float:
+        """Add the gradients of one micro-batch; returns its loss."""
+        loss.backward()
+        value = loss.item()
+        self.loss += value
+        return value
+
+    def step(self) -> float | None:
         """Clip the gradients and step; returns the gradient norm before clipping, None when the step was skipped.
 
         Raises:
             TrainingError: `max_bad_steps` steps in a row were skipped.
         """
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._skip(loss, norm)
+        if not (math.isfinite(self.loss) and math.isfinite(norm)):
+            self._skip(self.loss, norm)
             return None
         scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -68,10 +95,13 @@ class Optimizer:
         return norm
 
     def zero_grad(self) -> None:
+        """Forget gradients and losses."""
+        self.loss = 0.0
         for parameter in (*self.parameters, *self.masters):
             parameter.grad = None
 
     def save(self, path: Path) -> None:
+        """Write what `load` needs."""
         masters = [m.detach() for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
         torch.save({"adamw": self.adamw.state_dict(), "masters": masters, "steps": self.steps}, path)
 

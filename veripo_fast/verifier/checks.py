@@ -11,6 +11,7 @@ from statistics import median
 
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.reward.answers import words
+from veripo_fast.reward.score import scores_of
 from veripo_fast.types import RolloutGroup, Verdict
 from veripo_fast.verifier.judges import Judgement, spans
 
@@ -53,9 +54,10 @@ def check_group(group: RolloutGroup, judgements: Sequence[Judgement], config: Ve
     lengths = [length_tokens(item.think, count_tokens) for item in parsed]
     typical = median([length for length in lengths if length] or [0])
     verdicts = []
+    accuracies = scores_of(group, "accuracy")
     for index, (completion, item, judgement) in enumerate(zip(group.completions, parsed, judgements, strict=True)):
         verdict = Verdict(
-            prompt_id=group.prompt.prompt_id, index=index, accuracy=completion.accuracy, format_ok=item.format_ok,
+            prompt_id=group.prompt.prompt_id, index=index, accuracy=accuracies[index], format_ok=item.format_ok,
             finished=completion.finish_reason == "stop", length_tokens=lengths[index],
             repetition=repetition(item.think or "", config.repetition_ngram), consistent=judgement.consistent,
             supported_answer=judgement.supported_answer, judge_score=judgement.score)

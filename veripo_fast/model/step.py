@@ -1,0 +1,141 @@
+"""One training step as a module: the language model, the head and the fused loss inside one `forward`.
+
+GRPO, DPO (policy and reference) and plain log-probs all go through it. Whoever shards the policy wraps this module: the
+head's weight is read inside `forward`, where a wrapper has gathered it (read outside, ZeRO-3 fails with a tied head and
+is silently wrong with an untied one). The frozen vision tower stays outside; its output comes in as `features`.
+
+Letters: T packed tokens, M completion tokens, N completions, B pairs, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from veripo_kernels import PolicyLoss, PreferenceLoss, linear_dpo_loss, linear_logprobs, linear_policy_loss
+
+from veripo_fast.model.packing import PackedBatch
+from veripo_fast.model.shared_prefix import PromptCache
+from veripo_fast.types import VisionFeatures
+
+
+class StepOutput(NamedTuple):
+    """What one forward gives."""
+
+    loss: torch.Tensor | None
+    """float32 scalar with a gradient; None where only log-probs were asked for."""
+    metrics: dict[str, torch.Tensor]
+    """Scalars of the loss, without gradients."""
+    logprobs: torch.Tensor
+    """float32 [M]: log-probabilities of the completion tokens."""
+
+
+class LossInputs(Protocol):
+    """What is computed from hidden states [M, D] and the head's weight [V, D]."""
+
+    def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
+                ) -> StepOutput:
+        """`targets`: int64 [M], the completion tokens; `cu_seqlens`: int64 [N + 1], where completions begin and end."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogprobInputs:
+    """Log-probabilities alone."""
+
+    temperature: float = 1.0
+
+    def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
+                ) -> StepOutput:
+        return StepOutput(None, {}, linear_logprobs(hidden, head, targets, temperature=self.temperature))
+
+
+@dataclass(frozen=True)
+class PolicyLossInputs:
+    """A policy loss on a micro-batch of rollout groups, weighted so that the micro-batches of an update add up."""
+
+    loss: PolicyLoss
+    advantages: torch.Tensor
+    """float [N]."""
+    old_logprobs: torch.Tensor | None
+    """float32 [M]; None: the policy has not moved since the rollout, so its own are the old ones."""
+    ref_logprobs: torch.Tensor | None
+    """float32 [M] of the reference policy, for the KL term."""
+    temperature: float
+    num_sequences: int
+    """Completions of the whole update."""
+    num_tokens: int
+    """Completion tokens of the whole update."""
+
+    def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
+                ) -> StepOutput:
+        return StepOutput(*linear_policy_loss(
+            hidden, head, targets, self.old_logprobs, self.advantages, cu_seqlens, loss=self.loss,
+            temperature=self.temperature, ref_logprobs=self.ref_logprobs, num_sequences=self.num_sequences,
+            num_tokens=self.num_tokens))
+
+
+@dataclass(frozen=True)
+class PairLossInputs:
+    """A preference loss on a micro-batch of pairs, packed as (chosen, rejected, chosen, ...)."""
+
+    loss: PreferenceLoss
+    ref_logprobs: torch.Tensor
+    """float32 [B, 2] of the reference policy, summed as the loss sums them."""
+    loss_mask: torch.Tensor
+    """float32 [M]: 1 on tokens that enter the loss."""
+    num_pairs: int
+    """Pairs of the whole update."""
+
+    def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
+                ) -> StepOutput:
+        return StepOutput(*linear_dpo_loss(
+            hidden, head, targets, self.ref_logprobs, cu_seqlens, loss=self.loss, loss_mask=self.loss_mask,
+            num_pairs=self.num_pairs))
+
+
+class PolicyStep(torch.nn.Module):
+    """The trained part of a policy.
+
+    Args:
+        model: transformers' Qwen2.5-VL or Qwen3-VL for conditional generation.
+        pad_ids: token ids that stand for merged patches in a prompt.
+    """
+
+    def __init__(self, model: Any, pad_ids: Sequence[int]) -> None:
+        super().__init__()
+        self.language_model = model.model.language_model
+        self.lm_head = model.lm_head
+        self.pad_ids = list(pad_ids)
+
+    def forward(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], inputs: LossInputs) -> StepOutput:
+        """Run a packed row and compute its loss; `features` of each group's prompt, None without media."""
+        device = self.lm_head.weight.device
+        hidden = self.hidden(batch, features)[batch.logit_index.to(device)]
+        return inputs.compute(hidden, self.lm_head.weight, batch.targets.to(device), batch.cu_seqlens.to(device))
+
+    def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
+               cache: PromptCache | None = None) -> torch.Tensor:
+        """Last hidden states [T, D] of a packed row; `cache` keeps the keys and values of the prompts."""
+        device = self.lm_head.weight.device
+        return self.run_language_model(
+            batch.token_ids.to(device)[None], batch.positions.to(device)[:, None],
+            [item for item in features if item is not None], groups=batch.groups, cache=cache)[0]
+
+    def run_language_model(self, ids: torch.Tensor, positions: torch.Tensor, features: Sequence[VisionFeatures],
+                           **attention: Any) -> torch.Tensor:
+        """Last hidden states [rows, T, D] of ids [rows, T] at positions [3, rows, T], pads replaced by `features`."""
+        embeddings = self.language_model.get_input_embeddings()(ids)
+        extra: dict[str, Any] = {}
+        if features:
+            visual = torch.isin(ids, torch.tensor(self.pad_ids, device=ids.device))
+            embeddings = embeddings.masked_scatter(
+                visual[..., None], torch.cat([item.embeddings for item in features]).to(embeddings.dtype))
+            if features[0].deepstack:
+                levels = zip(*(item.deepstack for item in features), strict=True)
+                extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": [torch.cat(level) for level in levels]}
+        return self.language_model(
+            inputs_embeds=embeddings, position_ids=positions, attention_mask=None, use_cache=False,
+            **extra, **attention).last_hidden_state

@@ -1,0 +1,226 @@
+"""What a run carries from stage to stage: policy, loader, engine, the state on disk, and the books of each step.
+
+A stage asks the session for its steps, puts each piece of work into a `phase`, and hands the step's values to
+`finish_step`. `phase` is the one place where time and memory are measured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.schema import Config, StageConfig
+from veripo_fast.data.prompts import load_prompts
+from veripo_fast.data.skipped import Skipped, SkippedLog
+from veripo_fast.model.checkpoint_files import resolve_path
+from veripo_fast.model.policy import Policy, load_policy, save_policy
+from veripo_fast.rollout.engine import make_engine
+from veripo_fast.rollout.store import read_groups, write_groups
+from veripo_fast.run.checkpoint import latest_checkpoint, save_checkpoint
+from veripo_fast.run.folder import RunDir
+from veripo_fast.run.memory import HighWater
+from veripo_fast.run.metrics import MetricsLog
+from veripo_fast.stages.optimizer import Optimizer
+from veripo_fast.types import Prompt, RolloutGroup
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """Where a run stands; with the weights and the optimizer this is all that resuming needs."""
+
+    stage: int = 0
+    """Number of finished stages."""
+    step: int = 0
+    """Finished steps of the current stage."""
+    global_step: int = 0
+    """Finished steps of the run."""
+    position: int = 0
+    """Prompts taken from the data order of the current stage."""
+    policy_version: int = 0
+    """Optimizer steps behind the weights, when the state was written."""
+    stage_start: str = ""
+    """Name of the checkpoint that the current stage began from; empty: the model of the configuration."""
+
+
+class Session:
+    """One run, at the point where its newest checkpoint left it.
+
+    Args:
+        interrupted: whether the user has asked to stop.
+    """
+
+    def __init__(self, config: Config, run: RunDir, metrics: MetricsLog, interrupted: Callable[[], bool]) -> None:
+        self.config = config
+        self.run = run
+        self.metrics = metrics
+        self.interrupted = interrupted
+        self.skipped = SkippedLog(run.skipped)
+        self.checkpoint = latest_checkpoint(run.checkpoints)
+        self.state = _read_state(self.checkpoint)
+        metrics.truncate_after(self.state.global_step)
+        self.policy = _in_own_memory(load_policy(config.model, self.checkpoint))
+        self.policy.version = self.state.policy_version
+        # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
+        self.policy.encoder.path = resolve_path(config.model.path)
+        self.engine = make_engine(config, self.policy)
+        self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self._skip_prompt,
+                                   config.cache)
+        self.high_water = HighWater(self.policy.device)
+        self._seconds: dict[str, float] = {}
+        self._video_counts: dict[str, float] = {}
+        self._stage: StageConfig
+        self._optimizer: Optimizer
+        self._bar: Any = None
+
+    def close(self) -> None:
+        """Stop the decoding threads, and finish writing to the cache."""
+        self.loader.close()
+
+    # -- steps and phases -----------------------------------------------------------------------------------------
+
+    def steps(self, stage: StageConfig, total: int, optimizer: Optimizer) -> Iterator[int]:
+        """The numbers of the steps that are left of a stage; each ends with `finish_step`."""
+        self._stage, self._optimizer = stage, optimizer
+        with tqdm(total=total, initial=self.state.step, desc=stage.name, unit="step") as self._bar:
+            while self.state.step < total:
+                yield self.state.step
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block: its wall time goes into the metrics of the step that runs or comes next.
+
+        Of `vision`, the wait for videos is told apart as `decode`, and what was loaded is counted.
+        """
+        work = self.loader.work
+        started = time.perf_counter()
+        try:
+            with self.high_water.phase(name):
+                yield
+        finally:
+            seconds = time.perf_counter() - started
+            if name == "vision":
+                done = self.loader.work - work
+                seconds -= done.wait_seconds
+                self._add_seconds("decode", done.wait_seconds)
+                self._video_counts = {"video_decodes": done.video_decodes, "tower_runs": done.tower_runs,
+                                      "cache_hits": done.cache_hits, "decoder_fallbacks": done.decoder_fallbacks}
+            self._add_seconds(name, seconds)
+
+    def _add_seconds(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def finish_step(self, values: dict[str, float], **shown: float) -> None:
+        """Count the step, write its metrics, then save if it is time or Ctrl-C was pressed.
+
+        In this order a run killed in between resumes before the step and writes the same line again. `shown` stands
+        behind the progress bar.
+        """
+        self.state.step += 1
+        self.state.global_step += 1
+        stage = self._stage
+        self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
+                          "step": self.state.step - 1, **values, **self._video_counts, "seconds": self._seconds})
+        self._seconds, self._video_counts = {}, {}
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+        self._bar.update(1)
+        if self.state.step == self._bar.total:
+            return
+        if self.state.global_step % self.config.checkpoint.every == 0 or self.interrupted():
+            with self.phase("checkpoint"):
+                self.save(self._optimizer)
+        self.stop_if_interrupted()
+
+    def stop_if_interrupted(self) -> None:
+        """Raise KeyboardInterrupt when the user has asked to stop."""
+        if self.interrupted():
+            raise KeyboardInterrupt
+
+    # -- stages ---------------------------------------------------------------------------------------------------
+
+    def stage_optimizer(self, config: Config, peak: float, total_steps: int) -> Optimizer:
+        """A new optimizer, or the saved one inside a stage."""
+        optimizer = Optimizer(self.policy.parameters(), config.optimizer, peak, total_steps)
+        if self.state.step and self.checkpoint is not None:
+            optimizer.load(self.checkpoint / "trainer" / "optimizer.pt")
+        elif not self.state.step:
+            self.state.stage_start = self.checkpoint.name if self.checkpoint else ""
+        return optimizer
+
+    def stage_start(self) -> Path | None:
+        """The checkpoint that the current stage began from; None: the model of the configuration."""
+        return self.run.checkpoints / self.state.stage_start if self.state.stage_start else None
+
+    def earlier_stages(self, kind: str) -> list[str]:
+        """Names of the finished stages of a kind."""
+        return [stage.name for stage in self.config.stages[:self.state.stage] if stage.kind == kind]
+
+    def finish_stage(self) -> None:
+        """Count the stage and write a checkpoint of its end."""
+        stage = self.config.stages[self.state.stage]
+        self.high_water.write(self.run.memory, stage.name)
+        self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step)
+        self.save(None)
+
+    # -- what is on disk ------------------------------------------------------------------------------------------
+
+    def keep(self, groups: Sequence[RolloutGroup]) -> None:
+        """Store the groups of the step that runs."""
+        stage, step = self._stage.name, self.state.step
+        write_groups(self.run.rollouts(stage, step), groups, stage, step)
+
+    def stage_groups(self, name: str) -> list[RolloutGroup]:
+        """All rollouts of an earlier stage, in the order they were made."""
+        groups: list[RolloutGroup] = []
+        for path in self.run.rollout_files(name):
+            groups += read_groups(path)
+        return groups
+
+    def load_prompts(self, files: tuple[str, ...]) -> list[Prompt]:
+        """Prompts of data files; records that cannot be used are named in skipped.jsonl."""
+        prompts, skipped = load_prompts(files, self.config.data)
+        self.skipped.add(*skipped)
+        return prompts
+
+    def save(self, optimizer: Optimizer | None) -> None:
+        """Write a checkpoint of the state as it is; without optimizer at the end of a stage."""
+        self.state.policy_version = self.policy.version
+
+        def write(folder: Path) -> None:
+            save_policy(self.policy, folder)
+            (folder / "trainer").mkdir()
+            (folder / "trainer" / "state.json").write_text(json.dumps(asdict(self.state), indent=2) + "\n")
+            if optimizer is not None:
+                optimizer.save(folder / "trainer" / "optimizer.pt")
+
+        start = self.stage_start()
+        self.checkpoint = save_checkpoint(self.run.checkpoints, self.state.global_step, write,
+                                          self.config.checkpoint.keep, [start] if start else [])
+
+    def _skip_prompt(self, prompt: Prompt, reason: str) -> None:
+        paths = ", ".join(medium.path for medium in prompt.media)
+        self.skipped.add(Skipped(record=prompt.prompt_id, path=paths, reason=reason))
+
+
+def _in_own_memory(policy: Policy) -> Policy:
+    """Copy the weights out of the mapped file, where they lie at any offset: a matmul of one row depends on alignment
+    (1e-7 in greedy log-probs between a resumed run and an uninterrupted one), and the file may be deleted."""
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.clone()
+    return policy
+
+
+def _read_state(checkpoint: Path | None) -> State:
+    if checkpoint is None:
+        return State()
+    return State(**json.loads((checkpoint / "trainer" / "state.json").read_text()))
