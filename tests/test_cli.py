@@ -58,13 +58,13 @@ def test_train(handed_over, config_file):
 
 
 def test_eval(handed_over, config_file):
-    calls = handed_over("veripo_fast.evaluation.evaluate", "evaluate_command")
+    calls = handed_over("veripo_fast.evaluation.command", "evaluate_command")
     assert main(["eval", f"--config={config_file}", "--out", "o"]) == 0
     assert calls == [(load_config(config_file), Path("o"))]
 
 
 def test_verify_keeps_files_apart_from_option_values(handed_over):
-    calls = handed_over("veripo_fast.verifier", "verify_files")
+    calls = handed_over("veripo_fast.verifier.store", "verify_files")
     assert main(["verify", "--verifier.judge", "likelihood", "a.parquet", "--seed", "3", "b.parquet"]) == 0
     [(files, out, config)] = calls
     assert (files, out) == ([Path("a.parquet"), Path("b.parquet")], None)

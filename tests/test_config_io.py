@@ -135,7 +135,7 @@ def test_split_overrides():
     ("optimizer: {betas: [0.9]}", "optimizer.betas must be a list of 2, each a number, got [0.9]"),
     ("verifier: {families: [acuracy]}", "verifier.families.0 must be one of"),
     ("grpo: 5", "grpo must be a mapping of options, got 5"),
-    ("grpo: {clip_low: 1.5}", "grpo: clip_low must be at least 0 and below 1, got 1.5"),
+    ("grpo: {clip_low: 1.5}", "grpo: clip_low must be in [0, 1], got 1.5"),
     ("video: {num_frames: 8}", "video: exactly one of fps and num_frames must be set"),
     ("stages: [{kind: sft}]", "stages.0.kind must be one of grpo, dpo, got 'sft'"),
     ("stages: [{}, {kid: dpo}]", "unknown option stages.1.kid; did you mean stages.1.kind?"),

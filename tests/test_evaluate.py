@@ -75,10 +75,11 @@ def written(think, answer, accuracy):
 
 
 def test_scores_by_hand(tmp_path):
+    unfinished = Completion([5], "<think>", [], "length", 0, accuracy=0.0, format=0.0)
     groups = [
         RolloutGroup(prompt("a"), [written("so 3.", "3", 1.0), written("so 2.", "3", 1.0)]),
         RolloutGroup(prompt("b"), [written("so 1.", "1", 0.0), written("Hm.", "2", 0.0)]),
-        RolloutGroup(prompt("c"), [written("so 3.", "3", 1.0), Completion([5], "<think>", [], "length", 0)]),
+        RolloutGroup(prompt("c"), [written("so 3.", "3", 1.0), unfinished]),
     ]
     record = scores(groups, runs.config(tmp_path))
     assert record["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
@@ -88,6 +89,12 @@ def test_scores_by_hand(tmp_path):
     assert record["format_rate"] == record["finished_rate"] == pytest.approx(5 / 6)
     assert record["mra"] is None and record["by_type"] == {"number": pytest.approx(0.5)}
     assert "MRA" not in module.summary({"stage": "s", "mode": "greedy", **record})
+
+
+def test_a_completion_that_nobody_scored_is_not_taken_for_a_wrong_one(tmp_path):
+    groups = [RolloutGroup(prompt("a"), [written("so 3.", "3", 1.0), Completion([5], "x", [], "stop", 0)])]
+    with pytest.raises(ValueError, match="completion 1 of prompt a has no accuracy: it is not scored"):
+        scores(groups, runs.config(tmp_path))
 
 
 def test_the_seed_decides(run):

@@ -46,7 +46,7 @@ def test_wheel_holds_the_two_packages_alone(wheel):
 
 def test_wheel_holds_every_module_and_data_file(wheel):
     expected = {f"{package}/{path.relative_to(folder).as_posix()}"
-                for package, folder in PACKAGES.items() for path in folder.rglob("*.py")}
+                for package, folder in PACKAGES.items() for path in (*folder.rglob("*.py"), folder / "py.typed")}
     for name in DATA_FOLDERS:
         expected |= {f"veripo_fast/{name}/{path.name}" for path in (PACKAGES["veripo_fast"] / name).iterdir()}
     assert {name for name in wheel if ".dist-info/" not in name} == expected

@@ -22,7 +22,7 @@ from veripo_fast.stages import grpo
 from veripo_fast.stages.session import Session
 from veripo_fast.trainer import evaluate_stage, run_stages, train
 from veripo_fast.types import Completion, Image, Prompt, RolloutGroup, Video
-from veripo_fast.verifier import read_pairs
+from veripo_fast.verifier.store import read_pairs
 
 STAGES = ["grpo-1", "grpo-1", "dpo-1", "dpo-1", "grpo-2", "grpo-2"]
 STATE = {"global_step", "stage", "kind", "step", "seconds", "video_decodes", "tower_runs", "cache_hits",

@@ -1,9 +1,8 @@
 """The verifier as one step, its files, and `veripo verify`."""
 
 import json
-import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +13,11 @@ from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.errors import DataError, JudgeError
 from veripo_fast.rollout.store import write_groups
-from veripo_fast.verifier import make_judge, read_pairs, verify, verify_files, write_result
 from veripo_fast.verifier.judge_endpoint import EndpointJudge
 from veripo_fast.verifier.judge_likelihood import LikelihoodJudge
 from veripo_fast.verifier.judge_rules import RulesJudge
+from veripo_fast.verifier.store import read_pairs, verify_files, write_result
+from veripo_fast.verifier.verify import make_judge, verify
 
 CONFIG = VerifierConfig(families=("accuracy", "consistency", "reflection", "repetition"))
 RIGHT, WRONG, LUCKY = (written(f"0s left. so {side}.", letter)
@@ -124,17 +124,15 @@ def test_likelihood_margin_comes_from_the_configuration():
 def fake_model(monkeypatch):
     """Stands in for the tokenizer and the model: these tests are about files."""
     used = []
-    encoding, model, tower, cache = (ModuleType(f"veripo_fast.{name}")
-                                     for name in ("encoding", "model", "tower", "vision_cache"))
-    encoding.PromptEncoder = lambda path: SimpleNamespace(encode_completion=encode, eos_id=0)
-    tower.resolve_path = lambda path: used.append(path) or path
-    model.load_policy = lambda config: ("policy", config.path)
-    model.answer_scorer = lambda policy, load: used.append((policy, load)) or scores_b
-    cache.PromptLoader = lambda *_: SimpleNamespace(load_one="load", close=lambda: used.append("closed"))
-    monkeypatch.setitem(sys.modules, "veripo_fast.model.encoding", encoding)
-    monkeypatch.setitem(sys.modules, "veripo_fast.model.tower", tower)
-    monkeypatch.setitem(sys.modules, "veripo_fast.model.policy", model)
-    monkeypatch.setitem(sys.modules, "veripo_fast.cache.loader", cache)
+    encoder = SimpleNamespace(encode_completion=encode, eos_id=0)
+    loader = SimpleNamespace(load_one="load", close=lambda: used.append("closed"))
+    patches = {"model.encoding.PromptEncoder": lambda path: encoder,
+               "model.checkpoint_files.resolve_path": lambda path: used.append(path) or path,
+               "model.policy.load_policy": lambda config: ("policy", config.path),
+               "model.scorer.answer_scorer": lambda policy, load: used.append((policy, load)) or scores_b,
+               "cache.loader.PromptLoader": lambda *_: loader}
+    for name, value in patches.items():
+        monkeypatch.setattr(f"veripo_fast.{name}", value)
     return used
 
 

@@ -149,7 +149,7 @@ def _verify(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.config.load import load_config
 
     config = load_config(options.config, overrides)
-    from veripo_fast.verifier import verify_files
+    from veripo_fast.verifier.store import verify_files
 
     verify_files(options.rollouts, options.out, config)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+AdvantageKind = Literal["std", "no_std", "leave_one_out", "batch_std"]
 Aggregation = Literal["sequence", "token", "constant"]
 PolicyLossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo"]
 PreferenceLossName = Literal["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo"]
@@ -69,10 +70,12 @@ class PolicyLoss:
         if self.weighting == "constant" and not self.constant_length:
             raise ValueError(f"loss '{self.loss}' with aggregation 'constant' needs constant_length")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            raise ValueError(f"dual_clip must be more than 1 + clip_high = {1 + self.clip_high}, got {self.dual_clip}")
-        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
-            raise ValueError("clip_low must be in [0, 1] and clip_high at least 0, "
-                             f"got {self.clip_low}, {self.clip_high}")
+            raise ValueError(f"dual_clip must be above 1 + clip_high = {1 + self.clip_high:g}, got {self.dual_clip}")
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"clip_low must be in [0, 1], got {self.clip_low}")
+        for name in ("clip_high", "kl_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or larger, got {getattr(self, name)}")
 
     @property
     def weighting(self) -> Aggregation:
@@ -119,6 +122,10 @@ class PreferenceLoss:
             raise ValueError(f"dpo_beta must be above 0, got {self.dpo_beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.nll_coef < 0:
+            raise ValueError(f"nll_coef must be 0 or larger, got {self.nll_coef}")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
         if self.loss == "exo" and self.label_smoothing == 0:
             raise ValueError("loss 'exo' needs label_smoothing above 0")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust", "exo"):

@@ -9,15 +9,12 @@ Packed lengths: completion i owns tokens cu_seqlens[i] to cu_seqlens[i + 1]. Log
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from veripo_kernels import formulas
-from veripo_kernels.options import PolicyLoss, PreferenceLoss, policy_loss, preference_loss
-
-AdvantageKind = Literal["std", "no_std", "leave_one_out", "batch_std"]
+from veripo_kernels.options import AdvantageKind, PolicyLoss, PreferenceLoss, policy_loss, preference_loss
 
 
 def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:

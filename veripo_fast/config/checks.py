@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from veripo_fast.errors import ConfigError
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """Let another class check the values: its ValueError becomes a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def require(ok: bool, message: str) -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from veripo_fast.config.checks import positive, require, unit_interval
+from veripo_kernels.options import (
+    AdvantageKind,
+    Aggregation,
+    KlKind,
+    PolicyLoss,
+    PolicyLossName,
+    PreferenceLoss,
+    PreferenceLossName,
+)
+
+from veripo_fast.config.checks import as_config_error, positive, require, unit_interval
 
 
 @dataclass(frozen=True)
@@ -58,10 +68,10 @@ class GrpoConfig:
     """Optimizer steps per rollout batch; each takes an equal share of the groups."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
-    advantage: Literal["std", "no_std", "leave_one_out", "batch_std"] = "std"
+    advantage: AdvantageKind = "std"
     """(r - mean) / std of the group, r - mean (Dr. GRPO), r - mean of the others (RLOO), or over the std of the
     batch."""
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo"] = "grpo"
+    loss: PolicyLossName = "grpo"
     """The policy loss; formulas and sources: veripo_kernels.PolicyLoss."""
     clip_low: float = 0.2
     """Ratio is clipped below 1 - clip_low."""
@@ -71,9 +81,9 @@ class GrpoConfig:
     """Bound c > 1 on ratio * |advantage| for negative advantages; null: none."""
     kl_coef: float = 0.0
     """Weight of the KL to the policy at the start of the stage; 0: no reference model is run."""
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    kl_kind: KlKind = "k3"
     """Estimator of the KL (Schulman 2020)."""
-    aggregation: Literal["sequence", "token", "constant"] | None = None
+    aggregation: Aggregation | None = None
     """Mean per completion then over completions, over all tokens, or sum / max_new_tokens; null: the loss's own."""
     drop_easy: float = 0.0
     """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
@@ -83,11 +93,9 @@ class GrpoConfig:
         require(self.prompts_per_step % self.updates_per_rollout == 0,
                  f"prompts_per_step {self.prompts_per_step} must be divisible by "
                  f"updates_per_rollout {self.updates_per_rollout}")
-        require(0.0 <= self.clip_low < 1.0, f"clip_low must be at least 0 and below 1, got {self.clip_low}")
-        require(self.clip_high >= 0, f"clip_high must be 0 or larger, got {self.clip_high}")
-        require(self.dual_clip is None or self.dual_clip > 1 + self.clip_high,
-                 f"dual_clip must be above 1 + clip_high = {1 + self.clip_high:g}, got {self.dual_clip}")
-        require(self.kl_coef >= 0, f"kl_coef must be 0 or larger, got {self.kl_coef}")
+        with as_config_error():
+            PolicyLoss(self.loss, aggregation=self.aggregation, constant_length=1, clip_low=self.clip_low,
+                       clip_high=self.clip_high, dual_clip=self.dual_clip, kl_coef=self.kl_coef, kl_kind=self.kl_kind)
         unit_interval(self, "drop_easy")
 
 
@@ -145,7 +153,7 @@ class VerifierConfig:
 class DpoConfig:
     """Direct preference optimisation; a stage may override any field."""
 
-    loss: Literal["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo"] = "sigmoid"
+    loss: PreferenceLossName = "sigmoid"
     """The preference loss; formulas and sources: veripo_kernels.formulas."""
     dpo_beta: float = 0.1
     """Strength of the pull towards the reference (VerIPO Table 1: 0.1)."""
@@ -167,10 +175,7 @@ class DpoConfig:
     """Stop after so many optimizer steps; null: all pairs."""
 
     def __post_init__(self) -> None:
-        positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps")
-        require(self.nll_coef >= 0, f"nll_coef must be 0 or larger, got {self.nll_coef}")
-        require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
-        smooth = self.loss in ("sigmoid", "robust", "exo")
-        require(0 <= self.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        require(smooth or not self.label_smoothing, f"loss {self.loss} does not use label_smoothing")
-        require(self.loss != "exo" or self.label_smoothing > 0, "loss exo needs label_smoothing above 0")
+        positive(self, "learning_rate", "pairs_per_step", "epochs", "max_steps")
+        with as_config_error():
+            PreferenceLoss(self.loss, dpo_beta=self.dpo_beta, label_smoothing=self.label_smoothing,
+                           length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef)

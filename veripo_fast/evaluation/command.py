@@ -1,11 +1,13 @@
-"""`veripo eval`: evaluate one checkpoint on the held-out files."""
+"""Evaluate one checkpoint on the held-out files: `veripo eval`, and `veripo_fast.evaluate`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.schema import Config
+from veripo_fast.data.prompts import load_prompts
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.evaluate import evaluate, summary
 from veripo_fast.model.policy import load_policy
@@ -14,28 +16,48 @@ from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.jsonlines import dump_objects
 
 
-def evaluate_command(config: Config, out: Path | None) -> None:
-    """`veripo eval`: evaluate `model.path` on `data.eval` and print one line per mode.
+def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[str, Any]]:
+    """Evaluate `model.path` on `data.eval`, greedy and sampled.
 
-    With `out`, evals.jsonl and the completions are written there.
+    Args:
+        out: folder for evals.jsonl and the completions; None: `eval` in the run folder.
+
+    Returns:
+        one record per mode, as evals.jsonl holds them; `skipped_records` were left out at load, `skipped_prompts`
+        while decoding.
+
+    Raises:
+        UserError: data.eval is empty or cannot be used, or the checkpoint cannot be loaded.
     """
-    from veripo_fast.data.prompts import load_prompts
-
     if not config.data.eval:
         raise ConfigError("data.eval names no files to evaluate on")
     prompts, skipped = load_prompts(config.data.eval, config.data)
     policy = load_policy(config.model)
     loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
                           config.cache)
-    folder = out or Path(config.run_dir) / "eval"
+    folder = eval_folder(config, out)
     try:
         records = evaluate(make_engine(config, policy), loader, prompts, config, stage="eval",
                            rows=lambda mode: folder / f"{mode}.parquet")
     finally:
         loader.close()
+    counts = {"skipped_records": len(skipped), "skipped_prompts": len(loader.bad)}
+    records = [record | counts for record in records]
     atomic_write_text(folder / "evals.jsonl", dump_objects(records))
+    return records
+
+
+def eval_folder(config: Config, out: Path | str | None) -> Path:
+    """Where an evaluation is written."""
+    return Path(out) if out else Path(config.run_dir) / "eval"
+
+
+def evaluate_command(config: Config, out: Path | None) -> None:
+    """`veripo eval`: evaluate and print one line per mode."""
+    records = evaluate_policy(config, out)
     for record in records:
         print(summary(record))
-    if skipped or loader.bad:
-        print(f"skipped: {len(skipped)} records at load, {len(loader.bad)} while decoding")
-    print(f"completions and scores: {folder}")
+    at_load, decoding = records[0]["skipped_records"], records[0]["skipped_prompts"]
+    if at_load or decoding:
+        print(f"skipped: {at_load} records at load, {decoding} while decoding")
+    print(f"completions and scores: {eval_folder(config, out)}")

@@ -30,7 +30,8 @@ from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, PreferencePair, Prompt, RolloutGroup
-from veripo_fast.verifier import make_judge, read_pairs, verify, write_result
+from veripo_fast.verifier.store import read_pairs, write_result
+from veripo_fast.verifier.verify import make_judge, verify
 
 log = logging.getLogger(__name__)
 
