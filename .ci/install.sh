@@ -1,25 +1,43 @@
 #!/bin/sh
 # What `make demo` and `make test` need, installed into .venv; none of it needs root.
-#   sh .ci/install.sh base PYTHON   .venv, torch (CPU build where there is no GPU), veripo-fast itself (editable)
+#   sh .ci/install.sh base PYTHON   .venv, torch (CPU build where there is no GPU and it can be had), veripo-fast (editable)
 #   sh .ci/install.sh dev           what the tests run with
 #   sh .ci/install.sh oracle        torchvision, kept out of the environment's own packages
 #   sh .ci/install.sh browser       Chromium for the report's tests: by apt when root, otherwise it is left out
 set -eu
 cd "$(dirname "$0")/.."
+CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'install: %s\n' "$*" >&2; exit 1; }
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 pinned() { sed -n "s/^$1==//p" .ci/constraints-cpu.txt; }
 install() { .venv/bin/python -m pip install --disable-pip-version-check "$@"; }
+has_cuda_torch() { ls .venv/lib/python3*/site-packages/torch/lib/libtorch_cuda.so >/dev/null 2>&1; }
 
-# The versions to hold: all of them, but torch and torchcodec where a GPU wants other builds.
+# Either build of that release, so that a second run asks no index.
+has_torch() {
+    .venv/bin/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch").split("+")[0] != sys.argv[1])' \
+        "$1" 2>/dev/null
+}
+
+# Whether pip's sources have torch in this version for this Python; two tries, since pip's own five last minutes.
+offers() {
+    version=$1 && shift
+    .venv/bin/python -m pip index versions torch --retries 1 --timeout 15 "$@" 2>>.venv/torch.log |
+        sed -n 's/^Available versions: //p' | tr -d ' ' | tr , '\n' | grep -qxF "$version"
+}
+
+# The versions to hold: all of them, but triton where torch names its own, and all three where a GPU wants other builds.
 write_constraints() {
     if has_gpu; then
-        sed -E '/^(torch|torchcodec|triton)==/d' .ci/constraints-cpu.txt >.venv/constraints.txt
+        unpinned='torch|torchcodec|triton'
+    elif has_cuda_torch; then
+        unpinned=triton
     else
-        cp .ci/constraints-cpu.txt .venv/constraints.txt
+        unpinned=
     fi
+    sed -E "/^($unpinned)==/d" .ci/constraints-cpu.txt >.venv/constraints.txt
 }
 
 make_venv() {
@@ -31,22 +49,37 @@ make_venv() {
     .venv/bin/python -m pip --version >/dev/null 2>&1 || "$1" -m venv --clear .venv
 }
 
+# The CPU build where pip already knows a source of it, or from its own index; then PyPI's build, which is for CUDA.
 install_torch() {
-    version=$(pinned torch)
+    release=$(pinned torch)
+    : >.venv/torch.log
     if has_gpu; then
         install torch
-    elif ! install "torch==$version+cpu" 2>/dev/null; then # offered where pip already knows a source of CPU builds
-        install "torch==$version" --index-url https://download.pytorch.org/whl/cpu
+    elif has_torch "$release"; then
+        say "torch $release is here"
+    elif offers "$release+cpu"; then
+        install "torch==$release+cpu"
+    elif offers "$release+cpu" --index-url "$CPU_INDEX"; then
+        install "torch==$release+cpu" --index-url "$CPU_INDEX"
+    else
+        say "$CPU_INDEX offers no CPU build here; taking PyPI's build for CUDA, 4.7 GB on disk instead of 0.8"
+        install "torch==$release" || no_torch
     fi
+}
+
+no_torch() {
+    die "neither $CPU_INDEX, the index of the CPU build, nor pip's own index offers torch $release to" \
+        "$(.venv/bin/python -V); PIP_INDEX_URL or PIP_FIND_LINKS can name a source that has it (pip's words:" \
+        ".venv/torch.log and above)"
 }
 
 case "${1:-}" in
 base)
     say "[1/3] virtual environment .venv"
     make_venv "${2:-python3}"
-    write_constraints
     say "[2/3] torch, $(if has_gpu; then echo 'CUDA build'; else echo 'CPU build: no GPU here'; fi)"
     install_torch
+    write_constraints
     say "[3/3] veripo-fast and what it depends on; csrc/ is compiled where there is a C++ compiler"
     install 'setuptools>=77'
     install --no-build-isolation -e . -c .venv/constraints.txt # without isolation the build finds torch's headers

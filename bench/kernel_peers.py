@@ -10,9 +10,9 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from typing import Any
 
+import recipe
 import torch
 import torch.nn.functional as F
 from kernel_cases import Logits, Problem, Rollouts
@@ -62,7 +62,7 @@ class Peer:
 
     def version(self) -> str:
         ours = self.package == "veripo-fast"
-        return f"{self.package} {veripo_fast.__version__ if ours else metadata.version(self.package)}"
+        return f"{self.package} {veripo_fast.__version__ if ours else recipe.version_of(self.package)}"
 
 
 # -- hidden states and head to log-probs -----------------------------------------------------------------------------

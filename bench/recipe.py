@@ -29,12 +29,21 @@ def device_name() -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def version_of(name: str) -> str:
+    """Installed version of a package; torch's own names the build (2.13.0+cu130), which PyPI's metadata leaves out."""
+    if name != "torch":
+        return metadata.version(name)
+    import torch
+
+    return str(torch.__version__)
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what a number depends on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            found[name] = version_of(name)
         except metadata.PackageNotFoundError:
             continue
     return found

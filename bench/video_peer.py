@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipe import version_of
 from video_worker import Answer, measured, serve
 
 if side := os.environ.get("BENCH_TORCHVISION"):
@@ -34,7 +35,7 @@ def readers() -> Answer:
     versions = {}
     for name in ("qwen-vl-utils", "torchvision", "transformers", "decord2", "torchcodec", "torch", "av"):
         try:
-            versions[name] = metadata.version(name)
+            versions[name] = version_of(name)
         except metadata.PackageNotFoundError:
             continue
     return {"versions": versions, "decord": _missing("decord"),

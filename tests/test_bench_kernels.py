@@ -133,6 +133,13 @@ def test_a_peer_that_cannot_run_says_why(bench):
     assert old.missing(CPU) == f"torch {torch.__version__} has no no_such_function"
 
 
+def test_a_recipe_names_the_build_of_torch(bench, monkeypatch):
+    """PyPI's metadata says 2.13.0 where torch itself says 2.13.0+cu130."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu999")
+    assert bench.recipe.versions()["torch"] == "2.13.0+cu999"
+    assert bench.kernel_peers.Peer(print).version() == "torch 2.13.0+cu999"
+
+
 # -- the comparison --------------------------------------------------------------------------------------------------
 
 @pytest.fixture

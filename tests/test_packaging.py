@@ -1,5 +1,6 @@
 """What is installed: the wheel's contents, the pins, and the sentences of the install script."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,81 @@ def test_install_says_what_is_wrong_with_python(tmp_path, python, words):
     assert result.returncode == 1
     assert words in result.stderr.replace(str(tmp_path), "FOLDER")
     assert not (tmp_path / ".venv").exists()
+
+
+# -- which build of torch is installed -------------------------------------------------------------------------------
+
+TORCH = pins()["torch"]
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+FAKE_PYTHON = f"""#!/bin/sh
+case "$*" in
+    *"venv --clear"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python; exit ;;
+    *importlib.metadata*) exit 1 ;; # torch is not here yet
+    *"index versions"*--index-url*) echo "Available versions: $INDEX_OFFERS"; exit ;;
+    *"index versions"*) echo "Available versions: $PIP_OFFERS"; exit ;;
+    *torch=={TORCH}) # PyPI's build
+        folder=.venv/lib/python3.12/site-packages/torch/lib
+        mkdir -p $folder && touch $folder/libtorch_cuda.so ;;
+esac
+echo "$*" >>calls
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Runs install.sh in a folder of its own, on a machine without a GPU."""
+    shutil.copytree(REPOSITORY / ".ci", tmp_path / ".ci")
+    (tmp_path / "bin").mkdir()
+    executable(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\nexit 1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return lambda *arguments: subprocess.run(["sh", ".ci/install.sh", *arguments], cwd=tmp_path, capture_output=True,
+                                             text=True)
+
+
+def executable(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(("pip_offers", "index_offers", "arguments", "pins_triton"), [
+    (f"9.9.0, {TORCH}+cpu, {TORCH}", "", f"torch=={TORCH}+cpu", True),
+    (TORCH, f"9.9.0+cpu, {TORCH}+cpu", f"torch=={TORCH}+cpu --index-url {CPU_INDEX}", True),
+    (TORCH, "", f"torch=={TORCH}", False),  # torch's CUDA build names its own triton
+    (f"{TORCH}0+cpu, {TORCH}", f"{TORCH}1+cpu", f"torch=={TORCH}", False),
+])
+def test_the_cpu_build_comes_from_where_it_is_offered(install, tmp_path, monkeypatch, pip_offers, index_offers,
+                                                      arguments, pins_triton):
+    monkeypatch.setenv("PIP_OFFERS", pip_offers)
+    monkeypatch.setenv("INDEX_OFFERS", index_offers)
+    done = install("base", executable(tmp_path / "python", FAKE_PYTHON))
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call for call in calls if "torch==" in call] == [
+        f"-m pip install --disable-pip-version-check {arguments}"]
+    said = f"==> {CPU_INDEX} offers no CPU build here; taking PyPI's build for CUDA, 4.7 GB on disk instead of 0.8\n"
+    assert done.stdout.count(said) == (not pins_triton)
+    held = {line.split("==")[0] for line in (tmp_path / ".venv" / "constraints.txt").read_text("utf-8").splitlines()}
+    assert {"torch", "torchcodec", "numpy"} <= held and ("triton" in held) == pins_triton
+
+
+def test_without_any_index_the_missing_one_is_named(install, tmp_path, monkeypatch):
+    """The real pip, whose every way out is a port that nothing listens at."""
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    done = install("base", sys.executable)
+    python = f"Python {sys.version.split()[0]}"
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"install: neither {CPU_INDEX}, the index of the CPU build, nor pip's own index offers torch {TORCH} to "
+        f"{python}; PIP_INDEX_URL or PIP_FIND_LINKS can name a source that has it (pip's words: .venv/torch.log and "
+        "above)")
+    log = (tmp_path / ".venv" / "torch.log").read_text()
+    assert log.count("No matching distribution found for torch") == 2 and "no such option" not in log
 
 
 def test_ci_calls_make_test_and_nothing_else():
