@@ -23,12 +23,17 @@ def tied(*command: str | Path) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *map(str, command)]
 
 
-def main() -> None:
-    parent, *command = sys.argv[1:]
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent is gone; end it here when that has happened already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before this process asked
-        sys.exit(f"the process {parent} that wanted {command[0]} has ended")
+    if os.getppid() != parent:
+        sys.exit(f"the process {parent} that started this one has ended")
+
+
+def main() -> None:
+    parent, *command = sys.argv[1:]
+    end_with(int(parent))
     os.execvp(command[0], command)
 
 

@@ -1,5 +1,4 @@
 import math
-import subprocess
 import sys
 
 import pytest
@@ -7,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verifier_groups import prompt, written
 
+from tests.children import run
 from veripo_fast.config import RewardConfig
 from veripo_fast.errors import DataError
 from veripo_fast.reward import (
@@ -265,4 +265,4 @@ def test_same_answers():
 def test_no_torch_is_needed():
     code = ("import sys; sys.modules['torch'] = None\n"
             "import veripo_fast.answers, veripo_fast.reward, veripo_fast.verifier, veripo_fast.verifier.checks\n")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run(sys.executable, "-c", code, check=True)

@@ -16,6 +16,7 @@ import pytest
 import runs
 import torch
 
+from tests.children import PATIENCE_SECONDS
 from veripo_fast import encoding
 from veripo_fast import vision_store as module
 from veripo_fast.config import CacheConfig, DataConfig, ModelConfig, VideoConfig
@@ -166,7 +167,7 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE_SECONDS)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert all(path.name.endswith(".frames.safetensors") for path in tmp_path.iterdir())
 
