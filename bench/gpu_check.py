@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_child
+from tied import tied
 
 REPOSITORY = kernel_child.BENCH.parent
 GPU_TESTS = ("tests/test_gather.py", "tests/test_attention_backends.py", "tests/test_video_gpu.py")
@@ -135,7 +136,7 @@ PARTS: dict[str, Callable[[Any, Sizes], list[dict[str, Any]]]] = {
 
 def run_part(name: str, device: str, seconds: float) -> list[dict[str, Any]]:
     """Rows of a part, measured in a process of its own; one row that says why where it fails or takes too long."""
-    command = [sys.executable, __file__, "--device", device, "--part", name]
+    command = tied(sys.executable, __file__, "--device", device, "--part", name)
     environment = {key: value for key, value in os.environ.items() if device == "cpu" or key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(kernel_child.PATHS)
     try:
@@ -152,8 +153,8 @@ def run_part(name: str, device: str, seconds: float) -> list[dict[str, Any]]:
 def run_tests(seconds: float) -> list[dict[str, Any]]:
     """One row about the GPU tests, run without the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider",
-               *(file for file in GPU_TESTS if (REPOSITORY / file).exists())]
+    command = tied(sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider",
+                   *(file for file in GPU_TESTS if (REPOSITORY / file).exists()))
     try:
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds,
                               check=False)

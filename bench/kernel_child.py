@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tied import tied
+
 BENCH = Path(__file__).resolve().parent
 PATHS = [str(path) for path in (BENCH, BENCH.parent / "tests", BENCH.parent / "kernels", BENCH.parent)]
 
@@ -32,7 +34,7 @@ def call(task: str, *, interpret: bool = False, timeout_seconds: float = 1800, *
     environment["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, str(BENCH / "kernel_child.py"), json.dumps({"task": task, **arguments})]
+    command = tied(sys.executable, BENCH / "kernel_child.py", json.dumps({"task": task, **arguments}))
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds,
                               check=False)

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tied import tied
+
 BENCH = Path(__file__).resolve().parent
 Answer = dict[str, Any]
 Task = Callable[..., Answer]
@@ -42,7 +44,7 @@ class Worker:
         threads = str(len(cores))
         paths = [str(BENCH), str(BENCH.parent / "tests"), str(BENCH.parent / "kernels"), str(BENCH.parent)]
         self._process = subprocess.Popen(
-            [sys.executable, str(BENCH / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            tied(sys.executable, BENCH / script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             env={**os.environ, "OMP_NUM_THREADS": threads, "TORCHCODEC_NUM_THREADS": threads,
                  "BENCH_CORES": ",".join(map(str, sorted(cores))), "HF_HUB_OFFLINE": "1",
                  "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),

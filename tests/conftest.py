@@ -39,14 +39,15 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 import pytest
 from report_browser import Browser
 
+from tests.children import run
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PYTHONPATH = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
 
 
-def run_python(*arguments: str, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that finds this checkout first."""
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "PYTHONPATH": PYTHONPATH}, **options)
+    return run(sys.executable, *arguments, env={**os.environ, "PYTHONPATH": PYTHONPATH}, **options)
 
 
 @pytest.fixture

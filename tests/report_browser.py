@@ -7,10 +7,11 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from tests.children import PATIENCE_SECONDS, start, wait_until
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
          "--disable-background-networking", "--disable-component-update", "--disable-sync")
@@ -24,9 +25,8 @@ class Browser:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.root = f"http://127.0.0.1:{port}"
-        self.driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
-        self._wait()
+        self.driver = start("chromedriver", f"--port={port}", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(self._ready, "chromedriver")
         options = {"args": [*FLAGS, f"--user-data-dir={profile}"], "binary": shutil.which("chromium")}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         made = self.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
@@ -36,7 +36,7 @@ class Browser:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=60) as reply:
+        with opener.open(request, timeout=PATIENCE_SECONDS) as reply:
             return json.load(reply)["value"]
 
     def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
@@ -66,13 +66,11 @@ class Browser:
     def close(self) -> None:
         self.call("DELETE", "")
         self.driver.terminate()
-        self.driver.wait(timeout=10)
+        self.driver.wait(PATIENCE_SECONDS)
 
-    def _wait(self) -> None:
-        for _ in range(100):
-            try:
-                self.call("GET", "/status")
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise TimeoutError("chromedriver did not start within 10 s")
+    def _ready(self) -> bool:
+        try:
+            self.call("GET", "/status")
+        except OSError:
+            return False
+        return True

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from PIL import Image as Picture
 
+from bench.tied import end_with
+from tests.children import PATIENCE_SECONDS, start
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.load import apply_overrides
@@ -165,9 +167,9 @@ class Forks:
     """`veripo` in forks of one process that has imported everything: a start costs no import."""
 
     def __init__(self) -> None:
-        self.server = subprocess.Popen([sys.executable, "-c", "import runs; runs.serve()"], stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
-                                       env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+        self.server = start(sys.executable, "-c", "import runs; runs.serve()", stdin=subprocess.PIPE,
+                            cwd=Path(__file__).parent,
+                            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -197,9 +199,11 @@ def serve() -> None:
 
     import veripo_fast.trainer  # noqa: F401
 
+    server = os.getpid()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            end_with(server)
             _run_command(json.loads(line))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
@@ -210,7 +214,7 @@ def _run_command(job: dict[str, Any]) -> None:
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    signal.alarm(600)
+    signal.alarm(int(PATIENCE_SECONDS))
     for name, value in job["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     if job["at"]:

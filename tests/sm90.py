@@ -142,9 +142,12 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", metavar="MODULE")
     parser.add_argument("--record", action="store_true", help="append each line to bench/results/sm90.jsonl")
     arguments = parser.parse_args()
+    from bench.tied import end_with
+
     os.environ.pop("TRITON_INTERPRET", None)
     jobs = [(module, name) for module in arguments.modules or jit_modules() for name, _ in cases_of(module)]
-    with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+    pool = ProcessPoolExecutor(mp_context=get_context("fork"), initializer=end_with, initargs=(os.getpid(),))
+    with tempfile.TemporaryDirectory() as cache, pool:
         os.environ["TRITON_CACHE_DIR"] = cache
         rows = []
         for row in pool.map(check_case, *zip(*jobs, strict=True)):

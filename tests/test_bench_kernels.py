@@ -6,7 +6,6 @@ The GPU check runs here as a whole on CPU tensors with interpreted kernels, so t
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -17,6 +16,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from tests.children import PATIENCE_SECONDS, run
 from veripo_fast import cli
 
 CPU = torch.device("cpu")
@@ -273,8 +273,7 @@ def test_accuracy_sees_a_rounded_head(bench, monkeypatch):
 def test_without_a_gpu_it_says_so(bench):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run([sys.executable, str(REPOSITORY / "bench" / "gpu_check.py")], capture_output=True, text=True,
-                          timeout=120)
+    done = run(sys.executable, REPOSITORY / "bench" / "gpu_check.py")
     assert done.returncode == 1 and "sees no CUDA device" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -328,16 +327,17 @@ def test_the_sweep_sees_a_wrong_kernel(bench, monkeypatch):
 
 
 def test_a_part_in_its_own_process(bench):
-    rows = bench.gpu_check.run_part("losses", "cpu", 300)
+    rows = bench.gpu_check.run_part("losses", "cpu", PATIENCE_SECONDS)
     assert [row["row"] for row in rows] == ["grpo_loss with backward, 64 tokens", "dpo_loss with backward, 64 tokens"]
 
 
 def test_parts_that_hang_or_crash_leave_a_line(bench, monkeypatch, tmp_path):
     child = tmp_path / "child.py"
-    child.write_text("import sys, time\ntime.sleep(9) if 'idle' in sys.argv else sys.exit('illegal memory access')\n")
+    child.write_text("import sys, time\n"
+                     "time.sleep(3600) if 'idle' in sys.argv else sys.exit('illegal memory access')\n")
     monkeypatch.setattr(bench.gpu_check, "__file__", str(child))
     hung, = bench.gpu_check.run_part("idle", "cuda", 1)
-    crashed, = bench.gpu_check.run_part("memory", "cuda", 30)
+    crashed, = bench.gpu_check.run_part("memory", "cuda", PATIENCE_SECONDS)
     assert hung == {"row": "idle", "not_measured": "took longer than 1 seconds", "passed": False}
     assert crashed["not_measured"] == "illegal memory access" and "not measured" in bench.gpu_check.told(crashed)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import PYTHONPATH
 
+from tests.children import PATIENCE_SECONDS, run, start
 from veripo_fast.errors import CheckpointError
 from veripo_fast.run import checkpoint
 from veripo_fast.run.atomic import atomic_write_text
@@ -212,8 +213,7 @@ def test_kill_at_every_line_of_a_save_leaves_a_loadable_latest(memory_path, step
         save(memory_path / "base", earlier)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)])}
     folders = [memory_path / "base", memory_path / "root"]
-    result = subprocess.run([sys.executable, "-c", KILL_AT_EVERY_LINE, *folders, str(step)],
-                            env=environment, capture_output=True, text=True, timeout=120)
+    result = run(sys.executable, "-c", KILL_AT_EVERY_LINE, *folders, str(step), env=environment)
     assert result.returncode == 0, result.stderr
     lines, outcomes = result.stdout.split(maxsplit=1)
     assert int(lines) > 80
@@ -242,12 +242,11 @@ while True:
 def test_kill_at_any_time_and_resume(tmp_path):
     steps = []
     for delay in (0.0, 0.01, 0.023, 0.037, 0.051):
-        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, tmp_path], stdout=subprocess.PIPE, text=True,
-                                   env={**os.environ, "PYTHONPATH": PYTHONPATH})
+        process = start(sys.executable, "-c", SAVE_FOREVER, tmp_path, env={**os.environ, "PYTHONPATH": PYTHONPATH})
         first = int(process.stdout.readline())
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
+        process.wait(PATIENCE_SECONDS)
         process.stdout.close()
         path = latest_checkpoint(tmp_path)
         assert (path / "shard-19").read_bytes()[:1] == bytes([checkpoint_step(path) % 251])

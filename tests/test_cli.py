@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 from conftest import REPOSITORY
 
+from tests.children import PATIENCE_SECONDS, start
 from veripo_fast import __version__
 from veripo_fast.cli import COMMANDS, main, set_environment
 from veripo_fast.config.load import load_config
@@ -159,8 +160,7 @@ def test_exit_codes_of_the_process(veripo, tmp_path):
 
 
 def test_reader_that_goes_away_gets_no_traceback():
-    process = subprocess.Popen([sys.executable, "-m", "veripo_fast.cli", "show-config"], cwd=REPOSITORY,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(sys.executable, "-m", "veripo_fast.cli", "show-config", cwd=REPOSITORY, stderr=subprocess.PIPE)
     process.stdout.close()
     errors = process.stderr.read()
-    assert (process.wait(timeout=60), errors) == (141, "")
+    assert (process.wait(PATIENCE_SECONDS), errors) == (141, "")

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_patches import oracle_folder
 
+from tests.children import run
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.encoding import PromptEncoder
@@ -114,8 +114,8 @@ def oracle(saved: dict[str, Policy], tmp_path_factory: pytest.TempPathFactory) -
     cases |= {family: oracle_case(policy, "image", run_model=True) for family, policy in saved.items()}
     torch.save(list(cases.values()), folder / "cases.pt")
     script = Path(__file__).with_name("processor_oracle.py")
-    done = subprocess.run([sys.executable, script, folder / "cases.pt", folder / "answers.pt"], text=True,
-                          capture_output=True, env={**os.environ, "VERIPO_TEST_ORACLE": oracle_folder() or ""})
+    done = run(sys.executable, script, folder / "cases.pt", folder / "answers.pt",
+               env={**os.environ, "VERIPO_TEST_ORACLE": oracle_folder() or ""})
     assert done.returncode == 0, done.stderr
     return dict(zip(cases, torch.load(folder / "answers.pt"), strict=True))
 

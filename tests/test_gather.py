@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +24,8 @@ from veripo_kernels import gather, reference
 from veripo_kernels.dispatch import interpreted, refusal
 from veripo_kernels.gather import gather_logprobs, gather_logprobs_fused
 from veripo_kernels.jit import gather as kernels
+
+from tests.children import run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreted() else "cpu")
 IMPLS = [pytest.param(name, marks=[pytest.mark.skip(reason=why)] if (why := refusal(name, DEVICE)) else [])
@@ -409,8 +410,7 @@ print(json.dumps([*counts, len(launch_keys(bodies, cut_rows))]))
 def test_no_length_and_no_temperature_compiles_again() -> None:
     """Three kernels, once for rows that are 16-byte aligned and once for others; wherever vectors of [T] start."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    counted = subprocess.run([sys.executable, "-c", COUNT_KEYS], capture_output=True, text=True, timeout=120,
-                             cwd=REPOSITORY, env={**environment, "PYTHONPATH": PYTHONPATH})
+    counted = run(sys.executable, "-c", COUNT_KEYS, cwd=REPOSITORY, env={**environment, "PYTHONPATH": PYTHONPATH})
     assert counted.returncode == 0, counted.stderr
     assert json.loads(counted.stdout) == [3, 3, 6, 1]
 

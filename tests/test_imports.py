@@ -1,7 +1,7 @@
 """Who imports whom: kernels <- trainer <- bench and tests, heavy engines in one lazy place, no torch at start-up."""
 
 import ast
-import time
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,14 +72,20 @@ def test_package_alone_needs_nothing(python):
     assert python("-c", code, check=True).stdout == "['veripo_fast']\n"
 
 
-def test_help_answers_within_half_a_second_without_torch(python):
+def test_help_takes_less_than_half_a_second_and_no_torch(python):
     code = ("import sys\nfrom veripo_fast.cli import main\n"
             "try: main(['--help'])\nexcept SystemExit: pass\n"
             "heavy = {'torch', 'numpy', 'yaml'} & set(sys.modules)\nsys.exit(f'imported {heavy}' if heavy else 0)")
     seconds = []
-    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:  # a busy machine gets five tries
-        start = time.perf_counter()
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:  # where cores are shared, CPU time varies too
+        before = children_cpu_seconds()
         result = python("-c", code)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(children_cpu_seconds() - before)
         assert result.returncode == 0, result.stderr
     assert min(seconds) < 0.5
+
+
+def children_cpu_seconds():
+    """Of the processes that have ended: what they took of a processor, however many others wanted it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

@@ -17,6 +17,7 @@ import torch
 from PIL import Image as PilImage
 from veripo_kernels import resize_frames
 
+from tests.children import run
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Image, Video
@@ -73,7 +74,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     torch.save(cases, folder / "cases.pt")
     environment = {**os.environ, "VERIPO_TEST_ORACLE": oracle_folder() or "", "HF_HUB_OFFLINE": "1",
                    "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, env=environment)
+    done = run(sys.executable, __file__, folder, env=environment)
     assert done.returncode == 0, done.stderr
     return {"cases": cases, **torch.load(folder / "answers.pt", weights_only=False)}
 

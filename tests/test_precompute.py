@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -10,7 +11,6 @@ import shutil
 import signal
 import tarfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load
 
 from tests import clips
+from tests.children import PATIENCE_SECONDS
 from veripo_fast.cache import precompute
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.cli import main
@@ -272,35 +273,33 @@ def test_two_ranks_make_everything_once(tmp_path: Path, command: Callable, folde
 @pytest.mark.parametrize("freeze", [True, False])
 def test_decoding_goes_on_while_the_tower_runs(command: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch,
                                                freeze: bool) -> None:
-    """Batches of two; and without a tower, decoders stop when nobody takes what they made."""
+    """Batches of two. The first three media are decoded together; the fourth, which is of the second batch, while the
+    tower runs on the first one. Each waits for that and would wait in vain."""
     monkeypatch.setattr(precompute, "MAX_BATCH", 2)
-    inside, early, running, most = [False], [], [0], [0]
-    lock = threading.Lock()
+    numbers, three = itertools.count(), threading.Barrier(3)
+    inside, decoded_inside = threading.Event(), threading.Event()
     plain_decode, plain_tower = encoding.decode, Tower.vision_features_of
 
-    def decode(medium: Video, *rest: Any) -> Any:
-        with lock:
-            running[0] += 1
-            most[0] = max(most[0], running[0])
-        try:
-            time.sleep(0.1)
-            return plain_decode(medium, *rest)
-        finally:
-            if inside[0]:
-                early.append(medium)
-            with lock:
-                running[0] -= 1
+    def decode(*arguments: Any) -> Any:
+        number = next(numbers)
+        if number < 3:
+            three.wait(PATIENCE_SECONDS)
+        if number == 3 and freeze:
+            assert inside.wait(PATIENCE_SECONDS)
+        frames = plain_decode(*arguments)
+        if number == 3:
+            decoded_inside.set()
+        return frames
 
     def tower(*arguments: Any) -> Any:
-        inside[0] = True
-        time.sleep(0.3)
-        inside[0] = False
+        inside.set()
+        assert decoded_inside.wait(PATIENCE_SECONDS)
         return plain_tower(*arguments)
 
     monkeypatch.setattr(encoding, "decode", decode)
     monkeypatch.setattr(Tower, "vision_features_of", tower)
     assert main(command(folder, "--workers", 3, model__freeze_vision=freeze)) == 0
-    assert most[0] == 3 and bool(early) == freeze
+    assert inside.is_set() == freeze and decoded_inside.is_set() and next(numbers) == 8
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

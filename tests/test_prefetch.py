@@ -13,6 +13,7 @@ import policies
 import pytest
 import runs
 
+from tests.children import PATIENCE_SECONDS, wait_until
 from veripo_fast.cache.prefetch import MediaSlots
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
@@ -47,7 +48,7 @@ class Gate:
             self.running += 1
             self.most = max(self.most, self.running)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: name in self._open, timeout=20)
+            self._changed.wait_for(lambda: name in self._open, PATIENCE_SECONDS)
             self.running -= 1
         if name == "bad":
             raise MediaError("bad.mp4 is damaged")
@@ -58,7 +59,7 @@ class Gate:
     def wait(self, count: int) -> list[str]:
         """The first `count` that began."""
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self.began) >= count, timeout=20), self.began
+            assert self._changed.wait_for(lambda: len(self.began) >= count, PATIENCE_SECONDS), self.began
         time.sleep(0.05)  # one more would begin now
         assert len(self.began) == count, self.began
         return self.began
@@ -205,24 +206,40 @@ def options(data: str, **changes: object) -> dict:
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_run_is_bitwise_the_same_without_it(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch,
                                               freeze: bool) -> None:
-    """Frozen and trained tower; with it, later steps find their videos decoded while the step before ran."""
-    stage, early, left = [""], [], []
+    """Frozen and trained tower; with it, a step's videos are decoded while the policy generates for the step before.
+
+    What is fetched ahead stands still until then, and the policy waits for it.
+    """
+    go, generating, early, left = threading.Event(), threading.Event(), [], []
+    fetched: list[MediaSlots] = []
     plain_decode, plain_generate = encoding.decode, TorchEngine.generate
+    plain_ahead, plain_take = MediaSlots.ahead, MediaSlots.take
+
+    def ahead_of(slots: MediaSlots, prompts: dict) -> None:
+        fetched[:] = [slots]
+        if prompts:
+            go.clear()
+        plain_ahead(slots, prompts)
+
+    def take(slots: MediaSlots, prompts: dict) -> object:
+        go.set()
+        return plain_take(slots, prompts)
 
     def decode(*arguments: object) -> object:
-        if stage[0] == "generate":
+        assert go.wait(PATIENCE_SECONDS)
+        if generating.is_set():
             early.append(arguments)
         return plain_decode(*arguments)
 
     def generate(*arguments: object) -> object:
-        stage[0] = "generate"
-        for _ in range(200):  # the threads get their turn also on a busy machine
-            time.sleep(0.001)
-        try:
-            return plain_generate(*arguments)
-        finally:
-            stage[0] = ""
+        generating.set()
+        go.set()
+        wait_until(lambda: all(slot.future.done() for slot in [*fetched[0]._slots.values()]), "videos of the next step")
+        generating.clear()
+        return plain_generate(*arguments)
 
+    monkeypatch.setattr(MediaSlots, "ahead", ahead_of)
+    monkeypatch.setattr(MediaSlots, "take", take)
     monkeypatch.setattr(encoding, "decode", decode)
     monkeypatch.setattr(TorchEngine, "generate", generate)
     for ahead in (256, 0):

@@ -1,5 +1,4 @@
 import math
-import subprocess
 import sys
 
 import pytest
@@ -7,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verifier_groups import prompt, written
 
+from tests.children import run
 from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.errors import DataError
 from veripo_fast.reward.score import (
@@ -266,4 +266,4 @@ def test_no_torch_is_needed():
     code = ("import sys; sys.modules['torch'] = None\n"
             "import veripo_fast.reward.answers, veripo_fast.reward.score\n"
             "import veripo_fast.verifier, veripo_fast.verifier.checks\n")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run(sys.executable, "-c", code, check=True)

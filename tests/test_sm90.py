@@ -14,6 +14,8 @@ from conftest import PYTHONPATH, REPOSITORY
 from filelock import FileLock
 from sm90 import MAX_SHARED_BYTES, cases_of, faults, jit_modules
 
+from tests.children import run
+
 NAMES = [name for module in jit_modules() for name, _ in cases_of(module)]
 
 
@@ -44,8 +46,7 @@ FINE = {"registers": 255, "stack_bytes": 0, "spill_loads": 0, "spill_stores": 0,
 def compile_all(*modules: str, path: str = PYTHONPATH) -> subprocess.CompletedProcess[str]:
     """tests/sm90.py with Triton's interpreter off."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, str(REPOSITORY / "tests" / "sm90.py"), *modules], capture_output=True,
-                          text=True, timeout=500, env={**environment, "PYTHONPATH": path})
+    return run(sys.executable, REPOSITORY / "tests" / "sm90.py", *modules, env={**environment, "PYTHONPATH": path})
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from verifier_groups import group, prompt, written
 
+from tests.children import PATIENCE_SECONDS
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
+from veripo_fast.verifier import endpoint_client
 from veripo_fast.verifier.endpoint_client import NoReply, pause_seconds
 from veripo_fast.verifier.judge_endpoint import EndpointJudge, VerdictCache, judge_text, read_reply
 from veripo_fast.verifier.judges import no_progress
@@ -85,7 +87,8 @@ def serving(behave):
 
 
 def judge_for(url, cache=None, **options):
-    options = {"endpoint_concurrency": 4, "endpoint_timeout_seconds": 5.0, "endpoint_retries": 2, **options}
+    options = {"endpoint_concurrency": 4, "endpoint_timeout_seconds": PATIENCE_SECONDS, "endpoint_retries": 2,
+               **options}
     config = VerifierConfig(judge="endpoint", endpoint_url=url, endpoint_model="small-judge", **options)
     return EndpointJudge(config, cache, backoff_seconds=0.01)
 
@@ -131,7 +134,7 @@ def test_the_key_is_sent_and_only_then(monkeypatch):
 
 
 def test_requests_run_at_the_same_time():
-    barrier = threading.Barrier(4, timeout=5)
+    barrier = threading.Barrier(4, timeout=PATIENCE_SECONDS)
 
     def together(number, body):
         barrier.wait()
@@ -172,13 +175,19 @@ def test_pauses_grow_and_vary():
 
 
 def test_slow_server_times_out_and_is_asked_again():
+    """The first request gets no answer; on a loaded machine later ones may miss the time-out as well."""
+    judged_at_last = threading.Event()
+
     def slow(number, body):
-        time.sleep(1.0 if number == 0 else 0)
+        if number == 0:
+            judged_at_last.wait(PATIENCE_SECONDS)
         return supports("B")
 
     with serving(slow) as server:
-        assert judged(judge_for(server.url, endpoint_timeout_seconds=0.3), group(RIGHT)) == [[(True, "B")]]
-    assert len(server.requests) == 2
+        judge = judge_for(server.url, endpoint_timeout_seconds=0.3, endpoint_retries=100)
+        assert judged(judge, group(RIGHT)) == [[(True, "B")]]
+        judged_at_last.set()
+    assert len(server.requests) >= 2
 
 
 def test_response_format_rejected_falls_back_once_and_says_so(caplog):
@@ -205,14 +214,13 @@ def test_a_single_rejected_item_does_not_turn_structured_output_off():
 
 # Trouble that stays
 
-def test_down_from_the_start_stops_at_once():
+def test_down_from_the_start_stops_at_once(monkeypatch):
+    monkeypatch.setattr(endpoint_client, "pause_seconds", lambda *_: pytest.fail("it is asked again"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    started = time.monotonic()
     with pytest.raises(JudgeError, match="cannot be reached"):
         judged(judge_for(url, endpoint_retries=9), many(50))
-    assert time.monotonic() - started < 3
 
 
 def test_an_address_without_scheme_stops_at_once():

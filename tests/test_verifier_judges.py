@@ -76,9 +76,9 @@ def test_open_conclusions_are_looked_up_among_the_answers_given():
 
 @pytest.mark.parametrize("think", ["so " + "B " * 10_000, "so it " * 3_000, "so " + "not " * 8_000 + "left"])
 def test_no_reasoning_takes_long(think):
-    started = time.monotonic()
+    started = time.process_time()
     supported_answer(think, prompt())
-    assert time.monotonic() - started < 3  # comparing all mentions with each other took 33 s for the letters
+    assert time.process_time() - started < 3  # comparing all mentions with each other took 33 s for the letters
 
 
 def test_reflectiveness():

@@ -18,6 +18,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 
 from tests import clips
+from tests.children import PATIENCE_SECONDS
 from veripo_fast.errors import MediaError
 from veripo_fast.video import dali
 from veripo_fast.video.readers import CHUNK, RefusedError, read_pyav
@@ -59,7 +60,7 @@ def runs_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def soon() -> float:
-    return time.monotonic() + 60
+    return time.monotonic() + PATIENCE_SECONDS
 
 
 def scan(path: Path) -> Timeline:
@@ -129,9 +130,9 @@ def test_threads_use_a_pipeline_each(folder: Path, monkeypatch: pytest.MonkeyPat
         timeline = scan(folder / name)
         for number in range(15):
             chunks = dali.read_dali(str(folder / name), timeline, [number, 36], soon(), CPU)
-            together.wait(60)
+            together.wait(PATIENCE_SECONDS)
             found[name].append(clips.read_indices(next(chunks)))
-            together.wait(60)  # both hold a pipeline here
+            together.wait(PATIENCE_SECONDS)  # both hold a pipeline here
             assert not list(chunks)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in found]
@@ -287,7 +288,7 @@ def test_deadline_and_readers_left_alone(folder: Path, monkeypatch: pytest.Monke
     chunks.close()
     assert len(taken) == 2  # the run that was under way is waited for: it reads memory that is now given up
     assert not any(dali._IDLE.values())  # its pipeline is not used again
-    past = time.monotonic() + 10
+    past = soon()
     chunks = dali.read_dali(str(path), timeline, list(range(60)), past, CPU)
     next(chunks)
     with monkeypatch.context() as later, pytest.raises(MediaError, match="timeout_seconds"):
@@ -326,6 +327,7 @@ DAMAGED = """
 import sys, time
 from pathlib import Path
 import torch
+from tests.children import PATIENCE_SECONDS
 from veripo_fast.errors import MediaError
 from veripo_fast.video.dali import read_dali
 from veripo_fast.video.readers import RefusedError
@@ -333,10 +335,10 @@ from veripo_fast.video.timeline import scan_packets
 
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
-        timeline = scan_packets(str(path), time.monotonic() + 20)
+        timeline = scan_packets(str(path), time.monotonic() + PATIENCE_SECONDS)
         wanted = list(range(0, len(timeline.seconds), 9))
-        frames = sum(len(chunk) for chunk in
-                     read_dali(str(path), timeline, wanted, time.monotonic() + 20, torch.device("cpu")))
+        chunks = read_dali(str(path), timeline, wanted, time.monotonic() + PATIENCE_SECONDS, torch.device("cpu"))
+        frames = sum(len(chunk) for chunk in chunks)
         print("frames" if frames == len(wanted) else "WRONG COUNT")
     except (MediaError, RefusedError) as refusal:
         print("refused", refusal)
@@ -356,7 +358,7 @@ def test_damaged_files_neither_crash_nor_hang(folder: Path, tmp_path: Path, pyth
                 flipped[dice.randrange(400, len(good))] ^= dice.randrange(1, 256)
             for kind, data in (("cut", good[:cut]), ("hole", holed), ("flip", flipped)):
                 (tmp_path / f"{kind}-{number}-{name}").write_bytes(data)
-    done = python("-c", DAMAGED, str(tmp_path), timeout=240)
+    done = python("-c", DAMAGED, str(tmp_path))
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr[-2000:]
     assert lines[-1] == "end"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import clips
+from tests.children import PATIENCE_SECONDS
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
@@ -44,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, clips.Clip]:
 
 
 def scan(clip: clips.Clip) -> Timeline:
-    return scan_packets(str(clip.path), time.monotonic() + 60)
+    return scan_packets(str(clip.path), time.monotonic() + PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("decoder", ["auto", "pyav", "torchcodec"])
@@ -69,7 +70,7 @@ def test_what_is_left_out_changes_no_bit(made: dict[str, clips.Clip], name: str)
     total = min(len(timeline.seconds), 2000)
     subsets = [dice.sample(range(total), min(count, total)) for count in (1, 2, 5, 17)]
     subsets += [list(range(total))[-3:], list(range(1, min(total, 240), 2))]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     for wanted in map(sorted, subsets):
         picked = [frame.clone() for frame in read_pyav(str(made[name].path), timeline, wanted, deadline)]
         whole = [frame.clone() for frame in
@@ -103,8 +104,8 @@ def test_how_much_is_left_out(made: dict[str, clips.Clip], name: str) -> None:
     wanted = [max(range(min(240, len(timeline.seconds))), key=timeline.places.__getitem__)]
     runs, left_out = timeline.runs(wanted), timeline.left_out(wanted)
     with open_video(str(made[name].path)) as (container, stream):
-        shown = [frame.pts for frame in decoded_frames(str(made[name].path), container, stream, time.monotonic() + 60,
-                                                       runs, left_out)]
+        shown = [frame.pts for frame in decoded_frames(str(made[name].path), container, stream,
+                                                       time.monotonic() + PATIENCE_SECONDS, runs, left_out)]
     fed = sum(number not in left_out for run in runs for number in run)
     assert len(shown) <= fed
     assert fed < timeline.places[wanted[0]] + 1 or len(timeline.key_places) <= 1
@@ -114,7 +115,7 @@ def test_how_much_is_left_out(made: dict[str, clips.Clip], name: str) -> None:
 def test_only_the_highest_temporal_layer_is_left_out(made: dict[str, clips.Clip]) -> None:
     """A frame without referrers in its own layer may still have some in a higher one (ITU-T H.265 7.4.2.2)."""
     with open_video(str(made["hevc-layers.mp4"].path)) as (container, stream):
-        packets = module.read_packets("", container, stream, time.monotonic() + 20)
+        packets = module.read_packets("", container, stream, time.monotonic() + PATIENCE_SECONDS)
     timeline = scan(made["hevc-layers.mp4"])
     layers = {packet.units.layer for packet in packets if packet.units}
     assert len(layers) == 3
@@ -206,7 +207,7 @@ def test_a_damaged_file_is_refused_or_right(tmp_path: Path, decoder: str) -> Non
     good = clips.make_clip_set(tmp_path, ["h264-closed.mp4"])
     refused = set()
     for name, clip in clips.damaged(tmp_path, good).items():
-        contract = VideoConfig(fps=None, num_frames=32, decoder=decoder, timeout_seconds=20)
+        contract = VideoConfig(fps=None, num_frames=32, decoder=decoder, timeout_seconds=PATIENCE_SECONDS)
         try:
             frames = decode(Video(str(clip.path)), contract, 28)
         except MediaError as error:

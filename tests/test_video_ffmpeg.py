@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import PATIENCE_SECONDS
 from veripo_fast.video import ffmpeg
 
 
@@ -32,8 +33,8 @@ def test_thread_of_a_spawned_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     queue = context.Queue()
     child = context.Process(target=load_in_a_thread, args=(queue,))
     child.start()
-    found = queue.get(timeout=120)
-    child.join(60)
+    found = queue.get(timeout=PATIENCE_SECONDS)
+    child.join(PATIENCE_SECONDS)
     assert found["name"] == "VideoDecoder"
     assert found["version"] >= 58  # FFmpeg 4 or later
     assert found["copies"] == 1  # PyAV and torchcodec share it
@@ -42,11 +43,12 @@ def test_thread_of_a_spawned_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_torchcodec_that_cannot_be_loaded_is_said_once(monkeypatch: pytest.MonkeyPatch,
                                                          caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(ffmpeg, "_decoder", ffmpeg._UNKNOWN)
+    ffmpeg.torchcodec_decoder.cache_clear()
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with caplog.at_level(logging.WARNING):
         assert ffmpeg.torchcodec_decoder() is None
         assert ffmpeg.torchcodec_decoder() is None
+    ffmpeg.torchcodec_decoder.cache_clear()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert "torchcodec cannot be loaded" in said[0]

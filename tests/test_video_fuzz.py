@@ -23,7 +23,9 @@ from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
 
 SEED = 20250519
-TIMEOUT_SECONDS = 5.0
+TIMEOUT_SECONDS = 300.0
+"""For a file that is decoded in milliseconds: what takes so long under any load hangs."""
+SLOWEST_CPU_SECONDS = 10.0
 WARM = 200
 """Probes after which memory should have reached its level: FFmpeg and malloc keep what they took."""
 MAX_GROWTH_MB = 8.0
@@ -45,16 +47,16 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_damaged_files_end_in_frames_or_a_media_error(clips, python):
-    result = python("-m", "tests.test_video_fuzz", "mutate", str(clips), "200", timeout=200)
+    result = python("-m", "tests.test_video_fuzz", "mutate", str(clips), "200")
     assert result.returncode == 0, result.stderr[-2000:]
     counts = json.loads(result.stdout.splitlines()[-1])
     assert counts["decoded"] + counts["refused"] == 200
     assert counts["decoded"] >= 20 and counts["refused"] >= 20  # mutations reach past the opening, and do damage
-    assert counts["slowest_seconds"] < 2 * TIMEOUT_SECONDS + 3
+    assert counts["slowest_cpu_seconds"] < SLOWEST_CPU_SECONDS
 
 
 def test_memory_stays_flat_over_a_thousand_files(clips, python):
-    result = python("-m", "tests.test_video_fuzz", "repeat", str(clips), "1000", timeout=120)
+    result = python("-m", "tests.test_video_fuzz", "repeat", str(clips), "1000")
     assert result.returncode == 0, result.stderr[-2000:]
     counts = json.loads(result.stdout.splitlines()[-1])
     assert counts["probed"] == 1000 and counts["refused"] >= 50
@@ -107,7 +109,7 @@ def fuzz(folder: Path, count: int) -> dict[str, float]:
         path = folder / f"damaged{source.suffix}"
         path.write_bytes(mutate(source.read_bytes(), rng))
         print(f"{number} {source.name}", file=sys.stderr, flush=True)  # the last line names the file of a crash
-        started = time.monotonic()
+        started = time.process_time()
         try:
             run_with_deadline(lambda deadline, name=str(path): probe_video(name, deadline), str(path), TIMEOUT_SECONDS)
             frames = decode(Video(str(path)), contract, 28)
@@ -115,9 +117,9 @@ def fuzz(folder: Path, count: int) -> dict[str, float]:
             counts["decoded"] += 1
         except MediaError:
             counts["refused"] += 1
-        slowest = max(slowest, time.monotonic() - started)
+        slowest = max(slowest, time.process_time() - started)
         path.unlink()
-    return {**counts, "slowest_seconds": slowest}
+    return {**counts, "slowest_cpu_seconds": slowest}
 
 
 def repeat(folder: Path, count: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 from conftest import REPOSITORY
 
 from tests import clips
+from tests.children import PATIENCE_SECONDS
 from veripo_fast.video import dali
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.readers import CHUNK, RefusedError, read_pyav, read_torchcodec
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def soon() -> float:
-    return time.monotonic() + 60
+    return time.monotonic() + PATIENCE_SECONDS
 
 
 def read(way: str, path: Path, wanted: list[int], device: torch.device) -> Iterator[torch.Tensor]:

@@ -16,6 +16,7 @@ import pytest
 import runs
 import torch
 
+from tests.children import PATIENCE_SECONDS
 from veripo_fast.cache import disk as module
 from veripo_fast.cache.disk import VisionStore
 from veripo_fast.cache.entries import DecodedMedia, read_frames, read_tower, tower_version, write_frames, write_tower
@@ -158,7 +159,7 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE_SECONDS)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert all(path.name.endswith(".frames.safetensors") for path in tmp_path.iterdir())
 

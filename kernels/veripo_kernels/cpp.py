@@ -8,10 +8,11 @@ video frames are defined by `frames_torch.py`; `frames.py` has their arguments a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
+
+from veripo_kernels.once import once
 
 LIBRARY = Path(__file__).with_name("_cpp.so")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
@@ -20,7 +21,7 @@ OPS = ("gather_logprobs_forward", "gather_logprobs_backward", "gather_logprobs_f
        "frames_to_patches", "resize_frames_out", "frames_to_patches_out", "planes_to_frames", "planes_to_patches")
 
 
-@cache
+@once
 def missing() -> str | None:
     """Why the compiled op cannot be used on the CPU; None when it can. The first call loads it."""
     if not LIBRARY.exists():
@@ -33,7 +34,7 @@ def missing() -> str | None:
     return reason
 
 
-@cache
+@once
 def missing_cuda() -> str | None:
     """Why its CUDA kernels cannot be used; None when they can. The first call loads them."""
     if missing() is not None:

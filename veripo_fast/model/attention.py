@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from veripo_kernels.once import once
 
 from veripo_fast.errors import ConfigError
 from veripo_fast.model import shared_prefix
@@ -221,7 +222,7 @@ def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(-1, dtype=torch.int32)[None, None], indices.int()[None, None].contiguous()
 
 
-@cache
+@once
 def _flex_function(device_type: str) -> Callable[..., Any]:
     """Compiled for GPUs; uncompiled it forms all scores."""
     return cast(Callable[..., Any],
@@ -319,7 +320,7 @@ def unusable(backend: str, shape: AttentionShape) -> str | None:
         return f"fails on a small example ({type(error).__name__} {str(error).partition(chr(10))[0]})"
 
 
-@lru_cache(maxsize=16)
+@once
 def select(requested: str, shape: AttentionShape) -> str:
     """The backend that `model.attention` means here; said in the log once, with what was passed over and why.
 

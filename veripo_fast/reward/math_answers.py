@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -73,7 +74,8 @@ def _ask(gold: str, answer: str | None) -> bool:
 
 
 class _Worker:
-    """The process that runs math-verify; it ends by itself when this one does (its standard input closes)."""
+    """The process that runs math-verify; it ends by itself when this one does: its standard input closes, and if nobody
+    kills it over an endless expression, it has `_WORKER_SECONDS` of a processor for it."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
@@ -127,11 +129,13 @@ def _serve() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         gold, answer = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, _WORKER_SECONDS)  # ends it inside of C code too, which SIGALRM does not
         try:
             wanted = read(gold)
             equal = bool(wanted) and (answer is None or verify(wanted, read(answer), timeout_seconds=_LIBRARY_SECONDS))
         except (TimeoutException, RecursionError, MemoryError):
             equal = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print("true" if equal else "false", flush=True)
 
 

@@ -12,13 +12,13 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from ctypes import CDLL
-from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from veripo_kernels.once import once
 
 from veripo_fast.data.archives import locate
 from veripo_fast.video.deadline import check_deadline
@@ -48,7 +48,7 @@ _IDLE: dict[tuple[torch.device, bool], list[Any]] = {}
 # -- what it can take -------------------------------------------------------------------------------------------------
 
 
-@cache
+@once
 def missing(device: torch.device) -> str | None:
     """Why DALI cannot be used on a device of this machine; None where it can."""
     try:

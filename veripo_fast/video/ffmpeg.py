@@ -17,27 +17,18 @@ import re
 import struct
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
+from veripo_kernels.once import once
+
 _LOG = logging.getLogger(__name__)
-_LOCK = threading.Lock()
 _FFMPEG_FILE = re.compile(r"(lib(?:av|sw)[a-z]+)-[0-9a-f]+\.so\.(\d+)")
-_UNKNOWN = object()
-_decoder: Any = _UNKNOWN
 
 
+@once
 def torchcodec_decoder() -> Any:
     """`torchcodec.decoders.VideoDecoder`, or None when torchcodec cannot be loaded (said once; PyAV is used then)."""
-    global _decoder
-    with _LOCK:
-        if _decoder is _UNKNOWN:
-            _decoder = _load_torchcodec()
-    return _decoder
-
-
-def _load_torchcodec() -> Any:
     if importlib.util.find_spec("torchcodec") is None:
         _LOG.warning("torchcodec is not installed; PyAV decodes all videos")
         return None
