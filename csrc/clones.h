@@ -70,8 +70,10 @@ inline Isa chosen() {
   if (wanted == nullptr || *wanted == 0) return widest();
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
     if (std::strcmp(wanted, name_of(isa)) != 0) continue;
-    STD_TORCH_CHECK(isa <= widest(), "VERIPO_ISA is '", wanted, "', but this processor has ", name_of(widest()), " at most");
-    STD_TORCH_CHECK(isa >= narrowest(), "VERIPO_ISA is '", wanted, "', but the op was compiled for ", name_of(widest()));
+    STD_TORCH_CHECK(isa <= widest(), "VERIPO_ISA is '", wanted, "', but this processor has ", name_of(widest()),
+                    " at most");
+    STD_TORCH_CHECK(isa >= narrowest(), "VERIPO_ISA is '", wanted, "', but the op was compiled for ",
+                    name_of(widest()));
     return isa;
   }
   STD_TORCH_CHECK(false, "VERIPO_ISA must be baseline, avx2 or avx512, got '", wanted, "'");

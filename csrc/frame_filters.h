@@ -134,8 +134,8 @@ using Down = void (*)(const uint8_t* const* rows, const int16_t* weights, int64_
 
 namespace loops {
 
-VERIPO_INLINE inline void down(const uint8_t* const* rows, const int16_t* weights, int64_t taps, int32_t shift, uint8_t* out,
-                        int64_t count) {
+VERIPO_INLINE inline void down(const uint8_t* const* rows, const int16_t* weights, int64_t taps, int32_t shift,
+                               uint8_t* out, int64_t count) {
   for (int64_t start = 0; start < count; start += kPad) {
     int32_t sums[kPad] = {};
     for (int64_t tap = 0; tap < taps; ++tap) {

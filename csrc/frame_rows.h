@@ -24,7 +24,8 @@ struct Row {
 namespace loops {
 
 // Pixels of four bytes, written as two halves: gcc makes better code of those than of four.
-VERIPO_INLINE inline void interleave(const uint8_t* r, const uint8_t* g, const uint8_t* b, uint16_t* out, int64_t count) {
+VERIPO_INLINE inline void interleave(const uint8_t* r, const uint8_t* g, const uint8_t* b, uint16_t* out,
+                                     int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     out[2 * i] = static_cast<uint16_t>(r[i] | g[i] << 8);
