@@ -1,17 +1,19 @@
-// Loops written so that the compiler makes SIMD code of each: one clone per instruction set.
+// Loops written so that the compiler makes SIMD code of each, and the instruction set that they run with.
 //
-// gcc on x86-64 glibc compiles every VERIPO_CLONES function three times and the loader picks one; elsewhere it is one.
-// To force one: CXXFLAGS="-DVERIPO_CLONES= -march=x86-64-v3" (the tests do).
+// A loop is an always-inline function in a namespace `loops`, and VERIPO_CLONES(name) beside it defines the function
+// that callers call: compiled three times by gcc on x86-64, once elsewhere. It chooses by itself, not by the loader
+// (target_clones), so that VERIPO_ISA can force a clone. CXXFLAGS with an -march of more than x86-64 give that one.
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
-#if !defined(VERIPO_CLONES) && defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define VERIPO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define VERIPO_INLINE __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SSE3__)
 #define VERIPO_DISPATCHED 1
-#elif !defined(VERIPO_CLONES)
-#define VERIPO_CLONES
 #endif
 
 namespace veripo {
@@ -36,18 +38,83 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The instruction set that VERIPO_CLONES functions run with in this process.
-inline const char* instruction_set() {
+enum class Isa { baseline, avx2, avx512 };
+
+inline const char* name_of(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
+
+// The widest that this processor and this build have, and the narrowest that this build has.
 #ifdef VERIPO_DISPATCHED
+inline Isa widest() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("x86-64-v4") ? "avx512" : __builtin_cpu_supports("x86-64-v3") ? "avx2" : "baseline";
-#elif defined(__AVX512F__)
-  return "avx512";
-#elif defined(__AVX2__)
-  return "avx2";
+  if (__builtin_cpu_supports("x86-64-v4")) return Isa::avx512;
+  return __builtin_cpu_supports("x86-64-v3") ? Isa::avx2 : Isa::baseline;
+}
+inline Isa narrowest() { return Isa::baseline; }
 #else
-  return "baseline";
+inline Isa widest() {
+#if defined(__AVX512F__)
+  return Isa::avx512;
+#elif defined(__AVX2__)
+  return Isa::avx2;
+#else
+  return Isa::baseline;
 #endif
+}
+inline Isa narrowest() { return widest(); }
+#endif
+
+inline Isa chosen() {
+  const char* const wanted = std::getenv("VERIPO_ISA");
+  if (wanted == nullptr || *wanted == 0) return widest();
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    if (std::strcmp(wanted, name_of(isa)) != 0) continue;
+    STD_TORCH_CHECK(isa <= widest(), "VERIPO_ISA is '", wanted, "', but this processor has ", name_of(widest()),
+                    " at most");
+    STD_TORCH_CHECK(isa >= narrowest(), "VERIPO_ISA is '", wanted, "', but the op was compiled for ",
+                    name_of(widest()));
+    return isa;
+  }
+  STD_TORCH_CHECK(false, "VERIPO_ISA must be baseline, avx2 or avx512, got '", wanted, "'");
+}
+
+// What the loops run with in this process; `cpp.missing` asks first, so that a wrong VERIPO_ISA ends there.
+inline Isa instruction_set() {
+  static const Isa isa = chosen();
+  return isa;
+}
+
+#ifdef VERIPO_DISPATCHED
+template <typename Loop, typename... Arguments>
+__attribute__((target("arch=x86-64-v4"), noinline)) auto on_avx512(Loop loop, Arguments... arguments) {
+  return loop(arguments...);
+}
+
+template <typename Loop, typename... Arguments>
+__attribute__((target("arch=x86-64-v3"), noinline)) auto on_avx2(Loop loop, Arguments... arguments) {
+  return loop(arguments...);
+}
+#endif
+
+template <typename Loop, typename... Arguments>
+__attribute__((noinline)) auto on_baseline(Loop loop, Arguments... arguments) {
+  return loop(arguments...);
+}
+
+template <typename Loop, typename... Arguments>
+auto run_clone(Loop loop, Arguments... arguments) {
+#ifdef VERIPO_DISPATCHED
+  if (instruction_set() == Isa::avx512) return on_avx512(loop, arguments...);
+  if (instruction_set() == Isa::avx2) return on_avx2(loop, arguments...);
+#endif
+  return on_baseline(loop, arguments...);
 }
 
 }  // namespace veripo
+
+#define VERIPO_CLONES(name)                                                                                          \
+  template <typename... Arguments>                                                                                   \
+  auto name(Arguments... arguments) {                                                                                \
+    return run_clone([](auto... each) VERIPO_INLINE { return loops::name(each...); }, arguments...);                 \
+  }

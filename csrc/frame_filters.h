@@ -22,7 +22,7 @@ namespace {
 
 bool has_avx2() {
 #ifdef VERIPO_AVX2
-  return std::strcmp(instruction_set(), "baseline") != 0;
+  return instruction_set() >= Isa::avx2;
 #else
   return false;
 #endif
@@ -132,8 +132,10 @@ class Across {
 using Down = void (*)(const uint8_t* const* rows, const int16_t* weights, int64_t taps, int32_t shift, uint8_t* out,
                       int64_t count);
 
-VERIPO_CLONES void down(const uint8_t* const* rows, const int16_t* weights, int64_t taps, int32_t shift, uint8_t* out,
-                        int64_t count) {
+namespace loops {
+
+VERIPO_INLINE inline void down(const uint8_t* const* rows, const int16_t* weights, int64_t taps, int32_t shift,
+                               uint8_t* out, int64_t count) {
   for (int64_t start = 0; start < count; start += kPad) {
     int32_t sums[kPad] = {};
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -145,6 +147,10 @@ VERIPO_CLONES void down(const uint8_t* const* rows, const int16_t* weights, int6
     for (int64_t i = 0; i < kPad; ++i) out[start + i] = to_level(sums[i], shift);
   }
 }
+
+}  // namespace loops
+
+VERIPO_CLONES(down)
 
 #ifdef VERIPO_AVX2
 VERIPO_AVX2 void down_avx2(const uint8_t* const* rows, const int16_t* weights, int64_t taps, int32_t shift,

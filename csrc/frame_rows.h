@@ -15,8 +15,17 @@ constexpr int64_t kPad = 32;  // bytes a vector may read or write past the last 
 
 int64_t padded(int64_t count) { return (count + kPad - 1) / kPad * kPad; }
 
+// The pixels of one row, `step` bytes apart; kPad bytes after them may be read.
+struct Row {
+  const uint8_t* pixels;
+  int step;
+};
+
+namespace loops {
+
 // Pixels of four bytes, written as two halves: gcc makes better code of those than of four.
-VERIPO_CLONES void interleave(const uint8_t* r, const uint8_t* g, const uint8_t* b, uint16_t* out, int64_t count) {
+VERIPO_INLINE inline void interleave(const uint8_t* r, const uint8_t* g, const uint8_t* b, uint16_t* out,
+                                     int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     out[2 * i] = static_cast<uint16_t>(r[i] | g[i] << 8);
@@ -25,7 +34,7 @@ VERIPO_CLONES void interleave(const uint8_t* r, const uint8_t* g, const uint8_t*
 }
 
 // Each byte twice: one row of chroma as wide as the luma.
-VERIPO_CLONES void double_up(const uint8_t* in, int64_t step, uint8_t* out, int64_t count) {
+VERIPO_INLINE inline void double_up(const uint8_t* in, int64_t step, uint8_t* out, int64_t count) {
   if (step == 1) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) out[2 * i] = out[2 * i + 1] = in[i];
@@ -37,7 +46,7 @@ VERIPO_CLONES void double_up(const uint8_t* in, int64_t step, uint8_t* out, int6
   }
 }
 
-VERIPO_CLONES void to_rgb(const uint8_t* y, const uint8_t* u, const uint8_t* v, uint16_t* out, int64_t count,
+VERIPO_INLINE inline void to_rgb(const uint8_t* y, const uint8_t* u, const uint8_t* v, uint16_t* out, int64_t count,
                           Matrix m) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
@@ -50,11 +59,24 @@ VERIPO_CLONES void to_rgb(const uint8_t* y, const uint8_t* u, const uint8_t* v, 
   }
 }
 
-// The pixels of one row, `step` bytes apart; kPad bytes after them may be read.
-struct Row {
-  const uint8_t* pixels;
-  int step;
-};
+VERIPO_INLINE inline void deinterleave(Row row, uint8_t* out, int64_t stride, int64_t count) {
+  uint8_t *r = out, *g = out + stride, *b = out + 2 * stride;
+  const uint8_t* const in = row.pixels;
+  if (row.step == 3) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) r[i] = in[3 * i], g[i] = in[3 * i + 1], b[i] = in[3 * i + 2];
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) r[i] = in[4 * i], g[i] = in[4 * i + 1], b[i] = in[4 * i + 2];
+  }
+}
+
+}  // namespace loops
+
+VERIPO_CLONES(interleave)
+VERIPO_CLONES(double_up)
+VERIPO_CLONES(to_rgb)
+VERIPO_CLONES(deinterleave)
 
 // Room for one converted row and the chroma that belongs to it.
 struct Scratch {
@@ -122,7 +144,7 @@ struct YuvSource {
       to_rgb(luma, scratch.u.data(), scratch.v.data(), pixels, width, matrix);
     } else {
       for (int64_t x = 0; x < width; ++x)
-        to_rgb(luma + x * y.strides[2], &scratch.u[x], &scratch.v[x], pixels + 2 * x, 1, matrix);
+        loops::to_rgb(luma + x * y.strides[2], &scratch.u[x], &scratch.v[x], pixels + 2 * x, 1, matrix);
     }
     return {reinterpret_cast<const uint8_t*>(pixels), 4};
   }
@@ -131,18 +153,6 @@ struct YuvSource {
   Bytes y, u, v;
   Matrix matrix;
 };
-
-VERIPO_CLONES void deinterleave(Row row, uint8_t* out, int64_t stride, int64_t count) {
-  uint8_t *r = out, *g = out + stride, *b = out + 2 * stride;
-  const uint8_t* const in = row.pixels;
-  if (row.step == 3) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) r[i] = in[3 * i], g[i] = in[3 * i + 1], b[i] = in[3 * i + 2];
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) r[i] = in[4 * i], g[i] = in[4 * i + 1], b[i] = in[4 * i + 2];
-  }
-}
 
 }  // namespace
 }  // namespace veripo::frames

@@ -35,18 +35,24 @@ struct FrameSink {
   int64_t height, width;
 };
 
-VERIPO_CLONES void normalise(const uint8_t* levels, float* out, int64_t count, float shift, float scale) {
+namespace loops {
+
+VERIPO_INLINE inline void normalise(const uint8_t* levels, float* out, int64_t count, float shift, float scale) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = (levels[i] - shift) / scale;
 }
 
-VERIPO_CLONES void normalise(const uint8_t* levels, BFloat16* out, int64_t count, float shift, float scale) {
+VERIPO_INLINE inline void normalise(const uint8_t* levels, BFloat16* out, int64_t count, float shift, float scale) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = to_bits((levels[i] - shift) / scale);
     out[i].bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 }
+
+}  // namespace loops
+
+VERIPO_CLONES(normalise)
 
 template <typename T>
 struct PatchSink {

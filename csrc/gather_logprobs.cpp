@@ -39,10 +39,13 @@ void store(const float* copy, T* out, int64_t count) {
   narrow(copy, out, count);
 }
 
+float element(const float* x) { return *x; }
+
 template <typename T>
 float element(const T* x) {
-  float copy;
-  return *load(x, &copy, 1);
+  float value;
+  loops::widen(x, &value, 1);
+  return value;
 }
 
 // Of one row: the largest logit, log sum exp((x - highest) / temperature), and the entropy of p.
@@ -193,7 +196,7 @@ std::tuple<Tensor, Tensor> fused(const Tensor& logits, const Tensor& token_ids, 
   return {logprobs, dlogits};
 }
 
-std::string isa() { return instruction_set(); }
+std::string isa() { return name_of(instruction_set()); }
 
 STABLE_TORCH_LIBRARY(veripo_cpp, library) {
   library.def(

@@ -28,7 +28,7 @@ struct Exponent {
 // 2^t = 2^n 2^f with n the nearest integer, and the polynomial of degree 6 nearest to 2^f on [-1/2, 1/2] in relative
 // error (2e-9, below float32's 6e-8; coefficients from iteratively reweighted least squares). Adding `shift` rounds t
 // and leaves n + 127 in the low bits, which become the exponent of a float.
-inline __attribute__((always_inline)) float exponential(float difference, const Exponent& exponent) {
+inline VERIPO_INLINE float exponential(float difference, const Exponent& exponent) {
   constexpr float shift = 12582912.0f + 127.0f;
   const float rounded = difference * exponent.high + shift;
   float f = difference * exponent.high - (rounded - shift);
@@ -43,13 +43,6 @@ inline __attribute__((always_inline)) float exponential(float difference, const 
   return power * from_bits(to_bits(rounded) << 23);
 }
 
-VERIPO_CLONES static float block_max(const float* x, int64_t count) {
-  float highest = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : highest)
-  for (int64_t i = 0; i < count; ++i) highest = x[i] > highest ? x[i] : highest;
-  return highest;
-}
-
 // Sums of e = exp((x - anchor) / temperature). The logits that equal the anchor are counted, not summed: beside a 1 the
 // sum of small e would be rounded at every step, and a confident token would lose all digits of 1 - p.
 struct Sums {
@@ -58,7 +51,16 @@ struct Sums {
   double moment;     // sum of e * (x - anchor)
 };
 
-VERIPO_CLONES static Sums block_sums(const float* x, int64_t count, float anchor, Exponent exponent) {
+namespace loops {
+
+VERIPO_INLINE inline float block_max(const float* x, int64_t count) {
+  float highest = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : highest)
+  for (int64_t i = 0; i < count; ++i) highest = x[i] > highest ? x[i] : highest;
+  return highest;
+}
+
+VERIPO_INLINE inline Sums block_sums(const float* x, int64_t count, float anchor, Exponent exponent) {
   float at_anchor = 0, rest = 0, moment = 0;
 #pragma omp simd reduction(+ : at_anchor, rest, moment)
   for (int64_t i = 0; i < count; ++i) {
@@ -73,7 +75,7 @@ VERIPO_CLONES static Sums block_sums(const float* x, int64_t count, float anchor
 }
 
 // out = p * (slope + rest + curve * log p) with log p = (x - high - low) / temperature, and 0 where p underflows.
-VERIPO_CLONES static void block_gradient(const float* x, float* out, int64_t count, float high, float low, float slope,
+VERIPO_INLINE inline void block_gradient(const float* x, float* out, int64_t count, float high, float low, float slope,
                                          float rest, float curve, Exponent exponent) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
@@ -85,12 +87,12 @@ VERIPO_CLONES static void block_gradient(const float* x, float* out, int64_t cou
   }
 }
 
-VERIPO_CLONES static void widen(const BFloat16* x, float* out, int64_t count) {
+VERIPO_INLINE inline void widen(const BFloat16* x, float* out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = from_bits(static_cast<uint32_t>(x[i].bits) << 16);
 }
 
-VERIPO_CLONES static void widen(const Float16* x, float* out, int64_t count) {
+VERIPO_INLINE inline void widen(const Float16* x, float* out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t magnitude = static_cast<uint32_t>(x[i].bits & 0x7fff) << 13;
@@ -100,7 +102,7 @@ VERIPO_CLONES static void widen(const Float16* x, float* out, int64_t count) {
   }
 }
 
-VERIPO_CLONES static void narrow(const float* x, BFloat16* out, int64_t count) {
+VERIPO_INLINE inline void narrow(const float* x, BFloat16* out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = to_bits(x[i]);
@@ -109,7 +111,7 @@ VERIPO_CLONES static void narrow(const float* x, BFloat16* out, int64_t count) {
   }
 }
 
-VERIPO_CLONES static void narrow(const float* x, Float16* out, int64_t count) {
+VERIPO_INLINE inline void narrow(const float* x, Float16* out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = to_bits(x[i]), magnitude = bits & 0x7fffffff;
@@ -120,5 +122,13 @@ VERIPO_CLONES static void narrow(const float* x, Float16* out, int64_t count) {
     out[i].bits = static_cast<uint16_t>((magnitude >= 0x47800000 ? infinite : finite) | ((bits >> 16) & 0x8000));
   }
 }
+
+}  // namespace loops
+
+VERIPO_CLONES(block_max)
+VERIPO_CLONES(block_sums)
+VERIPO_CLONES(block_gradient)
+VERIPO_CLONES(widen)
+VERIPO_CLONES(narrow)
 
 }  // namespace veripo

@@ -1,7 +1,6 @@
 """Inputs, definitions and yardsticks for the tests of the linear ops; shapes are small because Triton is interpreted.
 
-The definition takes float64 logits that exist as a whole; an op may err twice as much as that definition in its own
-dtype, plus rounding steps.
+The definition takes float64 logits that exist as a whole; an op may err by the roundings that its arithmetic has.
 
 Letters: T rows, M packed tokens, V vocabulary, D hidden.
 """
@@ -109,10 +108,14 @@ def rows(count: int = 13, width: int = 12, vocabulary: int = 70, *, dtype: torch
 
 
 def complaints(got: Results, own: Results, truth: Results, largest: float = 1.0, steps: float = 1.0) -> list[str]:
-    """Outputs that err by more than twice the definition in the same dtype plus `steps` rounding steps.
+    """Outputs that err by more than 2 + `steps` rounding steps, whatever torch errs by; of `own` only dtypes count.
 
     A step is that of the output's largest number, plus that of the `largest` logit: no computation in the sums' dtype
-    knows a probability better than that.
+    knows a probability better than that. Two are for the product that gives a logit: its D <= 64 roundings of half a
+    step walk at random, with a standard deviation of 0.42 sqrt(D / 3) halves, 1.9 at most. `steps` are for what comes
+    then: 1 for softcap, temperature, difference, exponential, sum and slope, of which few are rounded beside the
+    largest number; 2 for losses, 3 for random shapes. The largest error measured is 2.5 steps, of the 4 that losses
+    have.
     """
     found = [f"{name} is {'missing' if name in truth else 'too much'}" for name in got.keys() ^ truth.keys()]
     unit = torch.finfo(got["logprobs"].dtype).eps
@@ -123,13 +126,11 @@ def complaints(got: Results, own: Results, truth: Results, largest: float = 1.0,
             continue
         same = (value == want) | want.isnan() & value.isnan()  # -inf and NaN where the truth has them
         size = torch.where(want.isfinite(), want, 0).abs().max().item() if want.numel() else 0.0
-        off = torch.where(same, 0, (value.double() - want).abs())
-        error, allowed = (values.max().item() if values.numel() else 0.0
-                          for values in (off, torch.where(same, 0, (own[name].double() - want).abs())))
+        error = torch.where(same, 0, (value.double() - want).abs()).max().item() if want.numel() else 0.0
         relative = size if name.startswith("d") or name == "loss" else 1.0
         step = torch.finfo(value.dtype).eps * size + unit * largest * relative
-        if not error <= 2 * allowed + steps * step:
-            found.append(f"{name}: error {error:.1e}, torch's own {allowed:.1e}, a step {step:.1e}")
+        if not error <= (2 + steps) * step:
+            found.append(f"{name}: error {error:.1e}, {2 + steps:g} steps of {step:.1e} are allowed")
     return found
 
 

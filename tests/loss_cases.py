@@ -1,4 +1,4 @@
-"""Packed batches for the tests of the losses, and the yardstick: torch's own float32 error against float64."""
+"""Packed batches for the tests of the losses, and the yardstick: rounding steps of the largest number."""
 
 from __future__ import annotations
 
@@ -107,16 +107,18 @@ def run_pairs(inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], loss: Pre
 
 def assert_as_exact_as_torch(run: Callable[[torch.dtype, str], Result], *, dtype: torch.dtype = torch.float32,
                              steps: float = 1.0) -> None:
-    """The kernel's error is at most twice that of torch in the same dtype plus `steps` rounding steps.
+    """The kernel's error is at most 2 + `steps` rounding steps, whatever torch errs by.
 
-    A step is that of the largest number in the result, for a scalar at least that of 1: the size of its terms.
+    A step is that of the largest number in the result, for a scalar at least that of 1: the size of its terms. A term
+    has a difference, an exponential and two or three products, each half a step, and the sums of up to 20 terms walk
+    at random by one step more; `steps` is higher where a log-ratio of 8 or more is exponentiated.
     """
-    truth, torch_result, got = run(torch.float64, "torch"), run(dtype, "torch"), run(dtype, "triton")
+    truth, got = run(torch.float64, "torch"), run(dtype, "triton")
     assert got[1].keys() == truth[1].keys()
-    for want, reference, value in zip(_flat(truth), _flat(torch_result), _flat(got), strict=True):
-        assert value.dtype == reference.dtype and value.isfinite().all()
+    for want, value in zip(_flat(truth), _flat(got), strict=True):
+        assert value.dtype == dtype and value.isfinite().all()
         size = max(want.abs().max().item() if want.numel() else 0.0, 1.0 if want.ndim == 0 else 0.0)
-        error, allowed = _error(value, want), 2 * _error(reference, want) + steps * torch.finfo(value.dtype).eps * size
+        error, allowed = _error(value, want), (2 + steps) * torch.finfo(value.dtype).eps * size
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}\n{value}\n{want}"
 
 

@@ -22,12 +22,13 @@ def interleaved(completions: int, groups: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("completions", "groups"), [(1, 1), (40, 6), (129, 30)])
-def test_as_exact_as_torch(kind: Any, completions: int, groups: int) -> None:
+def test_as_exact_as_the_roundings_allow(kind: Any, completions: int, groups: int) -> None:
+    """Mean, difference, deviation and quotient are half a step each, the mean's sum one more: three steps, at least
+    those of 1, the size of a reward."""
     rewards, ids = rand(completions).float(), interleaved(completions, groups)
     want = reference.group_advantages(rewards.double(), ids, kind=kind)
-    allowed = 2 * (reference.group_advantages(rewards, ids, kind=kind) - want).abs().max()
     got = group_advantages(rewards, ids, kind=kind, impl="triton")
-    assert (got - want).abs().max() <= allowed + torch.finfo(torch.float32).eps * want.abs().max()
+    assert (got - want).abs().max() <= 3 * torch.finfo(torch.float32).eps * max(want.abs().max(), 1)
     wide = group_advantages(rewards.double(), ids, kind=kind, impl="triton")
     torch.testing.assert_close(wide, want, rtol=1e-12, atol=1e-12)
 

@@ -245,10 +245,9 @@ def test_a_policy_runs_on_the_registered_name(family: str, monkeypatch: pytest.M
 def test_flex_attention_on_the_cpu_computes_the_definition(row: str) -> None:
     groups = ROWS[row]
     exact = shared_prefix.attend_packed(*sides(groups, torch.float64), groups, 0.2)
-    query, key, value = sides(groups)
-    plain = shared_prefix.attend_packed(query, key, value, groups, 0.2)
-    got = backends.attend_flex(query, key, value, groups, 0.2)
-    assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(torch.float32).eps
+    got = backends.attend_flex(*sides(groups), groups, 0.2)
+    # scores of up to 3 from 16 products, an exponential, a mean: eight roundings of half a step of the largest value
+    assert (got - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("row", ROWS)

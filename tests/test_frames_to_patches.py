@@ -5,7 +5,6 @@ Letters: T frames, H and W sides in pixels. On a CPU the op has to give the bits
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from clips import make_clip
-from conftest import PYTHONPATH, REPOSITORY
+from conftest import PYTHONPATH
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_csrc import COMPILER, FLAGS, built, library, supported  # noqa: F401  library: a fixture that loads the op
+from PIL import Image
+from test_csrc import COMPILER, FLAGS, built, clones, library  # noqa: F401  library: a fixture that loads the op
 from test_patches import CLIP, GEOMETRY, SIZES, mean_levels, oracle  # noqa: F401  oracle: the processors' answers
 from veripo_kernels import (
     cpp,
@@ -67,11 +68,6 @@ def laid_out(frames: torch.Tensor, layout: str) -> torch.Tensor:
     return view
 
 
-def resized_by_torch(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Rows of RGB pixels, because torch 2.13 fails on planes that shrink to 1 x 1."""
-    return frames_torch.resize_frames(laid_out(frames, "rgb"), height, width)
-
-
 def definition(frames: torch.Tensor, height: int, width: int, dtype: torch.dtype = torch.float32, **changes: Any
                ) -> torch.Tensor:
     values = {"temporal_patch_size": 2, **QWEN, **changes}
@@ -110,7 +106,19 @@ def test_equals_the_definition(layout: str, size: tuple[int, int], to: tuple[int
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (17, 31), (29, 33), (252, 447)])
 def test_sides_that_are_no_multiple_of_a_vector(size: tuple[int, int]) -> None:
     frames = random_frames(1, 50, 70)
-    assert torch.equal(resize_frames(frames, *size), resized_by_torch(frames, *size))
+    assert torch.equal(resize_frames(frames, *size), frames_torch.resize_frames(frames, *size))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("to", [(1, 1), (2, 1), (28, 1), (1, 5)])
+def test_the_definition_holds_where_torch_fails_on_planes(layout: str, to: tuple[int, int]) -> None:
+    """Pillow is the judge: its weights have more bits, so a level may differ by two."""
+    frames = random_frames(2, 40, 50)
+    want = torch.stack([torch.from_numpy(np.array(Image.fromarray(frame.numpy()).resize(to[::-1], Image.BICUBIC)))
+                        for frame in frames.permute(0, 2, 3, 1).contiguous()]).permute(0, 3, 1, 2)
+    got = frames_torch.resize_frames(laid_out(frames, layout), *to)
+    assert (got.int() - want.int()).abs().max() <= 2
+    assert torch.equal(resize_frames(laid_out(frames, layout), *to), got)
 
 
 @settings(max_examples=150, deadline=None)
@@ -124,14 +132,14 @@ def test_any_size(count: int, sides: tuple[int, int, int, int], rgb: bool, seed:
         frames = torch.full_like(frames, 255)
         frames[..., frames.shape[-1] // 2:] = 0
     view = laid_out(frames, "rgb" if rgb else "planar")
-    assert torch.equal(resize_frames(view, *sides[2:]), resized_by_torch(frames, *sides[2:]))
+    assert torch.equal(resize_frames(view, *sides[2:]), frames_torch.resize_frames(frames, *sides[2:]))
 
 
 @pytest.mark.parametrize(("size", "to"), [((1, 20_000), (1, 3)), ((20_000, 1), (3, 1)), ((2, 2), (3, 5000)),
                                           ((4000, 3000), (1, 1)), ((3, 1), (2000, 2000))])
 def test_extreme_sizes(size: tuple[int, int], to: tuple[int, int]) -> None:
     frames = random_frames(1, *size)
-    assert torch.equal(resize_frames(frames, *to), resized_by_torch(frames, *to))
+    assert torch.equal(resize_frames(frames, *to), frames_torch.resize_frames(frames, *to))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -495,44 +503,21 @@ def test_the_op_itself_keeps_memory_safe(name: str, values: list[Any], words: st
 
 # -- instruction sets --------------------------------------------------------------------------------------------------
 
-CHECK_CLONE = """
-import json, sys, torch
-from veripo_kernels import cpp
-cpp.LIBRARY = cpp.LIBRARY.__class__(sys.argv[1])
-assert cpp.missing() is None and cpp.isa() == sys.argv[2]
-import test_frames_to_patches as tests
-for layout in tests.LAYOUTS:
-    for size, to in (((90, 160), (28, 56)), ((30, 40), (84, 112)), ((5, 401), (28, 28)), ((56, 84), (56, 84))):
-        tests.test_equals_the_definition(layout, size, to)
-for nv12 in (False, True):
-    tests.test_planes_equal_the_definition(nv12, "bt709", False, (61, 95))
-tests.test_every_level_is_normalised_as_torch_does()
-"""
-
-
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the clones are of x86-64")
-@pytest.mark.parametrize("isa", FLAGS)
-def test_each_clone(isa: str) -> None:
-    binary = built(isa, CXXFLAGS=f"-DVERIPO_CLONES= -march={FLAGS[isa]}") / "_cpp.so"
-    if list(FLAGS).index(isa) < list(FLAGS).index(supported()):
-        pytest.skip(f"compiled; this processor has {supported()} and cannot run {isa}")
-    path = os.pathsep.join([PYTHONPATH, str(REPOSITORY / "tests")])
-    result = subprocess.run([sys.executable, "-c", CHECK_CLONE, binary, isa], capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": path})
-    assert result.returncode == 0, result.stderr
+LOOPS = {"deinterleave": 1, "double_up": 1, "down": 1, "interleave": 1, "normalise": 2, "to_rgb": 1}
+"""Loops on frames, and of how many types each is."""
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the clones are of x86-64")
 def test_every_loop_is_simd_code() -> None:
     """A loop that the compiler gives up on is several times slower, and no other test would see it."""
-    text = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", built("cpu") / "_cpp.so"], capture_output=True,
-                          text=True, check=True).stdout
-    bodies = re.findall(r"<veripo::frames::[^>\n]*?(\w+)\([^\n]*\) \[clone \.arch_x86_64_v([34])\]>:\n(.*?)\n\n", text,
-                        re.S)
-    assert sorted({name for name, _, _ in bodies}) == ["deinterleave", "double_up", "down", "interleave", "normalise",
-                                                       "to_rgb"], json.dumps([body[:2] for body in bodies])
-    for name, level, body in bodies:
-        assert len(re.findall("zmm|ymm" if level == "4" else "ymm", body)) > 5, (name, level)
+    binary = built("cpu") / "_cpp.so"
+    bodies = [(isa, name, body) for isa, name, body in clones(binary) if name in LOOPS]
+    assert sorted((isa, name) for isa, name, _ in bodies) == sorted(
+        (isa, name) for isa in FLAGS for name in LOOPS for _ in range(LOOPS[name]))
+    for isa, name, body in bodies:
+        assert isa == "baseline" or len(re.findall("zmm|ymm" if isa == "avx512" else "ymm", body)) > 5, (isa, name)
+    text = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", binary], capture_output=True, text=True,
+                          check=True).stdout
     products = re.findall(r"<[^\n]*veripo::frames::[^\n]*(simd<[34]>|down_avx2)\([^\n]*>:\n(.*?)\n\n", text, re.S)
     assert {name for name, _ in products} == {"simd<3>", "simd<4>", "down_avx2"}
     assert all("vpmaddwd" in body and "ymm" in body for _, body in products)

@@ -65,6 +65,21 @@ def test_triton_is_as_exact_as_the_definition(name: str, dtype: torch.dtype) -> 
     assert check(rows(dtype=dtype, **OPTIONS[name]), "triton") == []
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_over_many_rows_errors_average_no_more_than_twice_torchs(impl: str) -> None:
+    """Of one row the error of torch is luck."""
+    squares: dict[str, list[torch.Tensor]] = {}
+    for seed in range(8):
+        data = rows(24, 12, 70, seed=seed, entropy=True)
+        exact, plain, got = data.define(torch.float64), data.define(), data.run(impl)
+        for name, want in exact.items():
+            errors = [(value[name].double() - want).square().mean() for value in (got, plain)]
+            squares.setdefault(name, []).append(torch.stack(errors))
+    for name, parts in squares.items():
+        ours, torchs = torch.stack(parts).mean(0).sqrt()
+        assert ours <= 2 * torchs, name
+
+
 @pytest.mark.parametrize(("count", "width", "vocabulary"), [(17, 33, 129), (1, 1, 1), (16, 16, 32), (3, 5, 31)])
 def test_triton_shapes(count: int, width: int, vocabulary: int) -> None:
     """Aligned, one more than a block, ragged; an odd D is padded, an odd V not."""

@@ -23,13 +23,18 @@ OPS = ("gather_logprobs_forward", "gather_logprobs_backward", "gather_logprobs_f
 
 @once
 def missing() -> str | None:
-    """Why the compiled op cannot be used on the CPU; None when it can. The first call loads it."""
+    """Why the compiled op cannot be used on the CPU; None when it can. The first call loads it.
+
+    Raises:
+        RuntimeError: VERIPO_ISA forces a clone that there is not; see `isa`.
+    """
     if not LIBRARY.exists():
         return "the extension was not built (no C++ compiler or no torch when it was installed)"
     reason = _load(LIBRARY)
     if reason is None and not all(hasattr(torch.ops.veripo_cpp, name) for name in OPS):
         reason = f"{LIBRARY.name} is older than this file: install again (pip install --no-build-isolation)"
     if reason is None:
+        isa()
         _register_fakes()
     return reason
 
@@ -128,7 +133,13 @@ def planes_to_patches(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height:
 
 
 def isa() -> str:
-    """Which clone of the CPU loops runs: avx512, avx2 or baseline (also what other processors than x86-64 have)."""
+    """Which clone of the CPU loops runs: avx512, avx2 or baseline (also what other processors than x86-64 have).
+
+    The widest that the processor has, or the one that the environment variable VERIPO_ISA names; read once.
+
+    Raises:
+        RuntimeError: VERIPO_ISA is none of the three, or one that the processor lacks.
+    """
     return torch.ops.veripo_cpp.isa()
 
 

@@ -24,14 +24,15 @@ _MOST_PIXELS = 1 << 20
 
 
 def resize_frames(frames: torch.Tensor, height: int, width: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Resize frames: antialiased bicubic in integers, as Pillow, and Hugging Face's processors on uint8 tensors.
+    """Resize frames: antialiased bicubic in integers, as Hugging Face's processors resize uint8 tensors.
 
     Args:
         frames: uint8 [T, 3, H, W] of any strides; fastest with rows of RGB pixels (a permuted [T, H, W, 3]) or planes.
         out: where the result is written instead of into new memory; shares none with `frames`.
 
     Returns:
-        uint8 [T, 3, height, width], contiguous: on a CPU the bits of F.interpolate(mode="bicubic", antialias=True).
+        uint8 [T, 3, height, width], contiguous: on a CPU the bits of F.interpolate(mode="bicubic", antialias=True) on
+        rows of RGB pixels (`frames_torch.resize_frames` says why not on planes).
 
     Raises:
         ValueError: another dtype or shape; names the argument.

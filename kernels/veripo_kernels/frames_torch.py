@@ -18,11 +18,16 @@ _LUMA_SHARES: dict[YuvMatrix, tuple[float, float]] = {"bt601": (0.299, 0.114), "
 
 
 def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Antialiased bicubic in integers, as Pillow and (on uint8 tensors) Hugging Face's processors resize."""
+    """Antialiased bicubic in integers, as Hugging Face's processors resize uint8 tensors.
+
+    torch is given rows of RGB pixels. On planes torch 2.13 fails: at 1 x 1 pixels with an assertion, and without AVX2
+    (ATEN_CPU_CAPABILITY=default) at any width of 1 by repeating the first row.
+    """
     if (height, width) == tuple(frames.shape[2:]):
         return frames.contiguous()
     if frames.device.type == "cpu":
-        return F.interpolate(frames, (height, width), mode="bicubic", antialias=True).contiguous()
+        rgb = frames.contiguous(memory_format=torch.channels_last)
+        return F.interpolate(rgb, (height, width), mode="bicubic", antialias=True).contiguous()
     return resize_as_float(frames, height, width).contiguous()
 
 
