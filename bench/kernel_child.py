@@ -50,9 +50,9 @@ def last_line(text: str) -> str:
 
 
 def use_interpreter() -> None:
-    """Repairs Triton's interpreter (tests/interpreter.py) where TRITON_INTERPRET is 1; before kernels load."""
+    """Repairs Triton's interpreter where TRITON_INTERPRET is 1; before kernels load."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        import interpreter
+        from veripo_kernels.testing import interpreter
 
         interpreter.install()
 

@@ -32,7 +32,7 @@ def _has_gpu() -> bool:
 if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when a kernel module is imported
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    import interpreter
+    from veripo_kernels.testing import interpreter
 
     interpreter.install()
 

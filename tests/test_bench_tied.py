@@ -1,4 +1,4 @@
-"""What bench/ and tests start ends with whoever started it: the parent is killed by -9, and the child is watched.
+"""What bench/, kernels/ and tests start ends with who started it: the parent is killed by -9, the child is watched.
 
 Each parent runs in a process of its own and starts a child that writes its number to a file and sleeps for an hour.
 """
@@ -47,6 +47,12 @@ gpu_check.run_part("work", "cpu", 3600)
 import gpu_check
 gpu_check.REPOSITORY, gpu_check.GPU_TESTS = Path("{folder}"), ("{child}",)
 gpu_check.run_tests(3600)
+""",
+    "kernels_sm90": """
+from veripo_kernels.testing import sm90
+sm90.check_case = __import__("child").work
+sys.argv = ["sm90", "veripo_kernels.jit.gather"]
+sm90.main()
 """,
     "tests_run": """
 from tests.children import run

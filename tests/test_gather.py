@@ -365,10 +365,9 @@ def test_a_constant_added_to_all_logits_changes_nothing(impl: str, shift: int, s
 # -- compilation -----------------------------------------------------------------------------------------------------
 
 COUNT_KEYS = """
-import json, sys, torch
-sys.path[:0] = ["tests", "kernels"]
-from sm90 import launch_keys
+import json, torch
 from veripo_kernels.jit import gather as kernels
+from veripo_kernels.testing.sm90 import launch_keys
 
 def launches(sizes):
     for rows, vocabulary, temperature in sizes:

@@ -330,10 +330,9 @@ def test_no_recompilation_when_the_shapes_change() -> None:
 def test_kernels_are_compiled_once_for_all_lengths(python: Any) -> None:
     code = """
 import os; os.environ.pop("TRITON_INTERPRET", None)
-import sys; sys.path.insert(0, "tests")
-import sm90
 import torch
 from veripo_kernels.jit import dpo, grpo
+from veripo_kernels.testing import sm90
 
 def launches(lengths, offset):
     wide = torch.zeros(sum(lengths) + offset)[offset:]

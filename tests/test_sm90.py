@@ -1,4 +1,4 @@
-"""Every registered Triton kernel compiles for an H100 without spilling: tests/sm90.py in its own process."""
+"""Every registered Triton kernel compiles for an H100 without spilling: testing/sm90.py in its own process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PYTHONPATH, REPOSITORY
+from conftest import PYTHONPATH
 from filelock import FileLock
-from sm90 import MAX_SHARED_BYTES, cases_of, faults, jit_modules
+from veripo_kernels.testing.sm90 import MAX_SHARED_BYTES, cases_of, faults, jit_modules
 
 from tests.children import run
 
@@ -44,9 +44,10 @@ FINE = {"registers": 255, "stack_bytes": 0, "spill_loads": 0, "spill_stores": 0,
 
 
 def compile_all(*modules: str, path: str = PYTHONPATH) -> subprocess.CompletedProcess[str]:
-    """tests/sm90.py with Triton's interpreter off."""
+    """`python -m veripo_kernels.testing.sm90` with Triton's interpreter off."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return run(sys.executable, REPOSITORY / "tests" / "sm90.py", *modules, env={**environment, "PYTHONPATH": path})
+    command = (sys.executable, "-m", "veripo_kernels.testing.sm90", *modules)
+    return run(*command, env={**environment, "PYTHONPATH": path})
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Triton kernel bodies, one file per op. Imported only where a kernel is about to run.
 
-A module lists in `SM90_CASES` the launch configurations it uses; tests/sm90.py compiles each for an H100 without one.
+A module lists in `SM90_CASES` the launch configurations it uses; testing/sm90.py compiles each for an H100 without one.
 """
 
 from typing import Any, TypedDict

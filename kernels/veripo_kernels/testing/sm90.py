@@ -1,8 +1,9 @@
 """Compiles every registered Triton kernel for an H100, on any machine, and reads what it costs from the machine code.
 
-python tests/sm90.py [MODULE ...] [--record]     modules default to all of veripo_kernels.jit
+    python -m veripo_kernels.testing.sm90 [MODULE ...]     modules default to all of veripo_kernels.jit
 
 Prints a JSON line per case; exits with 1 when a case has faults. A process of its own: no interpreter may be on here.
+bench/bench_sm90.py does the same and keeps the lines.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
-
-from veripo_kernels.jit import Sm90Case  # noqa: E402
+from veripo_kernels.jit import Sm90Case
 
 MAX_REGISTERS = 255
 MAX_SHARED_BYTES = 227 * 1024
@@ -136,28 +135,37 @@ def launch_keys(kernels: list[Any], launches: Callable[[], object]) -> set[str]:
     return keys
 
 
-def main() -> int:
-    """Compiles on all cores, prints and, when asked, records."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("modules", nargs="*", metavar="MODULE")
-    parser.add_argument("--record", action="store_true", help="append each line to bench/results/sm90.jsonl")
-    arguments = parser.parse_args()
-    from bench.tied import end_with
-
+def compile_all(modules: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Compiles the cases on all cores; prints and returns a row for each."""
     os.environ.pop("TRITON_INTERPRET", None)
-    jobs = [(module, name) for module in arguments.modules or jit_modules() for name, _ in cases_of(module)]
-    pool = ProcessPoolExecutor(mp_context=get_context("fork"), initializer=end_with, initargs=(os.getpid(),))
+    jobs = [(module, name) for module in modules or jit_modules() for name, _ in cases_of(module)]
+    pool = ProcessPoolExecutor(mp_context=get_context("fork"), initializer=_end_with_parent)
+    rows = []
     with tempfile.TemporaryDirectory() as cache, pool:
         os.environ["TRITON_CACHE_DIR"] = cache
-        rows = []
         for row in pool.map(check_case, *zip(*jobs, strict=True)):
             print(json.dumps(row), flush=True)
             rows.append(row)
-    if arguments.record:
-        from bench.recipe import append
+    return rows
 
-        for row in rows:
-            append("sm90", {"bench": "sm90", "target": "sm_90", **row})
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone, however that one ended."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> int:
+    """Compiles the modules that the command line names; the exit code is 1 when a case has faults."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("modules", nargs="*", metavar="MODULE")
+    rows = compile_all(parser.parse_args().modules)
     return int(any(row["faults"] for row in rows))
 
 

@@ -1,7 +1,7 @@
 """Repair of the Triton 3.6 interpreter, which keeps bfloat16 as 16-bit integers and then computes with the integers.
 
 Also repaired: libdevice functions (return None), `range` over a kernel argument with numpy >= 2.4 (raises), and float
-arguments (stay Python floats, so that `.to()` fails and they never round to float32). conftest.py installs it.
+arguments (stay Python floats, so that `.to()` fails and they never round to float32). tests/conftest.py installs it.
 Not repaired: bfloat16 atomics, inline assembly, autotuning over several configurations.
 """
 

@@ -1,0 +1,28 @@
+"""Every Triton kernel compiled for an H100, on any machine, and what its machine code costs.
+
+    python bench/bench_sm90.py [MODULE ...]     modules default to all of veripo_kernels.jit
+
+`veripo_kernels.testing.sm90` does the work. Each line is appended to bench/results/sm90.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import recipe
+from veripo_kernels.testing import sm90
+
+
+def main() -> int:
+    """As sm90's: 1 when a case has faults."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("modules", nargs="*", metavar="MODULE")
+    rows = sm90.compile_all(parser.parse_args().modules)
+    for row in rows:
+        recipe.append("sm90", {"bench": "sm90", "target": "sm_90", **row})
+    return int(any(row["faults"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
