@@ -14,10 +14,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
 from veripo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from veripo_fast.config.schema import Config
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
@@ -103,6 +106,12 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 # Commands
 
+def _configuration(options: argparse.Namespace, overrides: list[str]) -> Config:
+    from veripo_fast.config.load import load_config
+
+    return load_config(options.config, overrides)
+
+
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.demo.run import run_demo
 
@@ -110,45 +119,35 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.trainer import train
 
     train(config, resume=options.resume)
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.evaluation.command import evaluate_command
 
     evaluate_command(config, options.out)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.inspect.command import inspect_command
 
     inspect_command(options.data, config, options.out, options.workers, options.limit)
 
 
 def _precompute(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.cache.precompute import precompute_command
 
     precompute_command(options.data, config, options.rank, options.world, options.limit, options.workers)
 
 
 def _verify(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.verifier.store import verify_files
 
     verify_files(options.rollouts, options.out, config)
@@ -173,9 +172,9 @@ def _init_model(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import describe, load_config
+    from veripo_fast.config.describe import describe
 
-    print(describe(load_config(options.config, overrides)), end="")
+    print(describe(_configuration(options, overrides)), end="")
 
 
 def _bench(options: argparse.Namespace, overrides: list[str]) -> None:
