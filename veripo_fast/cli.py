@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -73,11 +73,15 @@ def set_environment() -> None:
 
 def _run(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}; {_hint(argv[0], COMMANDS)}")
+        from veripo_fast.config.describe import hint
+
+        raise UserError(f"unknown command {argv[0]!r}; {hint(argv[0], COMMANDS)}")
     parser, by_name = _parsers()
     overrides: list[str] = []
     if argv and argv[0] in COMMANDS and COMMANDS[argv[0]].takes_overrides:
-        argv, overrides = _split(argv)
+        from veripo_fast.config.describe import split_options
+
+        argv, overrides = split_options(argv)
     options, unknown = parser.parse_known_args(argv)
     if options.command is None:
         parser.print_help()
@@ -85,23 +89,6 @@ def _run(argv: list[str]) -> None:
     if unknown:
         raise UserError(_unknown_argument(options.command, unknown[0], by_name[options.command].names))
     COMMANDS[options.command].run(options, overrides)
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Separate the options of the configuration (`--grpo.steps 5`, `--seed=1`) from those of the command."""
-    from veripo_fast.config.schema import Config
-
-    own, overrides, rest = [], [], list(argv)
-    while rest:
-        token = rest.pop(0)
-        name, equals, _ = token[2:].partition("=")
-        if not token.startswith("--") or not ("." in name or name.replace("-", "_") in Config.__dataclass_fields__):
-            own.append(token)
-            continue
-        overrides.append(token)
-        if not equals and rest and not rest[0].startswith("--"):
-            overrides.append(rest.pop(0))
-    return own, overrides
 
 
 # Commands
@@ -285,19 +272,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 def _unknown_argument(command: str, token: str, names: list[str]) -> str:
     if not token.startswith("-"):
         return f"unexpected argument {token!r} (see veripo {command} --help)"
+    from veripo_fast.config.describe import hint, option_names
+
     choices = list(names)
     if COMMANDS[command].takes_overrides:
-        from veripo_fast.config.describe import option_names
-
         choices += [f"--{name.replace('_', '-')}" for name in option_names()]
-    return f"unknown option {token.partition('=')[0]}; {_hint(token.partition('=')[0], choices)}"
-
-
-def _hint(word: str, choices: Iterable[str]) -> str:
-    from veripo_fast.config.describe import guesses
-
-    found = guesses(word, choices)
-    return f"did you mean {found}?" if found else f"there are {', '.join(list(choices)[:12])}"
+    return f"unknown option {token.partition('=')[0]}; {hint(token.partition('=')[0], choices)}"
 
 
 def _complain(sentence: str, code: int = EXIT_USER) -> int:
