@@ -1,15 +1,19 @@
-# make demo   install into .venv, then the whole loop on rendered clips; options: make demo ARGS="--quick --seed 1"
-# make test   install the test tools too, then ruff, mypy and pytest
-# make lint   ruff and mypy alone
-# make clean  remove what builds and tools leave behind (not .venv, not runs); the compiled op too: `make` builds it again
+# Run `make` for the targets. PYTHON=python3.12 takes another interpreter; ARGS="--quick --seed 1" reaches `veripo demo`.
 
 PYTHON ?= python3
 PINS := pyproject.toml setup.py .ci/constraints-cpu.txt .ci/install.sh $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: demo test lint clean
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    install into .venv, then the whole loop on rendered clips; ARGS=\"--quick --seed 1\" are its options"
+	@echo "make test    install the test tools too, then ruff, mypy and pytest"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make clean   remove what builds and tools leave behind, the compiled op too (not .venv, not runs)"
 
 demo: .venv/.base
 	.venv/bin/veripo demo $(ARGS)
+	@echo "to use the command: source .venv/bin/activate, then veripo --help"
 
 test: .venv/.dev .venv/.oracle
 	@sh .ci/install.sh browser

@@ -150,7 +150,7 @@ def ratios(got: Results, exact: Results, allowed: Results) -> dict[str, torch.Te
 
 
 def random_cases(rows: int, seed: int = 0) -> Iterator[Case]:
-    """`rows` random rows, 50 to a case at most: each dtype, V of 1 to 10,000, flat to peaked, temperature 0.3 to 2."""
+    """`rows` random rows, up to 50 to a case: each dtype, V of 1 to 10,000, flat to peaked, temperature 0.3 to 2."""
     generator = torch.Generator().manual_seed(seed)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 

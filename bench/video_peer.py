@@ -1,7 +1,7 @@
 """The peer of the video bench: qwen-vl-utils and Hugging Face's video processor of Qwen2.5-VL; decord alone.
 
-Served by video_worker.py in a process that never imports veripo. torchvision has no CPU build: the CUDA one is found in
-the folder that BENCH_TORCHVISION names, and its operators, which a CPU torch cannot load, are declared first.
+Served by video_worker.py in a process that never imports veripo. torchvision has no CPU build on PyPI: the CUDA one is
+found in the folder that BENCH_TORCHVISION names.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision_folder
 from recipe import version_of
 from video_worker import Answer, measured, serve
 
 if side := os.environ.get("BENCH_TORCHVISION"):
-    sys.path.append(side)
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torchvision_folder.add(side)
 
 READERS = {"torchcodec": ("torchcodec", "torchcodec"), "decord": ("decord", "decord2")}
 """Reader of qwen-vl-utils -> its import name and its package."""

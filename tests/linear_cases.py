@@ -114,8 +114,7 @@ def complaints(got: Results, own: Results, truth: Results, largest: float = 1.0,
     knows a probability better than that. Two are for the product that gives a logit: its D <= 64 roundings of half a
     step walk at random, with a standard deviation of 0.42 sqrt(D / 3) halves, 1.9 at most. `steps` are for what comes
     then: 1 for softcap, temperature, difference, exponential, sum and slope, of which few are rounded beside the
-    largest number; 2 for losses, 3 for random shapes. The largest error measured is 2.5 steps, of the 4 that losses
-    have.
+    largest number; 2 for losses, 3 for random shapes. The largest error measured is 2.5 steps, where 4 are allowed.
     """
     found = [f"{name} is {'missing' if name in truth else 'too much'}" for name in got.keys() ^ truth.keys()]
     unit = torch.finfo(got["logprobs"].dtype).eps

@@ -12,14 +12,15 @@ all (vllm-project/vllm#46817). We write what the model was trained on, so the or
 import os
 import sys
 from functools import cache
+from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+import torchvision_folder
+
 if side := os.environ["VERIPO_TEST_ORACLE"]:
-    sys.path.append(side)
-    library = torch.library.Library("torchvision", "DEF")  # the CUDA build cannot load its own operators here
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torchvision_folder.add(side)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

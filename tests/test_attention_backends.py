@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.model import attention as backends
-from veripo_fast.model import shared_prefix
+from veripo_fast.model import packed_attention, shared_prefix
 from veripo_fast.model.attention import PROBE, AttentionShape
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import load_policy
@@ -43,10 +43,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def forget_choices() -> Iterator[None]:
     """The choice and the libraries behind it are looked up once per process."""
     backends.select.cache_clear()
-    backends._varlen_function.cache_clear()
+    packed_attention._varlen_function.cache_clear()
     yield
     backends.select.cache_clear()
-    backends._varlen_function.cache_clear()
+    packed_attention._varlen_function.cache_clear()
 
 
 def sides(groups: tuple[GroupSpan, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -115,7 +115,7 @@ STAND_INS = [("flash2", plain_flash_stand_in), ("flash3", plain_flash_stand_in),
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., Any] | None) -> None:
     """Put a stand-in where a library would be; None: the library is not there."""
-    library = backends.LIBRARIES[name]
+    library = packed_attention.LIBRARIES[name]
     module: Any = None if function is None else ModuleType(library.module)
     if function is not None:
         setattr(module, library.function, function)
@@ -128,8 +128,8 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_sequence_has_its_own_queries_and_all_the_keys_it_may_see(row: str) -> None:
     groups = ROWS[row]
-    plan = backends.varlen_plan(groups, CPU)
-    run, prompt_run = (part.tolist() for part in backends.token_runs(groups, CPU))
+    plan = packed_attention.varlen_plan(groups, CPU)
+    run, prompt_run = (part.tolist() for part in packed_attention.token_runs(groups, CPU))
     assert plan.cu_seqlens_q[-1] == groups[-1].end
     assert plan.cu_seqlens_q.diff().min() > 0, "a sequence without queries"
     for s in range(len(plan.cu_seqlens_q) - 1):
@@ -141,7 +141,7 @@ def test_a_sequence_has_its_own_queries_and_all_the_keys_it_may_see(row: str) ->
 
 
 def test_the_prompt_is_copied_once_less_than_there_are_completions() -> None:
-    plan = backends.varlen_plan((GroupSpan(0, 100, (4, 0, 4, 4)), GroupSpan(112, 50, (6,))), CPU)
+    plan = packed_attention.varlen_plan((GroupSpan(0, 100, (4, 0, 4, 4)), GroupSpan(112, 50, (6,))), CPU)
     assert plan.cu_seqlens_q.tolist() == [0, 104, 108, 112, 168]
     assert plan.cu_seqlens_k.tolist() == [0, 104, 208, 312, 368]
     assert (plan.max_seqlen_q, plan.max_seqlen_k) == (104, 104)
@@ -149,23 +149,23 @@ def test_the_prompt_is_copied_once_less_than_there_are_completions() -> None:
 
 
 def test_keys_are_not_copied_where_every_token_is_in_one_sequence() -> None:
-    plan = backends.varlen_plan(ROWS["one_completion"], CPU)
+    plan = packed_attention.varlen_plan(ROWS["one_completion"], CPU)
     keys = torch.randn(17, 2, 4)
-    assert backends.copy_keys(keys, plan) is keys
+    assert packed_attention.copy_keys(keys, plan) is keys
     assert torch.equal(plan.key_index, torch.arange(17))
 
 
 def test_gradients_of_copied_keys() -> None:
-    plan = backends.varlen_plan(ROWS["empty_completions"], CPU)
+    plan = packed_attention.varlen_plan(ROWS["empty_completions"], CPU)
     keys = torch.randn(10, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda k: backends.copy_keys(k, plan), (keys,))
+    assert torch.autograd.gradcheck(lambda k: packed_attention.copy_keys(k, plan), (keys,))
 
 
 def test_copies_are_added_in_float32_and_rounded_once() -> None:
-    plan = backends.varlen_plan((GroupSpan(0, 2, (1,) * 384),), CPU)
+    plan = packed_attention.varlen_plan((GroupSpan(0, 2, (1,) * 384),), CPU)
     keys = torch.zeros(386, 1, 1, dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.ones(len(plan.key_index), 1, 1, dtype=torch.bfloat16)
-    (grad,) = torch.autograd.grad(backends.copy_keys(keys, plan), keys, upstream)
+    (grad,) = torch.autograd.grad(packed_attention.copy_keys(keys, plan), keys, upstream)
     assert grad[:3].flatten().tolist() == [384.0, 384.0, 1.0]  # in bfloat16 256 + 1 is 256
 
 
@@ -245,7 +245,7 @@ def test_a_policy_runs_on_the_registered_name(family: str, monkeypatch: pytest.M
 def test_flex_attention_on_the_cpu_computes_the_definition(row: str) -> None:
     groups = ROWS[row]
     exact = shared_prefix.attend_packed(*sides(groups, torch.float64), groups, 0.2)
-    got = backends.attend_flex(*sides(groups), groups, 0.2)
+    got = packed_attention.attend_flex(*sides(groups), groups, 0.2)
     # scores of up to 3 from 16 products, an exponential, a mean: eight roundings of half a step of the largest value
     assert (got - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
@@ -253,8 +253,8 @@ def test_flex_attention_on_the_cpu_computes_the_definition(row: str) -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_block_mask_is_what_torch_makes_of_the_whole_mask(row: str) -> None:
     groups = ROWS[row]
-    ours = backends.flex_block_mask(groups, CPU)
-    run, prompt_run = backends.token_runs(groups, CPU)
+    ours = packed_attention.flex_block_mask(groups, CPU)
+    run, prompt_run = packed_attention.token_runs(groups, CPU)
     query = torch.arange(len(run))[:, None]
     dense = (query >= query.T) & ((run == run[:, None]) | (run == prompt_run[:, None]))
     theirs = create_block_mask(lambda b, h, q, k: dense[q, k], 1, 1, len(run), len(run), device="cpu")
@@ -273,7 +273,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, major: int,
                 installed: dict[str, Callable[..., Any]]) -> AttentionShape:
     """A bf16 shape on a GPU of compute capability major.0 with these libraries; trials run on the CPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
-    for name in backends.LIBRARIES:
+    for name in packed_attention.LIBRARIES:
         install(monkeypatch, name, installed.get(name))
     trial = backends.disagreement
     monkeypatch.setattr(backends, "disagreement", lambda attend, shape: trial(

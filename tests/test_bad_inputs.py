@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from safetensors.torch import load_file, save_file
 
 from veripo_fast.cli import main
-from veripo_fast.config.load import to_yaml
+from veripo_fast.config.describe import to_yaml
 from veripo_fast.config.schema import StageConfig
 from veripo_fast.errors import TrainingError
 from veripo_fast.model import step

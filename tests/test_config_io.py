@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from veripo_fast.config.load import apply_overrides, check_stages, describe, load_config, split_overrides, to_yaml
+from veripo_fast.config.describe import describe, to_yaml
+from veripo_fast.config.load import apply_overrides, check_stages, load_config, split_overrides
 from veripo_fast.config.objectives import GrpoConfig
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError

@@ -10,8 +10,8 @@ import runs
 
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.cli import main
+from veripo_fast.config.describe import to_yaml
 from veripo_fast.config.inputs import ModelConfig
-from veripo_fast.config.load import to_yaml
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.errors import DataError
 from veripo_fast.evaluation import evaluate as module

@@ -155,7 +155,7 @@ def attention_backends() -> None:
     """Probes the backends and says which it is; compiles FlexAttention."""
     import torch
 
-    from veripo_fast.model import attention
+    from veripo_fast.model import attention, packed_attention
 
     said = listened(attention.log)
     attention.unusable = slow = Slow(lambda backend, shape: None if backend == "sdpa" else "no")
@@ -163,7 +163,7 @@ def attention_backends() -> None:
     assert together(lambda _: attention.select("auto", shape)) == ["sdpa"] * THREADS
     assert slow.calls == len(attention.PREFERENCE) and len(said) == 1
     torch.compile = slow = Slow(lambda function, dynamic: function)
-    assert len(set(together(lambda _: attention._flex_function("cuda")))) == 1 and slow.calls == 1
+    assert len(set(together(lambda _: packed_attention._flex_function("cuda")))) == 1 and slow.calls == 1
 
 
 def worker_of_math_verify() -> None:

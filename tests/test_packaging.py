@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
@@ -19,8 +20,8 @@ DATA_FOLDERS = ("demo/tiny_policy", "report/assets")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> set[str]:
-    """Names inside a wheel that is built from a copy of the sources with files that must stay out."""
+def wheel_file(tmp_path_factory) -> Path:
+    """A wheel that is built from a copy of the sources with files that must stay out."""
     source = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -36,7 +37,13 @@ def wheel(tmp_path_factory) -> set[str]:
     assert built.returncode == 0, built.stderr
     [path] = (source / "dist").glob("*.whl")
     assert path.name == f"veripo_fast-{__version__}-py3-none-any.whl"
-    return set(zipfile.ZipFile(path).namelist())
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file) -> set[str]:
+    """Names inside the wheel."""
+    return set(zipfile.ZipFile(wheel_file).namelist())
 
 
 def test_wheel_holds_the_two_packages_alone(wheel):
@@ -51,6 +58,37 @@ def test_wheel_holds_every_module_and_data_file(wheel):
     for name in DATA_FOLDERS:
         expected |= {f"veripo_fast/{name}/{path.name}" for path in (PACKAGES["veripo_fast"] / name).iterdir()}
     assert {name for name in wheel if ".dist-info/" not in name} == expected
+
+
+USER_SCRIPT = """
+import veripo_fast
+from veripo_kernels import PolicyLoss
+
+config: veripo_fast.Config = veripo_fast.load_config("run.yaml", ["--grpo.clip-high", "0.28"])
+veripo_fast.train(config, resume=True)
+for record in veripo_fast.evaluate(config):
+    print(record["accuracy"])
+policy = veripo_fast.load_policy(config.model)
+loss = PolicyLoss("dapo", clip_high=config.grpo.clip_high)
+"""
+MISTAKES = {"veripo_fast.train(1)": 'has incompatible type "int"; expected "Config"',
+            "config.grpo.step": 'has no attribute "step"; maybe "steps"',
+            "veripo_fast.tain": "has no attribute",
+            'PolicyLoss("gropo")': "has incompatible type"}
+
+
+def test_a_script_of_a_user_is_type_checked_against_the_wheel(wheel_file, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    [site] = (tmp_path / "venv").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel_file).extractall(site)
+    (tmp_path / "script.py").write_text(USER_SCRIPT + "\n".join(MISTAKES) + "\n")
+    checked = subprocess.run([sys.executable, "-m", "mypy", "--python-executable", tmp_path / "venv" / "bin" / "python",
+                              "--follow-imports=silent", "--ignore-missing-imports", "--config-file", os.devnull,
+                              "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    errors = [line for line in checked.stdout.splitlines() if ": error: " in line]
+    first = USER_SCRIPT.count("\n") + 1
+    for number, (error, sentence) in enumerate(zip(errors, MISTAKES.values(), strict=True), start=first):
+        assert error.startswith(f"script.py:{number}: ") and sentence in error, checked.stdout
 
 
 def test_shipped_policy_is_small():
@@ -79,7 +117,8 @@ def test_every_dependency_is_pinned_within_its_range():
 
 
 def test_extras():
-    assert set(PROJECT["optional-dependencies"]) == {"vllm", "dali", "deepspeed", "trl", "liger", "bench", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {"vllm", "dali", "deepspeed", "flash", "trl", "liger", "bench",
+                                                     "dev"}
 
 
 @pytest.mark.parametrize(("python", "words"), [

@@ -1,8 +1,7 @@
 """Patches against the real Hugging Face processors, end to end as well, and the cache key.
 
 The processors need torchvision, which has no CPU build: the comparison runs in a process of its own, with the CUDA
-wheel from a side folder and the two operator schemas declared that it misses. Run as a script, this file is that
-process.
+wheel from a side folder (bench/torchvision_folder.py). Run as a script, this file is that process.
 """
 
 import os
@@ -167,11 +166,10 @@ def test_fingerprint_changes_with_whatever_changes_pixels(tmp_path: Path) -> Non
 def answer(folder: Path) -> None:
     """Run the Hugging Face processors over cases.pt and write answers.pt."""
     if side := os.environ["VERIPO_TEST_ORACLE"]:
-        sys.path.append(side)
-        library = torch.library.Library("torchvision", "DEF")  # the CUDA build cannot load its own operators here
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        globals()["_keep"] = library
+        sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+        import torchvision_folder
+
+        torchvision_folder.add(side)
     torch.set_num_threads(1)
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor, smart_resize

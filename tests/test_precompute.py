@@ -27,8 +27,8 @@ from tests.children import PATIENCE_SECONDS
 from veripo_fast.cache import precompute
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.cli import main
+from veripo_fast.config.describe import to_yaml
 from veripo_fast.config.inputs import DataConfig
-from veripo_fast.config.load import to_yaml
 from veripo_fast.config.schema import Config
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.model import encoding

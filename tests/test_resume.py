@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import runs
 
-from veripo_fast.config.load import to_yaml
+from veripo_fast.config.describe import to_yaml
 from veripo_fast.run.folder import RunDir
 
 

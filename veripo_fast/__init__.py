@@ -27,11 +27,13 @@ _HOME = {"Config": ("config.schema", "Config"), "evaluate": ("evaluation.command
 """Public name -> the module that holds it, and its name there."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'veripo_fast' has no attribute {name!r}")
-    module, own_name = _HOME[name]
-    return getattr(import_module(f"veripo_fast.{module}"), own_name)
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that this function knows
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'veripo_fast' has no attribute {name!r}")
+        module, own_name = _HOME[name]
+        return getattr(import_module(f"veripo_fast.{module}"), own_name)
 
 
 def __dir__() -> list[str]:

@@ -11,13 +11,16 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
 from veripo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from veripo_fast.config.schema import Config
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
@@ -70,11 +73,15 @@ def set_environment() -> None:
 
 def _run(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}; {_hint(argv[0], COMMANDS)}")
+        from veripo_fast.config.describe import hint
+
+        raise UserError(f"unknown command {argv[0]!r}; {hint(argv[0], COMMANDS)}")
     parser, by_name = _parsers()
     overrides: list[str] = []
     if argv and argv[0] in COMMANDS and COMMANDS[argv[0]].takes_overrides:
-        argv, overrides = _split(argv)
+        from veripo_fast.config.describe import split_options
+
+        argv, overrides = split_options(argv)
     options, unknown = parser.parse_known_args(argv)
     if options.command is None:
         parser.print_help()
@@ -84,24 +91,13 @@ def _run(argv: list[str]) -> None:
     COMMANDS[options.command].run(options, overrides)
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Separate the options of the configuration (`--grpo.steps 5`, `--seed=1`) from those of the command."""
-    from veripo_fast.config.schema import Config
-
-    own, overrides, rest = [], [], list(argv)
-    while rest:
-        token = rest.pop(0)
-        name, equals, _ = token[2:].partition("=")
-        if not token.startswith("--") or not ("." in name or name.replace("-", "_") in Config.__dataclass_fields__):
-            own.append(token)
-            continue
-        overrides.append(token)
-        if not equals and rest and not rest[0].startswith("--"):
-            overrides.append(rest.pop(0))
-    return own, overrides
-
-
 # Commands
+
+def _configuration(options: argparse.Namespace, overrides: list[str]) -> Config:
+    from veripo_fast.config.load import load_config
+
+    return load_config(options.config, overrides)
+
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.demo.run import run_demo
@@ -110,45 +106,35 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.trainer import train
 
     train(config, resume=options.resume)
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.evaluation.command import evaluate_command
 
     evaluate_command(config, options.out)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.inspect.command import inspect_command
 
     inspect_command(options.data, config, options.out, options.workers, options.limit)
 
 
 def _precompute(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.cache.precompute import precompute_command
 
     precompute_command(options.data, config, options.rank, options.world, options.limit, options.workers)
 
 
 def _verify(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import load_config
-
-    config = load_config(options.config, overrides)
+    config = _configuration(options, overrides)
     from veripo_fast.verifier.store import verify_files
 
     verify_files(options.rollouts, options.out, config)
@@ -173,9 +159,9 @@ def _init_model(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
-    from veripo_fast.config.load import describe, load_config
+    from veripo_fast.config.describe import describe
 
-    print(describe(load_config(options.config, overrides)), end="")
+    print(describe(_configuration(options, overrides)), end="")
 
 
 def _bench(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -286,19 +272,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 def _unknown_argument(command: str, token: str, names: list[str]) -> str:
     if not token.startswith("-"):
         return f"unexpected argument {token!r} (see veripo {command} --help)"
+    from veripo_fast.config.describe import hint, option_names
+
     choices = list(names)
     if COMMANDS[command].takes_overrides:
-        from veripo_fast.config.describe import option_names
-
         choices += [f"--{name.replace('_', '-')}" for name in option_names()]
-    return f"unknown option {token.partition('=')[0]}; {_hint(token.partition('=')[0], choices)}"
-
-
-def _hint(word: str, choices: Iterable[str]) -> str:
-    from veripo_fast.config.describe import guesses
-
-    found = guesses(word, choices)
-    return f"did you mean {found}?" if found else f"there are {', '.join(list(choices)[:12])}"
+    return f"unknown option {token.partition('=')[0]}; {hint(token.partition('=')[0], choices)}"
 
 
 def _complain(sentence: str, code: int = EXIT_USER) -> int:

@@ -36,14 +36,16 @@ _HOME = {"PolicyLoss": "options", "PreferenceLoss": "options", "dpo_loss": "dpo"
 __all__ = [*_HOME, "reference"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "reference":
-        return import_module("veripo_kernels.reference")
-    if name not in _HOME:
-        raise AttributeError(f"module 'veripo_kernels' has no attribute {name!r}")
-    value = getattr(import_module(f"veripo_kernels.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that this function knows
+
+    def __getattr__(name: str) -> Any:
+        if name == "reference":
+            return import_module("veripo_kernels.reference")
+        if name not in _HOME:
+            raise AttributeError(f"module 'veripo_kernels' has no attribute {name!r}")
+        value = getattr(import_module(f"veripo_kernels.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from veripo_kernels import reference
 from veripo_kernels.dispatch import Impl
 from veripo_kernels.grpo import check_counts, check_device, check_packed, implementation, readable, scale_slopes, widen
-from veripo_kernels.options import PreferenceLoss, preference_loss
+from veripo_kernels.options import PreferenceLoss, as_preference_loss
 
 _METRICS = ("preference_accuracy", "margin", "chosen_logprobs_mean", "rejected_logprobs_mean", "chosen_drift")
 
@@ -38,7 +38,7 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
     Raises:
         ValueError: wrong shape, dtype, device or number of completions. RuntimeError: `impl` cannot be used here.
     """
-    loss = preference_loss(loss)
+    loss = as_preference_loss(loss)
     check_packed(policy_logprobs, cu_seqlens, {"loss_mask": loss_mask})
     check_counts(num_pairs=num_pairs)
     pairs, odd = divmod(len(cu_seqlens) - 1, 2)

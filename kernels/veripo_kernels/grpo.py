@@ -12,7 +12,7 @@ import torch
 
 from veripo_kernels import reference
 from veripo_kernels.dispatch import Impl, choose
-from veripo_kernels.options import PolicyLoss, policy_loss
+from veripo_kernels.options import PolicyLoss, as_policy_loss
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _METRICS = ("clip_low_share", "clip_high_share", "kl", "entropy", "importance", "ratio_max")
@@ -45,7 +45,7 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
         ValueError: wrong shape, dtype or device; a coefficient without its tensor.
         RuntimeError: `impl` cannot be used here.
     """
-    loss = policy_loss(loss)
+    loss = as_policy_loss(loss)
     tokens = {"old_logprobs": old_logprobs, "loss_mask": loss_mask, "ref_logprobs": ref_logprobs,
               "rollout_logprobs": rollout_logprobs, "entropy": entropy}
     check_packed(policy_logprobs, cu_seqlens, tokens)

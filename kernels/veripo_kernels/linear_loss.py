@@ -24,7 +24,7 @@ from veripo_kernels import reference
 from veripo_kernels.dispatch import Impl, choose
 from veripo_kernels.linear import check_linear, engine
 from veripo_kernels.linear_torch import Head
-from veripo_kernels.options import PolicyLoss, PreferenceLoss, policy_loss, preference_loss
+from veripo_kernels.options import PolicyLoss, PreferenceLoss, as_policy_loss, as_preference_loss
 
 WORKSPACE_BYTES = 1 << 30
 """Logits of a run: 1,766 rows of a 151,936 vocabulary in float32, 3,533 in the two bytes a GPU keeps."""
@@ -239,7 +239,7 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
         ValueError: an argument of the wrong shape or type, by name and value.
     """
     check_linear(hidden, head, token_ids, temperature)
-    loss = policy_loss(loss)
+    loss = as_policy_loss(loss)
     _check_rows(hidden, {"old_logprobs": old_logprobs, "loss_mask": loss_mask, "ref_logprobs": ref_logprobs,
                          "rollout_logprobs": rollout_logprobs})
     if advantages.shape not in (token_ids.shape, (len(cu_seqlens) - 1,)):
@@ -276,7 +276,7 @@ def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.T
     _check_rows(hidden, {"loss_mask": loss_mask})
     value, metrics, logprobs, _, _ = _dpo(
         hidden, head, token_ids, ref_logprobs, cu_seqlens, loss_mask, num_pairs or 0, float(temperature),
-        *_encoded(preference_loss(loss)), workspace_bytes, _needs(hidden, head),
+        *_encoded(as_preference_loss(loss)), workspace_bytes, _needs(hidden, head),
         choose("linear_dpo_loss", impl, hidden.device))
     return value, dict(zip(_PAIR_METRICS, metrics.unbind(), strict=True)), logprobs
 

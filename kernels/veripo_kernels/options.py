@@ -136,12 +136,12 @@ class PreferenceLoss:
         return 1.0 if self.ld_alpha is None else self.ld_alpha
 
 
-def policy_loss(loss: PolicyLoss | str) -> PolicyLoss:
+def as_policy_loss(loss: PolicyLoss | str) -> PolicyLoss:
     """A name stands for the loss with its defaults."""
     return PolicyLoss(loss) if isinstance(loss, str) else loss  # type: ignore[arg-type]
 
 
-def preference_loss(loss: PreferenceLoss | str) -> PreferenceLoss:
+def as_preference_loss(loss: PreferenceLoss | str) -> PreferenceLoss:
     """A name stands for the loss with its defaults."""
     return PreferenceLoss(loss) if isinstance(loss, str) else loss  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from veripo_kernels import formulas
-from veripo_kernels.options import AdvantageKind, PolicyLoss, PreferenceLoss, policy_loss, preference_loss
+from veripo_kernels.options import AdvantageKind, PolicyLoss, PreferenceLoss, as_policy_loss, as_preference_loss
 
 
 def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
@@ -196,7 +196,7 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
         scalar loss, and detached metrics: clip_low_share, clip_high_share, kl, entropy, importance (means under the
         tokens' weights, so that those of micro-batches add up) and ratio_max.
     """
-    loss = policy_loss(loss)
+    loss = as_policy_loss(loss)
     mask = torch.ones_like(policy_logprobs) if loss_mask is None else loss_mask.to(policy_logprobs.dtype)
     terms = policy_terms(policy_logprobs, old_logprobs, advantages, cu_seqlens, mask, loss, ref_logprobs=ref_logprobs,
                          rollout_logprobs=rollout_logprobs, entropy=entropy)
@@ -239,7 +239,7 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
         scalar loss, and detached metrics, means over the pairs: preference_accuracy, margin (dpo_beta times the
         difference of the log-ratios), chosen_logprobs_mean, rejected_logprobs_mean, chosen_drift (per token).
     """
-    terms = pair_terms(policy_logprobs, ref_logprobs, cu_seqlens, preference_loss(loss), loss_mask)
+    terms = pair_terms(policy_logprobs, ref_logprobs, cu_seqlens, as_preference_loss(loss), loss_mask)
     pairs = num_pairs or len(terms.loss)
     return terms.loss.sum() / pairs, {name: value.sum() / pairs for name, value in terms.metrics.items()}
 
@@ -295,7 +295,7 @@ def pair_sums(logprobs: torch.Tensor, cu_seqlens: torch.Tensor, *, loss: Prefere
               loss_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Summed log-probs [B, 2] of (chosen, rejected) as `dpo_loss` sums them: logprobs [M], cu_seqlens int [2B + 1]."""
     mask = torch.ones_like(logprobs) if loss_mask is None else loss_mask.to(logprobs.dtype)
-    return _masked_sums(logprobs, pair_weights(cu_seqlens, mask, preference_loss(loss)), cu_seqlens)
+    return _masked_sums(logprobs, pair_weights(cu_seqlens, mask, as_preference_loss(loss)), cu_seqlens)
 
 
 def _masked_sums(values: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.inputs import CacheConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.data.skipped import Skipped, SkippedLog
-from veripo_fast.data.sources import check_some, evenly, find_sources, read_records
+from veripo_fast.data.sources import check_some, evenly, find_sources, read_listed_prompts
 from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.model.checkpoint_files import resolve_device, resolve_path
 from veripo_fast.model.encoding import PromptEncoder, decode_frames
@@ -51,7 +51,7 @@ class Held:
 
 
 @dataclass
-class Account:
+class Progress:
     """What has been done so far; counts are of prompts with media, those with the same media counted once."""
 
     new: int = 0
@@ -91,7 +91,7 @@ def precompute_command(data: Sequence[Path], config: Config, rank: int | None, w
         filler.close()
     filler.check_written()
     seconds = time.perf_counter() - started
-    done = filler.account
+    done = filler.progress
     print(f"{len(wanted)} media{f' of rank {rank} of {world}' if world > 1 else ''}: {done.new} new, {done.there} "
           f"already there, {done.skipped} skipped{f' ({filler.skipped.path} says why)' if done.skipped else ''}; "
           f"{memory(filler.store.written_bytes)} written in {seconds:.1f} s, {done.new / seconds:.1f} new media per "
@@ -116,7 +116,7 @@ def find_prompts(data: Sequence[Path], config: Config, limit: int | None) -> lis
     """Distinct media of DATA, in its order: those of a record together in a prompt without text, as the cache keys
     them; a Skipped for every medium that a record names and that is not there."""
     sources = find_sources(data)
-    prompts, skipped = read_records(sources, config.data)
+    prompts, skipped = read_listed_prompts(sources, config.data)
     media: dict[tuple[Media, ...], str] = {}
     for prompt in prompts:
         if prompt.media:
@@ -147,7 +147,7 @@ class Filler:
         self.device = resolve_device(config.model.device)
         if self.device.type == "cuda":  # decoding threads would take the first one
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.account = Account()
+        self.progress = Progress()
         self.loader: PromptLoader | None = None
         self.encoder: PromptEncoder
         self.store: VisionStore
@@ -188,10 +188,10 @@ class Filler:
                   unit="medium") as bar:
             for steps in (self._make_towers(towers), self._make_frames(frames)):
                 for count in steps:
-                    bar.set_postfix_str(f"{self.account.skipped} skipped", refresh=False)
+                    bar.set_postfix_str(f"{self.progress.skipped} skipped", refresh=False)
                     bar.update(count)
                     self.check_written()
-        self.account.new = len(wanted) - self.account.there - self.account.skipped
+        self.progress.new = len(wanted) - self.progress.there - self.progress.skipped
 
     def skip(self, prompt: Prompt, reason: str) -> None:
         """Name media that cannot be read."""
@@ -202,7 +202,7 @@ class Filler:
         if self.store.failed_writes:
             raise ConfigError(f"cache.folder {self.store.folder} takes no more entries (the log says why); run again "
                               f"to go on")
-        held, most = self.account.there_bytes + self.store.written_bytes, self.max_bytes
+        held, most = self.progress.there_bytes + self.store.written_bytes, self.max_bytes
         kept = most - most // SLACK if self.store.evicted else most  # so far the store empties its folder
         if held > kept or self.store.too_large:
             part = "" if most == self.store.max_bytes else f" (this rank's part is {most})"
@@ -221,13 +221,13 @@ class Filler:
                 if isinstance(held, MediaError):
                     self.skip(prompt, str(held))
                     continue
-                self.account.there_bytes += held.bytes
+                self.progress.there_bytes += held.bytes
                 if not held.tower:
                     towers.append(prompt)
                 elif not held.frames:
                     frames.append(prompt)
                 else:
-                    self.account.there += 1
+                    self.progress.there += 1
         return towers, frames
 
     def _look(self, prompt: Prompt) -> Held:
@@ -238,7 +238,7 @@ class Filler:
 
     def _warn_of_size(self, prompts: Sequence[Prompt]) -> None:
         """Say how much the contract allows the missing media to take, when the cache may not hold it."""
-        most = self.account.there_bytes + sum(self._most_bytes(prompt) for prompt in prompts)
+        most = self.progress.there_bytes + sum(self._most_bytes(prompt) for prompt in prompts)
         if most > self.max_bytes:
             log.warning("these media may take up to %s under the contract, more than the %s that cache.disk_bytes %d "
                         "leaves for them: once they do, filling stops", memory(most), memory(self.max_bytes),
@@ -289,5 +289,5 @@ class Filler:
         return DecodedMedia(frames, key)
 
     def _skipped(self, item: Skipped) -> None:
-        self.account.skipped += 1
+        self.progress.skipped += 1
         self.skipped.add(item)

@@ -59,6 +59,27 @@ def guesses(word: str, names: Iterable[str]) -> str:
     return " or ".join(name for name, last in last_parts.items() if last == match)
 
 
+def hint(word: str, choices: Iterable[str]) -> str:
+    """What the word most likely meant, as the second half of a message."""
+    found = guesses(word, choices)
+    return f"did you mean {found}?" if found else f"there are {', '.join(list(choices)[:12])}"
+
+
+def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Separate the options of the configuration (`--grpo.steps 5`, `--seed=1`) from those of the command."""
+    own, overrides, rest = [], [], list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, _ = token[2:].partition("=")
+        if not token.startswith("--") or not ("." in name or name.replace("-", "_") in Config.__dataclass_fields__):
+            own.append(token)
+            continue
+        overrides.append(token)
+        if not equals and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return own, overrides
+
+
 def join(where: str, name: object) -> str:
     """`grpo`, `steps` -> `grpo.steps`; the root has the empty name."""
     return f"{where}.{name}" if where else str(name)

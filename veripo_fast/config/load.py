@@ -19,7 +19,6 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 import yaml
 
 from veripo_fast.config.describe import (
-    describe,
     guesses,
     is_section,
     join,
@@ -28,13 +27,10 @@ from veripo_fast.config.describe import (
     option_names,
     strip_optional,
     to_tree,
-    to_yaml,
     words,
 )
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
-
-__all__ = ["STAGE_SECTIONS", "apply_overrides", "check_stages", "describe", "load_config", "split_overrides", "to_yaml"]
 
 STAGE_SECTIONS = {"grpo": ("grpo", "rollout", "reward", "optimizer"), "dpo": ("dpo", "verifier", "optimizer")}
 """Sections that `set` of a stage of each kind may change; everything else holds for the whole run."""

@@ -56,7 +56,7 @@ def find_sources(data: Sequence[Path]) -> Sources:
     return sources
 
 
-def read_records(sources: Sources, config: DataConfig) -> tuple[list[Prompt], list[Skipped]]:
+def read_listed_prompts(sources: Sources, config: DataConfig) -> tuple[list[Prompt], list[Skipped]]:
     """Prompts of the data files, and what was skipped.
 
     Raises:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from veripo_fast.config.schema import Config
 from veripo_fast.data.archives import locate
 from veripo_fast.data.skipped import Skipped
-from veripo_fast.data.sources import check_some, evenly, find_sources, read_records
+from veripo_fast.data.sources import check_some, evenly, find_sources, read_listed_prompts
 from veripo_fast.errors import MediaError
 from veripo_fast.report.frames import data_uri, spread
 from veripo_fast.types import Image, Media, Video
@@ -150,7 +150,7 @@ def find_media(data: Sequence[Path], config: Config, limit: int | None) -> Corpu
     """
     sources = find_sources(data)
     files = sources.files
-    prompts, skipped = read_records(sources, config.data)
+    prompts, skipped = read_listed_prompts(sources, config.data)
     uses: Counter[Media] = Counter(medium for prompt in prompts for medium in prompt.media)
     missing = Counter((item.path, item.reason) for item in skipped if item.path not in files)
     targets = [Target(medium, count) for medium, count in uses.items()]

@@ -37,7 +37,7 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Interval:
+class IntervalMark:
     """A score with its 95 % interval."""
 
     value: float
@@ -95,7 +95,7 @@ def line_chart(title: str, bands: Sequence[Band], fixed: tuple[float, float] | N
     return _svg(_describe(title, bands, known), "".join(parts), "line", points)
 
 
-def interval_chart(title: str, labels: Sequence[str], series: dict[str, list[Interval | None]],
+def interval_chart(title: str, labels: Sequence[str], series: dict[str, list[IntervalMark | None]],
                    fixed: tuple[float, float] | None, percent: bool) -> Markup:
     """Scores after each stage, one line per series, whiskers for the intervals; the first series is labelled."""
     ends = [v for line in series.values() for p in line if p for v in (p.value, p.low, p.high) if v is not None]
@@ -242,8 +242,8 @@ def _slots(count: int) -> list[float]:
     return [LEFT + room * (i + 0.5) for i in range(count)]
 
 
-def _interval_line(name: str, index: int, xs: Sequence[float], line: Sequence[Interval | None], low: float, high: float,
-                   percent: bool, labelled: bool) -> str:
+def _interval_line(name: str, index: int, xs: Sequence[float], line: Sequence[IntervalMark | None], low: float,
+                   high: float, percent: bool, labelled: bool) -> str:
     ys = [None if p is None else _y(p.value, low, high) for p in line]
     text = f'<path class="link s{index}" d="{_path(xs, ys)}"/>'
     for x, y, point in zip(xs, ys, line, strict=True):

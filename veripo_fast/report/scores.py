@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from veripo_fast.evaluation.intervals import paired_difference
-from veripo_fast.report.charts import Chart, Interval, interval_chart
+from veripo_fast.report.charts import Chart, IntervalMark, interval_chart
 from veripo_fast.report.run_data import Row, RunData, Stage, finite, read_columns
 from veripo_fast.text import duration, number, plural
 
@@ -193,7 +193,7 @@ def evaluation_charts(run: RunData) -> list[Chart]:
     if not stages:
         return []
 
-    def line(rows: list[Row], key: str, bounds: str) -> list[Interval | None]:
+    def line(rows: list[Row], key: str, bounds: str) -> list[IntervalMark | None]:
         found = {str(row.get("stage")): row for row in rows}
         return [_interval_of(found.get(stage, {}), key, bounds) for stage in stages]
 
@@ -208,9 +208,9 @@ def evaluation_charts(run: RunData) -> list[Chart]:
     return charts
 
 
-def _interval_of(row: Row, key: str, bounds: str) -> Interval | None:
+def _interval_of(row: Row, key: str, bounds: str) -> IntervalMark | None:
     value, low, high = (finite(row.get(name)) for name in (key, f"{bounds}_low", f"{bounds}_high"))
-    return None if value is None else Interval(value, low, high)
+    return None if value is None else IntervalMark(value, low, high)
 
 
 def type_table(run: RunData) -> Table | None:
