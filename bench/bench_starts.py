@@ -21,9 +21,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import recipe
-from kernel_child import BENCH, last_line
-from tied import tied
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
+
+from bench import recipe
+from bench.kernels.child import last_line
+from bench.tied import PATHS, tied
 
 CLIPS = 16
 """Two for each thread: all have work from the first moment on."""
@@ -47,8 +50,7 @@ class Start:
 def veripo(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command line of this checkout, without the caches of this user."""
     (cwd / "sitecustomize.py").write_text(STRICT)
-    paths = [str(BENCH.parent / "kernels"), str(BENCH.parent), str(cwd)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "XDG_CACHE_HOME": str(cwd / "xdg")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*PATHS, str(cwd)]), "XDG_CACHE_HOME": str(cwd / "xdg")}
     return subprocess.run(tied(sys.executable, "-m", "veripo_fast.cli", *arguments), capture_output=True, text=True,
                           timeout=MOST_SECONDS, env=environment, cwd=cwd, check=False)
 

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import recipe
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
+
 import torch
 import transformers
-from measure import peak_bytes
 from veripo_kernels import reference
 
+from bench import recipe
+from bench.measure import peak_bytes
 from veripo_fast.model import attention
 from veripo_fast.model.attention import PREFERENCE, AttentionShape
 from veripo_fast.model.liger import apply_liger

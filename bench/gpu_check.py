@@ -22,10 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import kernel_child
-from tied import tied
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
 
-REPOSITORY = kernel_child.BENCH.parent
+from bench import recipe
+from bench.kernels import child
+from bench.tied import PATHS, REPOSITORY, tied
+
 GPU_TESTS = ("tests/test_gather.py", "tests/test_attention_backends.py", "tests/test_video_gpu.py")
 """Test files that put their tensors on a GPU where there is one; the others test kernels in the interpreter."""
 BUDGET_SECONDS, PART_SECONDS = 570, 150
@@ -55,21 +58,21 @@ TINY = Sizes(shapes=((32, 16, 260),), loss_tokens=64, long_tokens=64, accuracy=(
 
 def part_sweep(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
     """One row: how many cases are right, and what is wrong with the others."""
-    import gpu_sweep
+    from bench.kernels import sweep
 
     wrong, count = {}, 0
-    for name, check in gpu_sweep.sweep(device, gpu_sweep.TINY if sizes.tiny else gpu_sweep.Sizes()):
+    for name, check in sweep.sweep(device, sweep.TINY if sizes.tiny else sweep.Sizes()):
         count += 1
         try:
             check()
         except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-            wrong[name] = f"{type(error).__name__}: {kernel_child.last_line(str(error))}"
+            wrong[name] = f"{type(error).__name__}: {child.last_line(str(error))}"
             print(f"wrong: {name}: {wrong[name]}", flush=True)
     return [{"row": "ops against float64", "cases": count, "wrong": wrong, "passed": not wrong}]
 
 
 def part_accuracy(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
-    from kernel_rows import accuracy
+    from bench.kernels.rows import accuracy
 
     return [accuracy(list(sizes.accuracy), str(device), "triton", rows=1024)]
 
@@ -77,8 +80,9 @@ def part_accuracy(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
 def _part_products(train_head: bool) -> Callable[[Any, Sizes], list[dict[str, Any]]]:
     def part(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
         import torch
-        from kernel_cases import Shape
-        from kernel_rows import against_products
+
+        from bench.kernels.cases import Shape
+        from bench.kernels.rows import against_products
 
         return [against_products(Shape(*shape), device, torch.bfloat16, train_head=train_head, rounds=sizes.rounds)
                 for shape in sizes.shapes]
@@ -88,22 +92,24 @@ def _part_products(train_head: bool) -> Callable[[Any, Sizes], list[dict[str, An
 
 def part_gather(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
     import torch
-    from kernel_cases import Shape
-    from kernel_rows import against_read
+
+    from bench.kernels.cases import Shape
+    from bench.kernels.rows import against_read
 
     return [against_read(Shape(*sizes.shapes[0]), device, torch.bfloat16, rounds=sizes.rounds)]
 
 
 def part_losses(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
-    from kernel_rows import against_eager
+    from bench.kernels.rows import against_eager
 
     return [against_eager(op, sizes.loss_tokens, device, rounds=sizes.rounds) for op in ("grpo_loss", "dpo_loss")]
 
 
 def part_idle(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
     import torch
-    from kernel_cases import Shape
-    from kernel_rows import idle_tokens
+
+    from bench.kernels.cases import Shape
+    from bench.kernels.rows import idle_tokens
 
     return [idle_tokens(Shape(*sizes.shapes[0]), device, torch.bfloat16, rounds=sizes.rounds,
                         workspace_bytes=sizes.workspace_bytes)]
@@ -111,17 +117,18 @@ def part_idle(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
 
 def part_memory(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
     import torch
-    from kernel_cases import Shape
-    from kernel_rows import memory
+
+    from bench.kernels.cases import Shape
+    from bench.kernels.rows import memory
 
     return memory(Shape(*sizes.shapes[0]), device, torch.bfloat16, long_tokens=sizes.long_tokens,
-                  workspace_bytes=sizes.workspace_bytes)
+                  peak=child.peak_of, workspace_bytes=sizes.workspace_bytes)
 
 
 def part_video(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
-    import video_gpu
+    from bench.video import gpu
 
-    return list(video_gpu.rows(device, video_gpu.TINY if sizes.tiny else video_gpu.Sizes()))
+    return list(gpu.rows(device, gpu.TINY if sizes.tiny else gpu.Sizes()))
 
 
 PARTS: dict[str, Callable[[Any, Sizes], list[dict[str, Any]]]] = {
@@ -138,7 +145,7 @@ def run_part(name: str, device: str, seconds: float) -> list[dict[str, Any]]:
     """Rows of a part, measured in a process of its own; one row that says why where it fails or takes too long."""
     command = tied(sys.executable, __file__, "--device", device, "--part", name)
     environment = {key: value for key, value in os.environ.items() if device == "cpu" or key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(kernel_child.PATHS)
+    environment["PYTHONPATH"] = os.pathsep.join(PATHS)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
     except subprocess.TimeoutExpired:
@@ -146,7 +153,7 @@ def run_part(name: str, device: str, seconds: float) -> list[dict[str, Any]]:
     rows = [json.loads(line.removeprefix(_RESULT)) for line in done.stdout.splitlines() if line.startswith(_RESULT)]
     if done.returncode:
         print(done.stderr[-4000:], file=sys.stderr)
-        rows.append(not_measured(name, kernel_child.last_line(done.stderr)))
+        rows.append(not_measured(name, child.last_line(done.stderr)))
     return rows
 
 
@@ -166,7 +173,7 @@ def run_tests(seconds: float) -> list[dict[str, Any]]:
 def tests_row(output: str, code: int) -> dict[str, Any]:
     """What pytest's output says: its last line, and the failures."""
     failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)
-    return {"row": "GPU tests", "files": list(GPU_TESTS), "summary": kernel_child.last_line(output),
+    return {"row": "GPU tests", "files": list(GPU_TESTS), "summary": child.last_line(output),
             "failures": failures[:20],
             "passed": code == 0}
 
@@ -189,8 +196,6 @@ def told(row: dict[str, Any]) -> str:
 def check(device: str, part: Callable[[str, str, float], list[dict[str, Any]]] = run_part,
           tests: Callable[[float], list[dict[str, Any]]] = run_tests) -> list[dict[str, Any]]:
     """All parts within the budget; every row is stored as soon as it is there."""
-    import recipe
-
     end, rows = time.monotonic() + BUDGET_SECONDS, []
     for name in [*PARTS, "tests"]:
         left = end - time.monotonic()
@@ -207,7 +212,7 @@ def check(device: str, part: Callable[[str, str, float], list[dict[str, Any]]] =
 
 def in_child(name: str, device: str) -> None:
     """Measure a part here and print its rows for the parent."""
-    kernel_child.use_interpreter()
+    child.use_interpreter()
     import torch
 
     for row in PARTS[name](torch.device(device), TINY if device == "cpu" else FULL):
@@ -227,7 +232,6 @@ def main(arguments: list[str] | None = None) -> None:
     if args.part:
         in_child(args.part, args.device)
         return
-    import recipe
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():

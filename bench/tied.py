@@ -14,6 +14,9 @@ import signal
 import sys
 from pathlib import Path
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+PATHS = [str(REPOSITORY / "kernels"), str(REPOSITORY)]
+"""Where a process that is started here finds the packages of this checkout."""
 _PR_SET_PDEATHSIG = 1
 """<sys/prctl.h>"""
 

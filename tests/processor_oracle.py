@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-import torchvision_folder
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from bench.video import torchvision_folder
 
 if side := os.environ["VERIPO_TEST_ORACLE"]:
     torchvision_folder.add(side)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import clips
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +14,7 @@ import runs
 from conftest import REPOSITORY
 from safetensors.torch import load_file, save_file
 
+from bench.video import clips
 from veripo_fast.cli import main
 from veripo_fast.config.describe import to_yaml
 from veripo_fast.config.schema import StageConfig

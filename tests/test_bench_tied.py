@@ -29,22 +29,22 @@ def work(*_, **__):
 """
 PARENTS = {
     "video_worker": """
-import video_worker
-with video_worker.Worker("{child}", set(os.sched_getaffinity(0))) as worker:
+from bench.video.worker import Worker
+with Worker("{child}", set(os.sched_getaffinity(0))) as worker:
     worker.call("work")
 """,
     "kernel_child": """
-import kernel_child
-kernel_child.BENCH = Path("{folder}/bench")
-kernel_child.call("work")
+from bench.kernels import child
+child.__file__ = "{child}"
+child.call("work")
 """,
     "gpu_check": """
-import gpu_check
+from bench import gpu_check
 gpu_check.__file__ = "{child}"
 gpu_check.run_part("work", "cpu", 3600)
 """,
     "gpu_check_tests": """
-import gpu_check
+from bench import gpu_check
 gpu_check.REPOSITORY, gpu_check.GPU_TESTS = Path("{folder}"), ("{child}",)
 gpu_check.run_tests(3600)
 """,
@@ -80,18 +80,16 @@ def alive(process: int) -> bool:
 
 
 def scripts(folder: Path) -> None:
-    """child.py does its work when it is run, served, collected by pytest or imported; kernel_child.py is the same."""
+    """child.py does its work when it is run, served, collected by pytest or imported."""
     code = CHILD.format(file=str(folder / "pid"))
     served = """
 if "BENCH_CORES" in os.environ:
-    import video_worker
-    video_worker.serve({"work": work}, ())
+    from bench.video.worker import serve
+    serve({"work": work}, ())
 elif __name__ == "__main__" or "PYTEST_VERSION" in os.environ:
     work()
 """
     (folder / "child.py").write_text(code + served)
-    (folder / "bench").mkdir()  # out of the way of imports
-    (folder / "bench" / "kernel_child.py").write_text(f"{code}work()\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent has ended")
@@ -100,7 +98,7 @@ def test_a_child_ends_with_its_killed_parent(tmp_path: Path, way: str) -> None:
     scripts(tmp_path)
     code = "import os, sys\nfrom pathlib import Path\n" + PARENTS[way].format(child=tmp_path / "child.py",
                                                                                folder=tmp_path)
-    paths = [str(REPOSITORY / "bench"), str(REPOSITORY / "tests"), str(tmp_path), PYTHONPATH]
+    paths = [str(REPOSITORY / "tests"), str(tmp_path), PYTHONPATH]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     parent = start(sys.executable, "-c", code, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
                    env={**environment, "PYTHONPATH": os.pathsep.join(paths)})
@@ -134,7 +132,7 @@ def test_a_command_does_not_know_that_it_is_tied(tmp_path: Path) -> None:
 def test_every_process_of_a_bench_is_tied() -> None:
     """`git describe` ends by itself."""
     loose = set()
-    for path in (REPOSITORY / "bench").glob("*.py"):
+    for path in (REPOSITORY / "bench").rglob("*.py"):
         text = path.read_text()
         starts = {"subprocess.run", "subprocess.Popen", "subprocess.check_output", "os.fork"}
         if any(isinstance(node, ast.Call) and ast.unparse(node.func) in starts for node in ast.walk(ast.parse(text))):

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,19 +19,11 @@ import torch
 from conftest import REPOSITORY
 from test_patches import oracle_folder
 
-from tests import children, clips
+from bench.video import bench_video, clips, peer, plot, rows, textured
+from bench.video.worker import Worker, WorkerError, bundled_ffmpeg
+from tests import children
 
 ROWS = "end_to_end,grpo_step,wrong_frames,prefetch_wait"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[SimpleNamespace]:
-    """The modules of bench/, which is no package."""
-    names = ("recipe", "video_clips", "video_worker", "video_rows", "video_plot", "bench_video")
-    sys.path[:0] = [str(REPOSITORY / "bench"), str(REPOSITORY / "tests")]
-    yield SimpleNamespace(**{name: import_module(name) for name in names})
-    for folder in ("bench", "tests"):
-        sys.path.remove(str(REPOSITORY / folder))
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +121,11 @@ def test_waiting_is_counted_from_the_second_step_on(run: SimpleNamespace) -> Non
     (["--rows", "end_to_end,wrong_frame"], "unknown row 'wrong_frame'; did you mean wrong_frames?"),
     (["--rows", "xyz"], f"unknown row 'xyz'; there are {', '.join(ROWS.split(','))}"),
     (["--rounds", "0"], "--rounds must be at least 1, got 0"), (["--out", "a.txt"], "--out must end in .jsonl")])
-def test_a_wrong_option_is_named(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
-                                 capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+def test_a_wrong_option_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                 arguments: list[str], said: str) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_video.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
-        bench.bench_video.parsed()
+        bench_video.parsed()
     assert said in capsys.readouterr().err
 
 
@@ -143,8 +134,8 @@ def test_a_wrong_option_is_named(bench: SimpleNamespace, monkeypatch: pytest.Mon
 class Fake:
     """A session whose processes answer what the test says."""
 
-    def __init__(self, bench: SimpleNamespace, folder: Path, answer: Any, **unusable: str | None) -> None:
-        self.scale, self.rounds, self.folder, self.kept = bench.video_rows.QUICK, 1, folder, folder
+    def __init__(self, folder: Path, answer: Any, **unusable: str | None) -> None:
+        self.scale, self.rounds, self.folder, self.kept = rows.QUICK, 1, folder, folder
         self.ours = self.peer = SimpleNamespace(call=answer)
         self.unusable, self.versions, self.decord_missing = unusable, {"torch": "1"}, unusable.get("decord")
         self.readers = [name for name, reason in unusable.items() if reason is None]
@@ -153,27 +144,27 @@ class Fake:
         return {"row": row, "cores": 1}
 
     def left_out(self, row: str) -> Iterator[dict[str, Any]]:
-        yield from import_module("video_rows").Session.left_out(self, row)
+        yield from rows.Session.left_out(self, row)
 
 
-def test_a_missing_peer_is_left_out_and_said(bench: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_missing_peer_is_left_out_and_said(tmp_path: Path) -> None:
     reason = "decord cannot be imported: No module named 'decord'"
-    lines = list(bench.video_rows.end_to_end(Fake(bench, tmp_path, None, torchcodec=reason, decord=reason)))
+    lines = list(rows.end_to_end(Fake(tmp_path, None, torchcodec=reason, decord=reason)))
     assert [line["not_measured"] for line in lines] == [reason, reason]
-    assert all(reason in bench.bench_video.told(line) for line in lines)
+    assert all(reason in bench_video.told(line) for line in lines)
 
     def shown(task: str, path: str, **_: Any) -> dict[str, Any]:
-        raise bench.video_worker.WorkerError("no")
+        raise WorkerError("no")
 
-    lines = list(bench.video_rows.wrong_frames(Fake(bench, tmp_path, shown, decord=reason)))
+    lines = list(rows.wrong_frames(Fake(tmp_path, shown, decord=reason)))
     assert (lines[0]["decoder"], lines[0]["not_measured"], len(lines)) == ("decord2", reason, 4)
 
 
-def test_frames_are_judged_by_what_they_show(bench: SimpleNamespace) -> None:
+def test_frames_are_judged_by_what_they_show() -> None:
     clip = clips.Clip(Path("a.mp4"), (30, 31, 32, 33), None, "cut")
 
     def judged(**answer: Any) -> tuple[int, ...]:
-        row = bench.video_rows.judged(clip, lambda clip, count: answer, 32)
+        row = rows.judged(clip, lambda clip, count: answer, 32)
         return tuple(row[kind] for kind in ("asked", "right", "wrong", "refused"))
 
     assert judged(indices=[0, 1, 2, 3], codes=[30, 31, 32, 33]) == (4, 4, 0, 0)
@@ -182,21 +173,21 @@ def test_frames_are_judged_by_what_they_show(bench: SimpleNamespace) -> None:
     assert judged(indices=[0, 1], codes=[30, 31]) == (4, 2, 2, 0)  # fewer than asked for
 
     def refuse(clip: clips.Clip, count: int) -> dict[str, Any]:
-        raise bench.video_worker.WorkerError("broken file")
+        raise WorkerError("broken file")
 
-    row = bench.video_rows.judged(clip, refuse, 32)
+    row = rows.judged(clip, refuse, 32)
     assert (row["refused"], row["reason"]) == (4, "broken file")
 
 
-def test_pixel_values_are_compared_frame_by_frame(bench: SimpleNamespace, tmp_path: Path) -> None:
+def test_pixel_values_are_compared_frame_by_frame(tmp_path: Path) -> None:
     values = torch.randn(2 * 4 * 6, 1176)
-    std = bench.video_rows.CLIP_STD
+    std = rows.CLIP_STD
 
     def row(changed: torch.Tensor, own: list[int], theirs: list[int]) -> dict[str, Any]:
         torch.save(values, tmp_path / "ours.pt")
         torch.save(changed, tmp_path / "peer.pt")
-        return bench.video_rows.agreeing(tmp_path, {"grid": [2, 4, 6], "indices": own},
-                                         {"grid": [2, 4, 6], "indices": theirs})
+        return rows.agreeing(tmp_path, {"grid": [2, 4, 6], "indices": own},
+                             {"grid": [2, 4, 6], "indices": theirs})
 
     assert row(values, [0, 5, 9, 14], [0, 5, 9, 14]) == {
         "frames_compared": 4, "mae_levels": 0, "max_levels": 0, "psnr_db": None}
@@ -209,9 +200,7 @@ def test_pixel_values_are_compared_frame_by_frame(bench: SimpleNamespace, tmp_pa
     assert (off["frames_compared"], off["mae_levels"]) == (3, 0)
 
 
-def test_the_peer_works_once_per_completion(bench: SimpleNamespace, tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = import_module("video_peer")
+def test_the_peer_works_once_per_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worked: list[str] = []
     monkeypatch.setattr(peer, "_use", lambda reader: None)
     monkeypatch.setattr(peer, "pixel_values", lambda path, frames, pixels: worked.append(path))
@@ -225,34 +214,34 @@ def test_the_peer_works_once_per_completion(bench: SimpleNamespace, tmp_path: Pa
         counts = dict.fromkeys(("video_decodes", "cache_hits", "tower_runs", "tower_cpu_seconds"), 1)
         return spent | dict.fromkeys(("first", "disk", "memory"), spent | counts) | {"cache_bytes": 1}
 
-    list(bench.video_rows.grpo_step(Fake(bench, tmp_path, answer, torchcodec=None)))
+    list(rows.grpo_step(Fake(tmp_path, answer, torchcodec=None)))
     assert [arguments.get("group") for arguments in asked] == [None, None, 2]
     assert all(len(set(arguments["paths"])) == 2 for arguments in asked)
 
 
-def test_the_bench_clip_is_made_once_and_says_what_it_is(bench: SimpleNamespace, tmp_path: Path) -> None:
-    size = bench.video_clips.Size(96, 160, seconds=3)
-    path = bench.video_clips.textured(size, tmp_path)
+def test_the_bench_clip_is_made_once_and_says_what_it_is(tmp_path: Path) -> None:
+    size = textured.Size(96, 160, seconds=3)
+    path = textured.textured(size, tmp_path)
     made = path.stat().st_mtime_ns
-    assert bench.video_clips.textured(size, tmp_path) == path and path.stat().st_mtime_ns == made
+    assert textured.textured(size, tmp_path) == path and path.stat().st_mtime_ns == made
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    about = bench.video_clips.described(path, size)
+    about = textured.described(path, size)
     assert (about["clip"], about["seconds"], about["fps"]) == ("96p", 3, 30) and about["keyframes"] >= 2
     assert about["kbit_per_second"] == pytest.approx(path.stat().st_size * 8 / 3000, abs=1)
 
 
-def test_the_figure_takes_the_newest_lines(bench: SimpleNamespace) -> None:
+def test_the_figure_takes_the_newest_lines() -> None:
     lines = [{"row": "end_to_end", "clip": "720p", "peer": "a", "decoder": decoder, "n": n}
              for n, decoder in enumerate(("pyav", "torchcodec"))]
     lines += [{"row": "wrong_frames", "decoder": decoder, "n": 2} for decoder in ("pyav", "decord2")]
-    assert [line["n"] for line in bench.video_plot.newest(lines)] == [1, 2, 2]
+    assert [line["n"] for line in plot.newest(lines)] == [1, 2, 2]
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import os, sys, time, torch
-from video_worker import measured, serve
+from bench.video.worker import measured, serve
 
 def about():
     print("chatter of a library")
@@ -284,10 +273,9 @@ serve({task.__name__: task for task in (about, fail, die, sleep, burn, hang)}, (
 
 
 @pytest.fixture
-def worker(bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def worker(tmp_path: Path) -> Iterator[Any]:
     (tmp_path / "served.py").write_text(SCRIPT)
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "bench"))
-    with bench.video_worker.Worker(str(tmp_path / "served.py"), {min(os.sched_getaffinity(0))}, {"MORE": "yes"}) as it:
+    with Worker(str(tmp_path / "served.py"), {min(os.sched_getaffinity(0))}, {"MORE": "yes"}) as it:
         yield it
 
 
@@ -298,28 +286,27 @@ def test_a_process_is_pinned_and_measures_itself(worker: Any) -> None:
     assert busy["cpu_seconds"] == pytest.approx(0.2, abs=0.05)
 
 
-def test_a_failed_task_is_told_and_a_bug_ends_the_process(bench: SimpleNamespace, worker: Any) -> None:
-    with pytest.raises(bench.video_worker.WorkerError, match=r"^ValueError: first line$"):
+def test_a_failed_task_is_told_and_a_bug_ends_the_process(worker: Any) -> None:
+    with pytest.raises(WorkerError, match=r"^ValueError: first line$"):
         worker.call("fail", kind="told")
     assert worker.call("about")["threads"] == 1
-    with pytest.raises(bench.video_worker.WorkerError, match="exit code 1: KeyError"):
+    with pytest.raises(WorkerError, match="exit code 1: KeyError"):
         worker.call("fail", kind="bug")
     assert not worker.alive
 
 
 @pytest.mark.parametrize(("task", "seconds", "said"), [
     ("die", children.PATIENCE_SECONDS, "exit code 11: corrupted memory"), ("hang", 1, "longer than 1 sec")])
-def test_a_crash_or_a_hang_is_an_error(bench: SimpleNamespace, worker: Any, task: str, seconds: float,
-                                       said: str) -> None:
+def test_a_crash_or_a_hang_is_an_error(worker: Any, task: str, seconds: float, said: str) -> None:
     worker.call("about")
-    with pytest.raises(bench.video_worker.WorkerError, match=said):
+    with pytest.raises(WorkerError, match=said):
         worker.call(task, timeout_seconds=seconds)
 
 
-def test_the_peer_never_imports_veripo(bench: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_peer_never_imports_veripo(tmp_path: Path) -> None:
     clip = clips.make_clip(tmp_path / "a.mp4", frames=20)
-    environment = bench.video_worker.bundled_ffmpeg(tmp_path / "ffmpeg") | {"BENCH_TORCHVISION": oracle_folder() or ""}
-    with bench.video_worker.Worker("video_peer.py", {min(os.sched_getaffinity(0))}, environment) as peer:
+    environment = bundled_ffmpeg(tmp_path / "ffmpeg") | {"BENCH_TORCHVISION": oracle_folder() or ""}
+    with Worker("peer.py", {min(os.sched_getaffinity(0))}, environment) as peer:
         assert peer.call("readers")["readers"] == {"torchcodec": None, "decord": None}
         answer = peer.call("end_to_end", reader="torchcodec", path=str(clip), frames=4, pixels=[784, 20_000])
         assert answer["indices"] == [0, 6, 13, 19] and answer["cpu_seconds"] > 0

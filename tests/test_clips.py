@@ -12,7 +12,7 @@ import av
 import pytest
 import torch
 
-from tests import clips
+from bench.video import clips
 
 NAMES = [name for name in (*clips.PLAIN, *clips.MADE) if name != "half-hour.mp4"]
 

@@ -20,8 +20,8 @@ import torch
 from conftest import PYTHONPATH, REPOSITORY
 from veripo_kernels import cpp, reference
 
-from bench import rounding
-from bench.rounding import compiled
+from bench.kernels import rounding
+from bench.kernels.rounding import compiled
 
 SOURCES = [REPOSITORY / "setup.py", *sorted((REPOSITORY / "csrc").iterdir())]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import make_clip
 from conftest import PYTHONPATH
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +35,7 @@ from veripo_kernels import (
 )
 
 from bench.measure import peak_bytes
+from bench.video.clips import make_clip
 from veripo_fast.video.contract import resized_size
 
 QWEN: dict[str, Any] = {"mean": CLIP[0], "std": CLIP[1], "patch_size": 14, "merge_size": 2}

@@ -24,8 +24,8 @@ from veripo_kernels.dispatch import interpreted, refusal
 from veripo_kernels.gather import gather_logprobs, gather_logprobs_fused
 from veripo_kernels.jit import gather as kernels
 
-from bench import rounding
-from bench.rounding import Case
+from bench.kernels import rounding
+from bench.kernels.rounding import Case
 from tests.children import run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreted() else "cpu")

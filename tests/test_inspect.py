@@ -24,7 +24,7 @@ from conftest import PYTHONPATH
 from PIL import Image as PilImage
 from report_browser import Browser
 
-from tests import clips
+from bench.video import clips
 from tests.children import PATIENCE_SECONDS, run, start, wait_until
 from veripo_fast.cli import main
 from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig

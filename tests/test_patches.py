@@ -1,7 +1,7 @@
 """Patches against the real Hugging Face processors, end to end as well, and the cache key.
 
 The processors need torchvision, which has no CPU build: the comparison runs in a process of its own, with the CUDA
-wheel from a side folder (bench/torchvision_folder.py). Run as a script, this file is that process.
+wheel from a side folder (bench/video/torchvision_folder.py). Run as a script, this file is that process.
 """
 
 import os
@@ -166,8 +166,7 @@ def test_fingerprint_changes_with_whatever_changes_pixels(tmp_path: Path) -> Non
 def answer(folder: Path) -> None:
     """Run the Hugging Face processors over cases.pt and write answers.pt."""
     if side := os.environ["VERIPO_TEST_ORACLE"]:
-        sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-        import torchvision_folder
+        from bench.video import torchvision_folder
 
         torchvision_folder.add(side)
     torch.set_num_threads(1)

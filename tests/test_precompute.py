@@ -22,7 +22,7 @@ import runs
 import torch
 from safetensors.torch import load
 
-from tests import clips
+from bench.video import clips
 from tests.children import PATIENCE_SECONDS
 from veripo_fast.cache import precompute
 from veripo_fast.cache.loader import PromptLoader

@@ -22,7 +22,7 @@ import torch
 from conftest import PYTHONPATH
 from PIL import Image as PilImage
 
-from tests import clips
+from bench.video import clips
 from veripo_fast.config.inputs import DataConfig, VideoConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.data import archives

@@ -12,9 +12,9 @@ import policies
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import truncated
 from veripo_kernels import PolicyLoss, PreferenceLoss
 
+from bench.video.clips import truncated
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.cache.memory import VisionCache
 from veripo_fast.config.inputs import ModelConfig, VideoConfig

@@ -17,7 +17,7 @@ import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 
-from tests import clips
+from bench.video import clips
 from tests.children import PATIENCE_SECONDS
 from veripo_fast.errors import MediaError
 from veripo_fast.video import dali

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import clips
+from bench.video import clips
 from tests.children import PATIENCE_SECONDS
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError

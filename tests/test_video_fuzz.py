@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clips import make_clip, open_gop
+from bench.video.clips import make_clip, open_gop
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video

@@ -1,20 +1,17 @@
 """Decoders on a GPU: right frames, near pixels, the right stream; and the bench of them, which also runs on a CPU."""
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
-from tests import clips
+from bench import gpu_check
+from bench.video import clips, gpu
 from tests.children import PATIENCE_SECONDS
 from veripo_fast.video import dali
 from veripo_fast.video.ffmpeg import torchcodec_decoder
@@ -140,16 +137,9 @@ def test_a_fall_back_to_the_cpu_is_refused(folder: Path) -> None:
     assert clips.read_indices(torch.cat(chunks)) == list(range(20))
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[SimpleNamespace]:
-    sys.path.insert(0, str(REPOSITORY / "bench"))
-    yield SimpleNamespace(video_gpu=import_module("video_gpu"), gpu_check=import_module("gpu_check"))
-    sys.path.remove(str(REPOSITORY / "bench"))
-
-
-def test_the_bench_counts_frames_and_times_every_decoder(bench: SimpleNamespace) -> None:
-    rows = bench.gpu_check.part_video(CPU, bench.gpu_check.TINY)
-    assert json.loads(json.dumps(rows)) and all(bench.gpu_check.told(row) for row in rows)
+def test_the_bench_counts_frames_and_times_every_decoder() -> None:
+    rows = gpu_check.part_video(CPU, gpu_check.TINY)
+    assert json.loads(json.dumps(rows)) and all(gpu_check.told(row) for row in rows)
     *decoded, resized = rows
     assert [row["in_flight"] for row in decoded] == [1, 2]
     present = {"pyav", "torchcodec"} | ({"dali"} if dali.missing(CPU) is None else set())
@@ -161,10 +151,9 @@ def test_the_bench_counts_frames_and_times_every_decoder(bench: SimpleNamespace)
     assert resized["passed"] and set(resized["frames_per_second"]) == {"device", "cpu"}
 
 
-def test_the_bench_sees_wrong_frames_other_colours_and_refusals(bench: SimpleNamespace, tmp_path: Path,
+def test_the_bench_sees_wrong_frames_other_colours_and_refusals(tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    module = bench.video_gpu
-    path, = module.made(tmp_path, (96, 160), module.TINY)
+    path, = gpu.made(tmp_path, (96, 160), gpu.TINY)
 
     def shifted(name: str, timeline: Any, wanted: list[int], deadline: float) -> Iterator[torch.Tensor]:
         return read_pyav(name, timeline, [*wanted[:-1], wanted[-1] - 1], deadline)
@@ -177,14 +166,14 @@ def test_the_bench_sees_wrong_frames_other_colours_and_refusals(bench: SimpleNam
 
     def row_with(way: Callable[..., Iterator[torch.Tensor]]) -> dict[str, Any]:
         ways = {"pyav": read_pyav, "dali": way}
-        return next(module.decode_rows(str(path), CPU, ways, {}, (96, 160), module.TINY))
+        return next(gpu.decode_rows(str(path), CPU, ways, {}, (96, 160), gpu.TINY))
 
     assert row_with(read_pyav)["passed"]
     other, refused = row_with(tinted), row_with(refusing)
     with monkeypatch.context() as any_colour:
-        any_colour.setattr(module, "PSNR_LIMIT", 0.0)
+        any_colour.setattr(gpu, "PSNR_LIMIT", 0.0)
         wrong = row_with(shifted)
     assert not wrong["passed"] and wrong["wrong_frames"] == {"pyav": 0, "dali": 1}
-    assert not other["passed"] and other["psnr"]["dali"] < module.PSNR_LIMIT
+    assert not other["passed"] and other["psnr"]["dali"] < gpu.PSNR_LIMIT
     assert not refused["passed"] and refused["not_timed"] == {"dali": "no such codec"}
     assert set(refused["frames_per_second"]) == {"pyav"}

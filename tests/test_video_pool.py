@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image as PilImage
 
-from tests import clips
+from bench.video import clips
 from tests.children import PATIENCE_SECONDS, wait_until
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError

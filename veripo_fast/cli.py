@@ -26,6 +26,8 @@ EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 """Scripts and their results, which are no part of the installed package."""
+BENCHES = {"kernels": "kernels/bench_kernels.py", "step": "bench_step.py", "video": "video/bench_video.py"}
+"""What `veripo bench` measures -> its script in BENCH."""
 
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """What a write fails with when the disk is full, over quota, read-only, or the file too large for it."""
@@ -165,13 +167,13 @@ def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _bench(options: argparse.Namespace, overrides: list[str]) -> None:
-    script = BENCH / f"bench_{options.name}.py"
+    script = BENCH / BENCHES[options.name]
     if not script.exists():
         raise UserError(f"veripo bench needs a checkout of the repository: there is no {script} beside the package")
     import runpy
 
     sys.argv = [str(script), *options.arguments]
-    sys.path.insert(0, str(BENCH))
+    sys.path.insert(0, str(script.parent))  # as Python does for a script
     runpy.run_path(str(script), run_name="__main__")
 
 
@@ -229,7 +231,7 @@ COMMANDS: dict[str, Command] = {
         _SEED,
     )),
     "bench": Command(_bench, "measure the kernels, a training step or video beside other libraries (in a checkout)", (
-        ("name", {"choices": ["kernels", "step", "video"], "metavar": "kernels|step|video", "help": "what to measure"}),
+        ("name", {"choices": list(BENCHES), "metavar": "|".join(BENCHES), "help": "what to measure"}),
         ("arguments", {"nargs": argparse.REMAINDER, "metavar": "OPTIONS",
                        "help": "options of that bench: veripo bench kernels --help"}),
     )),

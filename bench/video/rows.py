@@ -1,6 +1,6 @@
 """The rows of the video bench, each a function from a Session to result lines.
 
-`ours` and `peer` are processes pinned to one core (video_worker.py). A round measures every way once, in an order that
+`ours` and `peer` are processes pinned to one core (worker.py). A round measures every way once, in an order that
 turns; ratios are those of one round, of CPU seconds and of wall seconds.
 """
 
@@ -16,12 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import clips
 import torch
-from measure import Ratio, digits, paired
-from video_clips import Size, described, textured
-from video_worker import Answer, Worker, WorkerError, bundled_ffmpeg
 
+from bench.measure import Ratio, digits, paired
+from bench.video import clips
+from bench.video.textured import Size, described, textured
+from bench.video.worker import Answer, Worker, WorkerError, bundled_ffmpeg
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.video.contract import frame_indices
 
@@ -83,11 +83,11 @@ class Session:
 
     @property
     def ours(self) -> Worker:
-        return self._worker("video_ours.py")
+        return self._worker("ours.py")
 
     @property
     def peer(self) -> Worker:
-        return self._worker("video_peer.py", self._environment)
+        return self._worker("peer.py", self._environment)
 
     def _worker(self, script: str, environment: dict[str, str] | None = None) -> Worker:
         """The running one, or another where it crashed."""
@@ -296,7 +296,7 @@ def prefetch_wait(session: Session) -> Iterator[Row]:
     folder = session.folder / "training"
     arguments = {"folder": str(folder), "prompts": scale.steps * scale.prompts_per_step, "steps": scale.steps,
                  "prompts_per_step": scale.prompts_per_step}
-    with Worker("video_ours.py", cores) as worker:
+    with Worker("ours.py", cores) as worker:
         for prefetch in (True, False):
             found = worker.call("training", **arguments, prefetch=prefetch)
             yield session.common("prefetch_wait") | {

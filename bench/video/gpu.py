@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import av
-import clips
 import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-from measure import clock_of, digits, paired, wall_clock
 
+from bench.measure import clock_of, digits, paired, wall_clock
+from bench.video import clips
 from veripo_fast.video import dali
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.readers import CHUNK, RefusedError, read_pyav, read_torchcodec

@@ -1,6 +1,6 @@
 """The peer of the video bench: qwen-vl-utils and Hugging Face's video processor of Qwen2.5-VL; decord alone.
 
-Served by video_worker.py in a process that never imports veripo. torchvision has no CPU build on PyPI: the CUDA one is
+Served by worker.py in a process that never imports veripo. torchvision has no CPU build on PyPI: the CUDA one is
 found in the folder that BENCH_TORCHVISION names.
 """
 
@@ -14,10 +14,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
+
 import torch
-import torchvision_folder
-from recipe import version_of
-from video_worker import Answer, measured, serve
+
+from bench.recipe import version_of
+from bench.video import torchvision_folder
+from bench.video.worker import Answer, measured, serve
 
 if side := os.environ.get("BENCH_TORCHVISION"):
     torchvision_folder.add(side)
@@ -112,8 +116,9 @@ def step(reader: str, paths: list[str], group: int, frames: int, pixels: list[in
 
 def shown(path: str, indices: list[int], bits: int, rotation: int) -> Answer:
     """Bar codes of the frames that decord gives for these indices."""
-    import clips
     import decord
+
+    from bench.video import clips
 
     try:
         frames = decord.VideoReader(path).get_batch(indices).asnumpy()

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tied import tied
+from bench.tied import PATHS, tied
 
-BENCH = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 Answer = dict[str, Any]
 Task = Callable[..., Answer]
 
@@ -31,10 +31,10 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A script of bench/ that serves tasks; a context manager.
+    """A script of bench/video/ that serves tasks; a context manager.
 
     Args:
-        script: file name in bench/.
+        script: file name in bench/video/.
         cores: processor numbers that it may run on; its thread pools get as many threads.
         environment: added to this process's own.
     """
@@ -42,12 +42,11 @@ class Worker:
     def __init__(self, script: str, cores: set[int], environment: Mapping[str, str] | None = None) -> None:
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (closed in close)
         threads = str(len(cores))
-        paths = [str(BENCH), str(BENCH.parent / "tests"), str(BENCH.parent / "kernels"), str(BENCH.parent)]
         self._process = subprocess.Popen(
-            tied(sys.executable, BENCH / script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            tied(sys.executable, FOLDER / script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             env={**os.environ, "OMP_NUM_THREADS": threads, "TORCHCODEC_NUM_THREADS": threads,
                  "BENCH_CORES": ",".join(map(str, sorted(cores))), "HF_HUB_OFFLINE": "1",
-                 "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
+                 "PYTHONPATH": os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])]),
                  **(environment or {})})
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Small real video files for tests: every frame carries its own index as a bar code that survives coding and resizing.
+"""Small real video files: every frame carries its own index as a bar code that survives coding and resizing.
 
 The frame is cut into 12 x 2 tiles: the upper row is the index (black 0, white 1, most significant bit left), the lower
 row its complement, so that brightness carries no information and a grey or garbage frame reads as -1. Encoded with

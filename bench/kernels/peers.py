@@ -1,7 +1,7 @@
 """Every way of computing an op that the kernel benches know: ours, plain torch, and the libraries that offer it.
 
-A peer takes a problem of `kernel_cases.py` and gives the tensors it is compared by. What it needs is imported when it
-runs, so that a library that is not installed is only named as missing.
+A peer takes a problem of `cases.py` and gives the tensors it is compared by. What it needs is imported when it runs,
+so that a library that is not installed is only named as missing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import recipe
 import torch
 import torch.nn.functional as F
-from kernel_cases import Logits, Problem, Rollouts
 from veripo_kernels import (
     PolicyLoss,
     dpo_loss,
@@ -27,6 +25,8 @@ from veripo_kernels import (
 )
 
 import veripo_fast
+from bench import recipe
+from bench.kernels.cases import Logits, Problem, Rollouts
 
 Result = dict[str, torch.Tensor]
 LogprobsOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

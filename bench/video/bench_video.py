@@ -1,6 +1,6 @@
 """Video work beside other libraries: file to pixel values, one GRPO step, which frames come back, waiting in training.
 
-    python bench/bench_video.py [--rows end_to_end,wrong_frames] [--rounds N] [--quick] [--out FILE] [--plot]
+    python bench/video/bench_video.py [--rows end_to_end,wrong_frames] [--rounds N] [--quick] [--out FILE] [--plot]
 
 or `veripo bench video`. The peer is qwen-vl-utils with Hugging Face's video processor, each of its readers that works
 here; a missing one is named. Both sides run in a process of their own on one core. Lines go to
@@ -17,12 +17,14 @@ import tempfile
 from difflib import get_close_matches
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # the clip set is that of the tests
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
 
-import recipe
 import torch
-from video_plot import plot
-from video_rows import QUICK, ROWS, Row, Scale, Session
+
+from bench import recipe
+from bench.video.plot import plot
+from bench.video.rows import QUICK, ROWS, Row, Scale, Session
 
 DEFAULT_OUT = recipe.RESULTS / "video.jsonl"
 

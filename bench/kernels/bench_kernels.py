@@ -1,6 +1,7 @@
 """The kernels against their peers in one run: time and peak memory, each peer checked before it is timed.
 
-    python bench/bench_kernels.py [--ops linear_logprobs ...] [--peers TRL ...] [--shape T D V] [--rounds N] [--plot]
+    python bench/kernels/bench_kernels.py [--ops linear_logprobs ...] [--peers TRL ...] [--shape T D V] [--rounds N]
+        [--plot]
 
 or `veripo bench kernels`. Without options: on a CPU the rows that a CPU can show, on a GPU the project's shapes. Every
 line goes to bench/results/kernels.jsonl. A peer that is not installed is named; one with another result is not timed.
@@ -11,18 +12,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import kernel_child
-import kernel_rows
-import recipe
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
+
 import torch
-from kernel_cases import Shape, mean_entropy
-from kernel_peers import NAIVE, OURS, PEERS, Peer, Result
-from kernel_rows import Row, build, named, peak_of
-from measure import Ratio, clock_of, digits, paired, relative_error
 from veripo_kernels import status
+
+from bench import recipe
+from bench.kernels import child
+from bench.kernels.cases import Shape, mean_entropy
+from bench.kernels.peers import NAIVE, OURS, PEERS, Peer, Result
+from bench.kernels.rows import Row, build, idle_tokens, memory, named
+from bench.measure import Ratio, clock_of, digits, paired, relative_error
 
 CPU_SHAPES = {"linear_logprobs": [Shape(2048, 1024, 151936)], "linear_nll": [Shape(2048, 1024, 151936)],
               "linear_policy_loss": [Shape(2048, 1024, 32768)], "gather_logprobs": [Shape(256, 1, 151936)],
@@ -65,7 +70,7 @@ def attempt(run: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return run(), None
     except FAILURES as error:
-        return None, f"{type(error).__name__}: {kernel_child.last_line(str(error))[:200]}"
+        return None, f"{type(error).__name__}: {child.last_line(str(error))[:200]}"
 
 
 class Comparison:
@@ -106,8 +111,8 @@ class Comparison:
         found: dict[str, Row] = {}
         allowed = 1e-3 if self.dtype == torch.float32 else 3e-2
         for name in sorted(self.peers, key=lambda name: name != NAIVE):
-            row, reason = attempt(lambda name=name: peak_of(self.op, name, self.shape, self.dtype, self.device,
-                                                            idle=self.idle))
+            row, reason = attempt(lambda name=name: child.peak_of(self.op, name, self.shape, self.dtype, self.device,
+                                                                  idle=self.idle))
             if reason is None:
                 like = found.get(NAIVE, row)["norms"]
                 wrong = [key for key in row["norms"].keys() & like.keys()
@@ -179,18 +184,18 @@ def compare(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
 
 def own_rows(device: torch.device, rounds: int, scale: int) -> list[Row]:
     """What has no peer, on a CPU: accuracy, idle tokens and memory; `scale` divides every size, for a trial."""
-    accuracies = [kernel_child.call("accuracy", shape=[512 // scale, 256 // scale, 32768 // scale]),
-                  kernel_child.call("accuracy", shape=[64 // scale, 128 // scale, 4096 // scale], impl="triton",
+    accuracies = [child.call("accuracy", shape=[512 // scale, 256 // scale, 32768 // scale]),
+                  child.call("accuracy", shape=[64 // scale, 128 // scale, 4096 // scale], impl="triton",
                                     interpret=True)
                   | {"note": "Triton kernels in the interpreter"}]
     workspace = (1 << 30) * 16384 // 151936 // scale // scale
     reduced = {"note": "V reduced from 151,936 so that naive torch fits in memory, the workspace in proportion"}
     sizes = Shape(8192 // scale, 1024 // scale, 16384 // scale)
     rows = [*accuracies,
-            kernel_rows.idle_tokens(Shape(2048 // scale, 1024 // scale, 32768 // scale), device, torch.float32,
-                                    rounds=rounds, workspace_bytes=workspace),
-            *(row | reduced for row in kernel_rows.memory(
-                sizes, device, torch.float32, long_tokens=2 * sizes.tokens, workspace_bytes=workspace))]
+            idle_tokens(Shape(2048 // scale, 1024 // scale, 32768 // scale), device, torch.float32, rounds=rounds,
+                        workspace_bytes=workspace),
+            *(row | reduced for row in memory(sizes, device, torch.float32, long_tokens=2 * sizes.tokens,
+                                              peak=child.peak_of, workspace_bytes=workspace))]
     return [{"bench": "kernels", "op": "linear_policy_loss", **row} for row in rows]
 
 

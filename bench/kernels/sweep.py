@@ -11,11 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-import kernel_cases
 import torch
-from kernel_cases import Shape
-from kernel_peers import eager_policy_loss, naive_logprobs, our_policy_loss
-from measure import relative_error
 from veripo_kernels import (
     PolicyLoss,
     PreferenceLoss,
@@ -28,6 +24,11 @@ from veripo_kernels import (
     linear_logprobs,
     reference,
 )
+
+from bench.kernels import cases
+from bench.kernels.cases import Shape
+from bench.kernels.peers import eager_policy_loss, naive_logprobs, our_policy_loss
+from bench.measure import relative_error
 
 POLICY_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo")
 PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo")
@@ -78,7 +79,7 @@ def _gather_cases(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Cal
 
 
 def _gather(device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int) -> None:
-    case = kernel_cases.logits(Shape(rows, 1, vocabulary), dtype, device)
+    case = cases.logits(Shape(rows, 1, vocabulary), dtype, device)
     wide = torch.cat([case.logits, case.logits[:, :3]], 1)[:, :vocabulary]  # rows that do not follow each other
 
     def run(logits: torch.Tensor, impl: str) -> list[torch.Tensor]:
@@ -120,7 +121,7 @@ def _limit(name: str, dtype: torch.dtype) -> float:
 
 
 def _policy(device: torch.device, dtype: torch.dtype, shape: Shape, train_head: bool) -> None:
-    case = kernel_cases.problem(shape, dtype, device, idle=0.5, train_head=train_head)
+    case = cases.problem(shape, dtype, device, idle=0.5, train_head=train_head)
     case = replace(case, workspace_bytes=40 * shape.vocabulary * 4)  # several runs of rows
     truth = eager_policy_loss(naive_logprobs, case.to(torch.float64))
     for name, got in our_policy_loss(case, "triton").items():
@@ -129,7 +130,7 @@ def _policy(device: torch.device, dtype: torch.dtype, shape: Shape, train_head: 
 
 def _logprobs(device: torch.device, dtype: torch.dtype, shape: Shape) -> None:
     """With bias, softcap, temperature, and gradients through the entropy."""
-    case = kernel_cases.problem(shape, dtype, device)
+    case = cases.problem(shape, dtype, device)
     bias = torch.linspace(-1, 1, shape.vocabulary, device=device).to(dtype)
     exact = case.to(torch.float64)
     leaves = [value.detach().requires_grad_() for value in (exact.hidden, exact.head, bias.double())]
@@ -148,9 +149,9 @@ def _logprobs(device: torch.device, dtype: torch.dtype, shape: Shape) -> None:
 
 
 def _linear_dpo(device: torch.device, dtype: torch.dtype, shape: Shape) -> None:
-    case = kernel_cases.problem(shape, dtype, device)
+    case = cases.problem(shape, dtype, device)
 
-    def run(case: kernel_cases.Problem, impl: str) -> dict[str, torch.Tensor]:
+    def run(case: cases.Problem, impl: str) -> dict[str, torch.Tensor]:
         leaves = case.leaves()
         loss, _, logprobs = linear_dpo_loss(*leaves, case.token_ids, case.old_logprobs, case.cu_seqlens, impl=impl)
         return {"loss": loss.detach(), "logprobs": logprobs, **dict(zip(("dhidden", "dhead"),
@@ -177,7 +178,7 @@ def _loss(loss_of: Callable[..., Any], loss: PolicyLoss | PreferenceLoss, device
     """A completion of more than 65,535 tokens, an empty one, and two short ones."""
     lengths = torch.tensor([sizes.long_completion, 0, 5, 300 % sizes.long_completion])
     tokens = int(lengths.sum())
-    case = kernel_cases.rollouts(max(tokens, 2), device)
+    case = cases.rollouts(max(tokens, 2), device)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device)
     advantages = torch.tensor([0.5, -1.0, 2.0, -0.7], device=device)
     given = (case.old_logprobs, advantages) if loss_of is grpo_loss else (case.ref_logprobs,)
@@ -205,9 +206,9 @@ def _advantages(kind: str, device: torch.device) -> None:
 # -- registration, and sizes that overflow ---------------------------------------------------------------------------
 
 def _opcheck_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    case = kernel_cases.problem(Shape(9, 32, 130), torch.float32, device)
+    case = cases.problem(Shape(9, 32, 130), torch.float32, device)
     leaves = case.leaves()
-    plain = kernel_cases.logits(Shape(5, 1, 130), torch.float32, device)
+    plain = cases.logits(Shape(5, 1, 130), torch.float32, device)
     ops = torch.ops.veripo
     yield "opcheck gather_logprobs", lambda: _opcheck(
         ops.gather_logprobs, (plain.logits.requires_grad_(), plain.token_ids, 0.7, True, "triton"))
@@ -227,7 +228,7 @@ def _large_cases(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Call
 
 def _many_logits(device: torch.device, sizes: Sizes) -> None:
     """The last rows of a large tensor as they are alone."""
-    case = kernel_cases.logits(Shape(sizes.many_rows, 1, sizes.vocabulary), torch.bfloat16, device)
+    case = cases.logits(Shape(sizes.many_rows, 1, sizes.vocabulary), torch.bfloat16, device)
 
     def run(rows: slice) -> list[torch.Tensor]:
         leaf = case.logits[rows].detach().requires_grad_()
@@ -240,7 +241,7 @@ def _many_logits(device: torch.device, sizes: Sizes) -> None:
 
 def _many_rows(device: torch.device, sizes: Sizes) -> None:
     """One run of rows that holds them all against runs that hold a few each."""
-    case = kernel_cases.problem(Shape(sizes.many_rows, 64, sizes.vocabulary), torch.bfloat16, device)
+    case = cases.problem(Shape(sizes.many_rows, 64, sizes.vocabulary), torch.bfloat16, device)
     pitch = -(-sizes.vocabulary // 128) * 128  # rows of the workspace are padded to it
     whole = our_policy_loss(replace(case, workspace_bytes=2 * (sizes.many_rows + 128) * pitch), "triton")
     parts = our_policy_loss(replace(case, workspace_bytes=2 * pitch * max(sizes.many_rows // 8, 1)), "triton")

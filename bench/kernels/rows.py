@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import kernel_cases
-import kernel_child
 import torch
-from kernel_cases import Logits, Problem, Rollouts, Shape
-from kernel_peers import NAIVE, OURS, PEERS, eager_policy_loss, naive_logprobs, our_policy_loss
-from measure import Clock, Ratio, clock_of, digits, launches, norms, paired, peak_bytes, relative_error
 from veripo_kernels import dpo_loss, gather_logprobs, grpo_loss, reference
+
+from bench.kernels import cases
+from bench.kernels.cases import Logits, Problem, Rollouts, Shape
+from bench.kernels.peers import NAIVE, OURS, PEERS, eager_policy_loss, naive_logprobs, our_policy_loss
+from bench.measure import Clock, Ratio, clock_of, digits, launches, norms, paired, peak_bytes, relative_error
 
 Row = dict[str, Any]
 
@@ -26,10 +26,10 @@ def build(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
           train_head: bool = True, workspace_bytes: int = 1 << 30) -> Problem | Logits | Rollouts:
     """The inputs of an op."""
     if op.startswith("gather"):
-        return kernel_cases.logits(Shape(*shape), dtype, device)
+        return cases.logits(Shape(*shape), dtype, device)
     if op in ("grpo_loss", "dpo_loss"):
-        return kernel_cases.rollouts(shape[0], device)
-    case = kernel_cases.problem(Shape(*shape), dtype, device, idle=idle, train_head=train_head)
+        return cases.rollouts(shape[0], device)
+    case = cases.problem(Shape(*shape), dtype, device, idle=idle, train_head=train_head)
     return replace(case, workspace_bytes=workspace_bytes)
 
 
@@ -51,7 +51,7 @@ def accuracy(shape: list[int], device: str = "cpu", impl: str = "auto", dtype: s
     `rows` at a time are computed in float64. `naive_*` is the error of plain torch, which rounds logits to `dtype`.
     """
     where, kind = torch.device(device), getattr(torch, dtype)
-    case = kernel_cases.problem(Shape(*shape), kind, where)
+    case = cases.problem(Shape(*shape), kind, where)
     truth = _truth(case, rows)
     got, plain = our_policy_loss(case, impl), eager_policy_loss(naive_logprobs, case)
     errors = (got["logprobs"].double() - truth["logprobs"]).abs()
@@ -64,7 +64,7 @@ def accuracy(shape: list[int], device: str = "cpu", impl: str = "auto", dtype: s
               "naive_dhead_relative_rms": relative_error(plain["dhead"], truth["dhead"])}
     limits = {"logprob_error_max": 2e-4, "logprob_error_mean": 2e-5, "dhead_relative_rms": 2e-3}
     return {"row": "accuracy against float64", **named(Shape(*shape), kind), "impl": impl,
-            "entropy_mean": digits(kernel_cases.mean_entropy(case)),
+            "entropy_mean": digits(cases.mean_entropy(case)),
             **{name: digits(value) for name, value in values.items()},
             "limits": limits, "passed": all(values[name] <= limit for name, limit in limits.items())}
 
@@ -102,7 +102,7 @@ def products(case: Problem) -> dict[str, Callable[[], object]]:
 def against_products(shape: Shape, device: torch.device, dtype: torch.dtype, *, train_head: bool, rounds: int,
                      clock: Clock | None = None) -> Row:
     """linear_policy_loss, forward and backward, over its two or three bare products."""
-    case = kernel_cases.problem(shape, dtype, device, train_head=train_head)
+    case = cases.problem(shape, dtype, device, train_head=train_head)
     bare = products(case)
 
     def run_bare() -> None:
@@ -124,7 +124,7 @@ def against_products(shape: Shape, device: torch.device, dtype: torch.dtype, *, 
 def against_read(shape: Shape, device: torch.device, dtype: torch.dtype, *, rounds: int, clock: Clock | None = None
                  ) -> Row:
     """gather_logprobs forward over one read of the logits at the speed of a device copy."""
-    case = kernel_cases.logits(shape, dtype, device)
+    case = cases.logits(shape, dtype, device)
     target = torch.empty_like(case.logits)
 
     def run() -> None:
@@ -144,7 +144,7 @@ def against_read(shape: Shape, device: torch.device, dtype: torch.dtype, *, roun
 
 def against_eager(op: str, tokens: int, device: torch.device, *, rounds: int, clock: Clock | None = None) -> Row:
     """A loss of given log-probs with its backward: launches, and time over that of the definition run eagerly."""
-    case = kernel_cases.rollouts(tokens, device)
+    case = cases.rollouts(tokens, device)
     given = (case.old_logprobs, case.advantages) if op == "grpo_loss" else (case.ref_logprobs,)
     upstream = torch.ones((), device=device)  # made here: it is the caller's, not the op's
 
@@ -171,9 +171,9 @@ def against_eager(op: str, tokens: int, device: torch.device, *, rounds: int, cl
 def idle_tokens(shape: Shape, device: torch.device, dtype: torch.dtype, *, rounds: int, clock: Clock | None = None,
                 workspace_bytes: int = 1 << 30) -> Row:
     """linear_policy_loss with half of the tokens without an advantage over all of them with one."""
-    ways, cases = {}, {"dense": 0.0, "half": 0.5}
-    for name, idle in cases.items():
-        case = replace(kernel_cases.problem(shape, dtype, device, idle=idle), workspace_bytes=workspace_bytes)
+    ways = {}
+    for name, idle in (("dense", 0.0), ("half", 0.5)):
+        case = replace(cases.problem(shape, dtype, device, idle=idle), workspace_bytes=workspace_bytes)
         ways[name] = lambda case=case: our_policy_loss(case)
     seconds = paired(ways, rounds, clock or clock_of(device), warmups=2 if device.type == "cuda" else 0)
     ratio = Ratio.of(seconds["half"], seconds["dense"])
@@ -196,21 +196,11 @@ def peak_here(op: str, peer: str, shape: tuple[int, ...], dtype: torch.dtype, de
     return {"peak_bytes": found, "gradient_bytes": back, "norms": norms(results[0])}
 
 
-def peak_of(op: str, peer: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, idle: float = 0.0,
-            workspace_bytes: int = 1 << 30) -> Row:
-    """`peak_here`, on a CPU in a process of its own; on a GPU here, because its allocator keeps count."""
-    if device.type == "cuda":
-        return peak_here(op, peer, shape, dtype, device, idle=idle, workspace_bytes=workspace_bytes)
-    return kernel_child.call("peak", op=op, peer=peer, shape=list(shape), dtype=str(dtype).removeprefix("torch."),
-                             idle=idle,
-                             workspace_bytes=workspace_bytes)
-
-
-def memory(shape: Shape, device: torch.device, dtype: torch.dtype, *, long_tokens: int, workspace_bytes: int = 1 << 30,
-           peak: Callable[..., Row] = peak_of) -> list[Row]:
+def memory(shape: Shape, device: torch.device, dtype: torch.dtype, *, long_tokens: int, peak: Callable[..., Row],
+           workspace_bytes: int = 1 << 30) -> list[Row]:
     """Rows on linear_policy_loss: transient memory at `long_tokens` over that at T, and at T over naive torch's peak.
 
-    Transient is the peak above the inputs without the gradients that are handed back.
+    Transient is the peak above the inputs without the gradients that are handed back. `peak` is `child.peak_of`.
     """
     def of(peer: str, tokens: int) -> Row:
         return peak("linear_policy_loss", peer, shape._replace(tokens=tokens), dtype, device,

@@ -1,6 +1,6 @@
 """One task of the kernel benches in a process of its own: memory counted from a clean start, the interpreter on or off.
 
-    python bench/kernel_child.py '{"task": "accuracy", "shape": [64, 32, 512]}'
+    python bench/kernels/child.py '{"task": "accuracy", "shape": [64, 32, 512]}'
 
 Prints one JSON object. Letters: T tokens, V vocabulary, D hidden.
 """
@@ -11,13 +11,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tied import tied
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
 
-BENCH = Path(__file__).resolve().parent
-PATHS = [str(path) for path in (BENCH, BENCH.parent / "tests", BENCH.parent / "kernels", BENCH.parent)]
+from bench.tied import PATHS, tied
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ChildError(RuntimeError):
@@ -34,7 +36,7 @@ def call(task: str, *, interpret: bool = False, timeout_seconds: float = 1800, *
     environment["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    command = tied(sys.executable, BENCH / "kernel_child.py", json.dumps({"task": task, **arguments}))
+    command = tied(sys.executable, __file__, json.dumps({"task": task, **arguments}))
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds,
                               check=False)
@@ -57,18 +59,30 @@ def use_interpreter() -> None:
         interpreter.install()
 
 
+def peak_of(op: str, peer: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, idle: float = 0.0,
+            workspace_bytes: int = 1 << 30) -> dict[str, Any]:
+    """`rows.peak_here`, on a CPU in a process of its own; on a GPU here, because its allocator keeps count."""
+    if device.type == "cuda":
+        from bench.kernels.rows import peak_here
+
+        return peak_here(op, peer, shape, dtype, device, idle=idle, workspace_bytes=workspace_bytes)
+    return call("peak", op=op, peer=peer, shape=list(shape), dtype=str(dtype).removeprefix("torch."), idle=idle,
+                workspace_bytes=workspace_bytes)
+
+
 def peak(op: str, peer: str, shape: list[int], dtype: str, idle: float, workspace_bytes: int) -> dict[str, Any]:
-    """`kernel_rows.peak_here` on this process's CPU."""
+    """`rows.peak_here` on this process's CPU."""
     import torch
-    from kernel_rows import peak_here
+
+    from bench.kernels.rows import peak_here
 
     return peak_here(op, peer, tuple(shape), getattr(torch, dtype), torch.device("cpu"), idle=idle,
                      workspace_bytes=workspace_bytes)
 
 
 def accuracy(**arguments: Any) -> dict[str, Any]:
-    """`kernel_rows.accuracy` in this process."""
-    from kernel_rows import accuracy as row
+    """`rows.accuracy` in this process."""
+    from bench.kernels.rows import accuracy as row
 
     return row(**arguments)
 

@@ -1,6 +1,6 @@
 """The compiled gather_logprobs against float64 on random rows, each clone: the largest error over its derived bound.
 
-    python bench/bench_rounding.py [--rows 10000] [--trial]
+    python bench/kernels/bench_rounding.py [--rows 10000] [--trial]
 
 `rounding.py` derives the bound. A clone runs in a process of its own, forced by VERIPO_ISA; one that the processor
 lacks is named and left out. Torch's own float32 is judged by the same bound beside it. Appends a line per clone to
@@ -16,11 +16,16 @@ import subprocess
 import sys
 from typing import Any
 
-import recipe
-import rounding
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
+
 import torch
-from measure import digits
 from veripo_kernels import cpp
+
+from bench import recipe
+from bench.kernels import rounding
+from bench.measure import digits
+from bench.tied import tied
 
 CLONES = ("baseline", "avx2", "avx512")
 
@@ -64,7 +69,7 @@ def main() -> None:
         if CLONES.index(isa) > CLONES.index(cpp.isa()):
             print(f"{isa}: this processor has {cpp.isa()} and lacks it")
             continue
-        command = [sys.executable, __file__, "--child", "--rows", str(args.rows)]
+        command = tied(sys.executable, __file__, "--child", "--rows", str(args.rows))
         row = json.loads(subprocess.run(command, env={**os.environ, "VERIPO_ISA": isa}, check=True,
                                         stdout=subprocess.PIPE, text=True).stdout)
         print(f"{isa}: {row['rows_beyond']} of {args.rows} rows beyond the bound, largest ratio {row['value']}; {row}",

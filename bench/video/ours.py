@@ -1,9 +1,10 @@
-"""Our side of the video bench, served by video_worker.py: decoding, patches, the prompt loader, the demo's training."""
+"""Our side of the video bench, served by worker.py: decoding, patches, the prompt loader, the demo's training."""
 
 from __future__ import annotations
 
 import shutil
 import statistics
+import sys
 import time
 from dataclasses import replace
 from functools import cache
@@ -11,11 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
+
 import torch
 from av.packet import Packet
 from veripo_kernels import resize_frames
-from video_worker import Answer, measured, serve
 
+from bench.video.worker import Answer, measured, serve
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.inputs import CacheConfig, ModelConfig, VideoConfig
 from veripo_fast.config.schema import StageConfig
@@ -163,7 +167,7 @@ def step(paths: list[str], frames: int, pixels: list[int], frozen: bool) -> Answ
 
 def shown(path: str, count: int, decoder: str, bits: int, rotation: int) -> Answer:
     """Positions that the contract takes and the bar codes of the frames that come back."""
-    import clips
+    from bench.video import clips
 
     try:
         frames = decode(Video(path), contract_of(count, [784, 10**6], decoder), 28)
