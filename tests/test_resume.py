@@ -65,7 +65,7 @@ def whole(forks, tmp_path_factory):
 
 
 MOMENTS = (
-    "open .*rollouts/grpo-1/step_000000",  # before there is a checkpoint
+    "open .*rollouts/grpo-1/.tmp-step_000000",  # before there is a checkpoint
     r"mkdir .*\.tmp-step_000001$",  # a metrics line is written, its step not saved
     "open .*step_000001/trainer/state.json",  # half a checkpoint
     "rename .*tmp-latest",  # a checkpoint that `latest` does not name yet
@@ -106,7 +106,7 @@ def test_killed_between_two_checkpoints(forks, tmp_path):
     configs = {name: written(runs.config(tmp_path / name / "run", **options), tmp_path / name)
                for name in ("whole", "killed")}
     assert forks.run("train", "--config", configs["whole"]).code == 0
-    ended = forks.run("train", "--config", configs["killed"], at="open .*rollouts/grpo-1/step_000003")
+    ended = forks.run("train", "--config", configs["killed"], at="open .*rollouts/grpo-1/.tmp-step_000003")
     assert ended.code == -signal.SIGKILL
     assert forks.run("train", "--config", configs["killed"], "--resume").code == 0
     assert_same(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
@@ -114,9 +114,9 @@ def test_killed_between_two_checkpoints(forks, tmp_path):
 
 
 @pytest.mark.parametrize(("moment", "saved"), [
-    ("open .*rollouts/grpo-1/step_000000", "step_000001"),  # inside a stage, where no checkpoint was due
+    ("open .*rollouts/grpo-1/.tmp-step_000000", "step_000001"),  # inside a stage, where no checkpoint was due
     ("rename .*eval/start_greedy", None),  # in the first evaluation, before anything is trained
-    ("open .*rollouts/grpo-1/step_000001", "step_000002"),  # in the last step of a stage
+    ("open .*rollouts/grpo-1/.tmp-step_000001", "step_000002"),  # in the last step of a stage
 ])
 def test_ctrl_c(forks, whole, tmp_path, moment, saved):
     config = written(runs.config(tmp_path / "run", checkpoint__every=50), tmp_path)

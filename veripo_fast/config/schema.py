@@ -121,13 +121,18 @@ class Config:
         object.__setattr__(self, "stages", _named(self.stages))
 
 
+def default_stage_name(kind: str, number: int) -> str:
+    """Name of the `number`-th stage of a kind that has none of its own: `grpo-1`."""
+    return f"{kind}-{number}"
+
+
 def _named(stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
     """Fill in stage names (grpo-1, dpo-1, grpo-2, ...) and check references between stages."""
     counts: dict[str, int] = {}
     named: list[StageConfig] = []
     for stage in stages:
         counts[stage.kind] = counts.get(stage.kind, 0) + 1
-        stage = replace(stage, name=stage.name or f"{stage.kind}-{counts[stage.kind]}")
+        stage = replace(stage, name=stage.name or default_stage_name(stage.kind, counts[stage.kind]))
         earlier = [done.name for done in named if done.kind == "grpo"]
         require(stage.name not in [done.name for done in named], f"two stages are named {stage.name!r}")
         if stage.kind == "dpo":

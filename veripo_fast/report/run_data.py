@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from veripo_fast.config.schema import default_stage_name
 from veripo_fast.errors import UserError
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.jsonlines import read_objects
@@ -142,7 +143,7 @@ def _stages(config: Row, metrics: list[Row]) -> list[Stage]:
     for raw in config.get("stages") or ():
         kind = str(raw.get("kind", "grpo"))
         counts[kind] = counts.get(kind, 0) + 1
-        name = str(raw.get("name") or f"{kind}-{counts[kind]}")
+        name = str(raw.get("name") or default_stage_name(kind, counts[kind]))
         stages[name] = Stage(name, kind, *_planned(config, raw, kind))
         if kind == "grpo":
             latest_grpo = name

@@ -32,6 +32,7 @@ def open_run(config: Config, resume: bool) -> RunDir:
         if not run.config.is_file():
             raise ConfigError(f"{run.root} is no run to resume: it has no config.yaml")
         _warn_of_changes(load_config(run.config), config)
+        _tidy(run)
     elif not _is_free(run.root):
         raise ConfigError(f"run_dir {run.root} exists already; resume it with --resume or name another folder")
     _check_inputs(config)
@@ -65,6 +66,13 @@ def _check_inputs(config: Config) -> None:
 def _is_free(root: Path) -> bool:
     """Whether nothing is there, or at most what a kill leaves before config.yaml has its name."""
     return not root.exists() or (root.is_dir() and all(entry.name.startswith(".tmp-") for entry in root.iterdir()))
+
+
+def _tidy(run: RunDir) -> None:
+    """Remove files that a kill left half written; checkpoints are tidied when the next one is saved."""
+    for path in run.root.rglob(".tmp-*"):
+        if path.is_file() and run.checkpoints not in path.parents:
+            path.unlink()
 
 
 def _warn_of_changes(before: Config, now: Config) -> None:
