@@ -29,7 +29,7 @@ from bench import recipe
 from bench.kernels import child
 from bench.tied import PATHS, REPOSITORY, tied
 
-GPU_TESTS = ("tests/test_gather.py", "tests/test_attention_backends.py", "tests/test_video_gpu.py")
+GPU_TESTS = ("tests/kernels/test_gather.py", "tests/model/test_attention.py", "tests/video/test_gpu.py")
 """Test files that put their tensors on a GPU where there is one; the others test kernels in the interpreter."""
 BUDGET_SECONDS, PART_SECONDS = 570, 150
 _RESULT = "RESULT "

@@ -37,12 +37,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.install()
 
 import pytest
-from report_browser import Browser
 
-from tests.children import run
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-PYTHONPATH = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+from tests.support.browser import Browser
+from tests.support.children import run
+from tests.support.paths import PYTHONPATH
 
 
 def run_python(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

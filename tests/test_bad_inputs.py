@@ -10,11 +10,11 @@ import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import runs
-from conftest import REPOSITORY
 from safetensors.torch import load_file, save_file
 
 from bench.video import clips
+from tests.support import runs
+from tests.support.paths import REPOSITORY
 from veripo_fast.cli import main
 from veripo_fast.config.describe import to_yaml
 from veripo_fast.config.schema import StageConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import REPOSITORY
 
-from tests.children import PATIENCE_SECONDS, start
+from tests.support.children import PATIENCE_SECONDS, start
+from tests.support.paths import REPOSITORY
 from veripo_fast import __version__
 from veripo_fast.cli import COMMANDS, main, set_environment
 from veripo_fast.config.load import load_config

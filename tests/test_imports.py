@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+
+from tests.support.paths import REPOSITORY
 
 LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.errors", "veripo_fast.cli", "veripo_fast.config.schema",
          "veripo_fast.config.load", "veripo_fast.config.describe", "veripo_fast.run.folder",

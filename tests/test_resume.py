@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import runs
 
+from tests.support import runs
 from veripo_fast.config.describe import to_yaml
 from veripo_fast.run.folder import RunDir
 

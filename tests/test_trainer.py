@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from tests.support import runs
 from veripo_fast.config.load import load_config
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.errors import ConfigError, DataError, UserError

@@ -2,7 +2,7 @@
 
 Here `xp` is torch, and `reference.py` differentiates the values with autograd. `jit/formulas.py` loads this same file
 with `xp` bound to triton.language: the kernels run the same lines, and use the slopes that stand beside the values
-because nothing differentiates inside a kernel. tests/test_formulas.py compares every slope with autograd.
+because nothing differentiates inside a kernel. tests/kernels/test_formulas.py compares every slope with autograd.
 
 Arguments are tensors of one shape or Python numbers; names in capitals are strings known at compile time.
 """

@@ -1,8 +1,8 @@
 """Prompt -> token ids, M-RoPE positions and tower inputs, for Qwen2.5-VL and Qwen3-VL checkpoints.
 
 Text goes through the checkpoint's own tokenizer and chat template; media through our sampling contract. Hugging Face
-processors are the sibling (tests/test_encoding.py compares with them) but are not used: they need torchvision, cannot
-say which frames they took, and time Qwen2.5-VL videos as 24 fps when no metadata is given.
+processors are the sibling (tests/model/test_encoding.py compares with them) but are not used: they need torchvision,
+cannot say which frames they took, and time Qwen2.5-VL videos as 24 fps when no metadata is given.
 """
 
 from __future__ import annotations

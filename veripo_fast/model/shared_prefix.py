@@ -2,7 +2,7 @@
 
 Every completion attends to the prompt and to itself, so the prompt runs once for the whole group, forward and backward.
 It plugs into transformers through its attention registry; no model code is touched. The slow sibling that defines it is
-the plain forward of the model on G copies of the prompt (tests/test_shared_prefix.py). SDPA computes it here;
+the plain forward of the model on G copies of the prompt (tests/model/test_shared_prefix.py). SDPA computes it here;
 attention.py has what takes its place on a GPU.
 
 Letters: T packed tokens, P prompt, R completion tokens, N prompts, G group, H query heads, K key heads, d head size.

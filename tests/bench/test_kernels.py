@@ -1,0 +1,363 @@
+"""`veripo bench kernels` and bench/gpu_check.py on tiny shapes: what is compared, what is refused, what a line says.
+
+The GPU check runs here as a whole on CPU tensors with interpreted kernels, so that a visit to a GPU needs no debugging.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from veripo_kernels import reference
+
+from bench import gpu_check, measure, recipe
+from bench.kernels import bench_kernels, cases, child, peers, rows, sweep
+from tests.support.children import PATIENCE_SECONDS, run
+from tests.support.paths import REPOSITORY
+from veripo_fast import cli
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty results folder; called with a name it gives the lines written there."""
+    monkeypatch.setattr(recipe, "RESULTS", tmp_path)
+    return lambda name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Children's tasks are done in this process."""
+    monkeypatch.setattr(child, "call", lambda task, interpret=False, **arguments: child.TASKS[task](**arguments))
+
+
+def turning_clock(seconds: list[float]):
+    """A clock that runs the call and tells one given time after the other."""
+    left = iter(seconds)
+
+    def clock(run):
+        run()
+        return next(left)
+
+    return clock
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+def test_rounds_are_paired_and_turn():
+    order = []
+    ways = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = measure.paired(ways, 2, turning_clock([1, 2, 3, 20, 30, 10]), warmups=1)
+    assert order == ["a", "b", "c", "a", "b", "c", "b", "c", "a"]
+    assert seconds == {"a": [1, 10], "b": [2, 20], "c": [3, 30]}
+
+
+def test_a_ratio_is_taken_round_by_round():
+    ratio = measure.Ratio.of([1.0, 40.0, 3.0], [1.0, 10.0, 2.0])
+    assert (ratio.median, ratio.low, ratio.high) == (1.5, 1.0, 4.0)
+    assert ratio.fields("r") == {"r_median": 1.5, "r_min": 1.0, "r_max": 4.0}
+
+
+def test_peak_memory_counts_what_was_freed_again_and_not_what_was_there():
+    there = torch.ones(8 << 20)
+    torch.ones(48 << 20)  # an earlier, higher peak
+    found = measure.peak_bytes(lambda: torch.ones(16 << 20).sum() + there.sum(), CPU)
+    assert 60 << 20 < found < 80 << 20
+
+
+# -- problems --------------------------------------------------------------------------------------------------------
+
+def test_problems_are_peaked_and_half_idle_when_asked():
+    case = cases.problem(cases.Shape(2048, 512, 8192), torch.float32, CPU, idle=0.5)
+    assert 0.1 < cases.mean_entropy(case) < 1.0
+    assert float((case.slopes == 0).float().mean()) == 0.5
+    assert case.cu_seqlens.diff().tolist() == [512] * 4
+    dense = cases.problem(cases.Shape(2048, 512, 8192), torch.float32, CPU)
+    assert (dense.slopes != 0).all() and torch.equal(dense.token_ids, case.token_ids)
+    logits = cases.logits(cases.Shape(40, 1, 8192), torch.float32, CPU).logits
+    entropy = reference.entropy(logits).mean()
+    assert 0.1 < entropy < 1.0
+
+
+@pytest.mark.parametrize(("tokens", "lengths"), [(7, [3, 4]), (1024, [512, 512]), (3000, [750] * 4)])
+def test_completions_cover_all_tokens(tokens, lengths):
+    assert cases.completions(tokens, CPU).diff().tolist() == lengths
+
+
+# -- peers -----------------------------------------------------------------------------------------------------------
+
+COMPILED = {"cut-cross-entropy"}
+"""Peers that compile themselves on a CPU: half a minute that only the bench itself spends."""
+
+
+def test_every_peer_that_runs_here_computes_the_same():
+    for op, ways in peers.PEERS.items():
+        case = rows.build(op, (96, 16, 300), torch.float32, CPU, idle=0.5)
+        naive = ways["naive torch"].run(case)
+        truth = ways["naive torch"].run(case.to(torch.float64))
+        assert list(ways)[:2] == ["veripo", "naive torch"]
+        for name, peer in ways.items():
+            if peer.missing(CPU) is None and name not in COMPILED:
+                got = peer.run(case)
+                assert got.keys() <= truth.keys() and len(got) >= 1
+                assert bench_kernels.differences(got, naive, truth) == {}, (op, name)
+
+
+def test_a_peer_that_cannot_run_says_why():
+    missing = {name: peer.missing(CPU) for name, peer in peers.PEERS["linear_nll"].items()}
+    assert missing["veripo"] is None
+    assert missing["Liger fused linear"] in ("needs a GPU", "liger-kernel is not installed")
+    unknown = peers.Peer(print, "no-such-kernels")
+    old = peers.Peer(print, torch_function="no_such_function")
+    assert unknown.missing(CPU) == "no-such-kernels is not installed"
+    assert old.missing(CPU) == f"torch {torch.__version__} has no no_such_function"
+
+
+def test_a_recipe_names_the_build_of_torch(monkeypatch):
+    """PyPI's metadata says 2.13.0 where torch itself says 2.13.0+cu130."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu999")
+    assert recipe.versions()["torch"] == "2.13.0+cu999"
+    assert peers.Peer(print).version() == "torch 2.13.0+cu999"
+
+
+# -- the comparison --------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def crooked(monkeypatch):
+    """Peers of an op: ours, naive, one that is wrong by 1 %, one that raises, and one that is wrong at full size."""
+    def without_others(hidden, head, token_ids):
+        return 0.99 * peers.naive_logprobs(hidden, head, token_ids)
+
+    def failing(hidden, head, token_ids):
+        raise RuntimeError("first line\nno kernel for this device")
+
+    def right_when_small(hidden, head, token_ids):
+        return peers.naive_logprobs(hidden, head, token_ids) * (1.5 if len(hidden) > 96 else 1)
+
+    extra = {name: peers.Peer(peers.partial(peers.logprobs_step, run))
+             for name, run in (("wrong", without_others), ("failing", failing), ("late", right_when_small))}
+    ways = peers.PEERS["linear_logprobs"]
+    kept = {name: ways[name] for name in ("veripo", "naive torch")}
+    monkeypatch.setitem(peers.PEERS, "linear_logprobs", kept | extra)
+
+
+@pytest.mark.usefixtures("crooked", "here")
+def test_only_peers_that_agree_are_timed():
+    shape = cases.Shape(128, 32, 512)
+    comparison = bench_kernels.Comparison("linear_logprobs", shape, torch.float32, CPU, 0.0, [])
+    rows = {row["peer"]: row for row in comparison.rows(2)}
+    timed = {name for name, row in rows.items() if "median_seconds" in row}
+    assert timed == {"veripo", "naive torch"}
+    assert rows["wrong"]["not_timed"].startswith("another result: ") and "off by 0.01" in rows["wrong"]["not_timed"]
+    assert rows["failing"]["not_timed"] == "RuntimeError: no kernel for this device"
+    assert rows["late"]["not_timed"].startswith("another result on the whole shape: ")
+    ours = rows["veripo"]
+    assert ours["baseline"] == "naive torch" and ours["baseline_version"] == f"torch {torch.__version__}"
+    assert len(ours["seconds"]) == 2 and ours["time_ratio_min"] <= ours["time_ratio_median"] <= ours["time_ratio_max"]
+    assert (ours["tokens"], ours["hidden"], ours["vocabulary"], ours["dtype"]) == (128, 32, 512, "float32")
+    assert ours["gradient_bytes"] == 4 * 32 * (128 + 512) and rows["naive torch"]["time_ratio_median"] == 1
+    assert all(bench_kernels.told(row) for row in rows.values())
+
+
+@pytest.mark.usefixtures("crooked", "here")
+def test_command_line_writes_lines_with_their_recipe_and_a_plot(results, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--ops", "linear_logprobs", "--shape", "96", "16", "300",
+                                      "--device", "cpu", "--rounds", "2", "--peers", "WRONG", "--plot"])
+    bench_kernels.main()
+    rows = results("kernels")
+    assert [row["peer"] for row in rows] == ["veripo", "naive torch", "wrong"]
+    assert all({"command", "versions", "device", "date", "commit"} <= row.keys() for row in rows)
+    assert rows[0]["command"].startswith("python bench_kernels.py --ops")
+    assert (tmp_path / "kernels.png").stat().st_size > 5000
+    assert "not timed: another result" in capsys.readouterr().out
+
+
+def test_a_word_that_no_peer_has_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--ops", "gather_logprobs", "--peers", "Liger"])
+    with pytest.raises(SystemExit):
+        bench_kernels.main()
+    assert ("no peer has 'Liger' in its name; there are torch cross_entropy, TRL selective_log_softmax"
+            in capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("here")
+def test_rows_without_peers():
+    rows = {row["row"]: row for row in bench_kernels.own_rows(CPU, 2, 8)}
+    assert len(rows) == 4 and rows["accuracy against float64"]["impl"] == "triton"
+    accuracy = rows["accuracy against float64"]
+    assert accuracy["passed"] and 0 < accuracy["logprob_error_max"] < 2e-4 < accuracy["naive_logprob_error_max"]
+    assert all("V reduced" in row["note"] for name, row in rows.items() if "transient" in name)
+
+
+def test_a_child_measures_and_a_failing_one_says_what_it_said():
+    row = child.peak_of("linear_logprobs", "naive torch", (512, 16, 8192), torch.float32, CPU)
+    assert row["gradient_bytes"] == 4 * 16 * (512 + 8192) and row["peak_bytes"] > 2 * 4 * 512 * 8192
+    with pytest.raises(child.ChildError, match="KeyError: 'nobody'"):
+        child.call("peak", op="linear_logprobs", peer="nobody", shape=[4, 4, 4], dtype="float32", idle=0.0,
+                   workspace_bytes=1)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+def test_rows_judge_by_their_limits():
+    shape = cases.Shape(32, 16, 130)
+    over = rows.against_products(shape, CPU, torch.float32, train_head=True, rounds=2,
+                                 clock=turning_clock([1.2, 1, 1, 1.2]))
+    under = rows.against_products(shape, CPU, torch.float32, train_head=False, rounds=1, clock=turning_clock([1.1, 1]))
+    assert (over["value"], over["passed"], over["limit"]) == (1.2, False, 1.15) and under["passed"]
+    assert over["products_tflop_per_second"] == pytest.approx(2 * 3 * 32 * 16 * 130 / 1e12, rel=1e-3)
+    assert "3 products" in over["row"] and "2 products" in under["row"]
+    read = rows.against_read(shape, CPU, torch.float32, rounds=1, clock=turning_clock([1.0, 2.0]))
+    assert (read["value"], read["passed"]) == (1.0, True) and read["copy_gb_per_second"] == read["veripo_gb_per_second"]
+    half = rows.idle_tokens(shape, CPU, torch.float32, rounds=1, clock=turning_clock([1.0, 0.71]))
+    assert (half["value"], half["passed"]) == (0.71, False)
+
+
+@pytest.mark.parametrize(("seconds", "started", "passed"), [
+    ([0.1, 1.0], ["a"] * 3, True), ([0.1, 1.0], ["a"] * 4, False), ([0.2, 1.0], ["a"], False),
+    ([0.1, 1.0], None, True)])
+def test_losses_are_judged_by_time_and_launches(monkeypatch, seconds, started, passed):
+    monkeypatch.setattr(rows, "launches", lambda run, device: started)
+    for op in ("grpo_loss", "dpo_loss"):
+        row = rows.against_eager(op, 64, CPU, rounds=1, clock=turning_clock(seconds))
+        assert row["passed"] is passed and row["launches"] == started
+
+
+def test_memory_rows_leave_out_the_gradients():
+    peaks = {("veripo", 64): 300, ("veripo", 128): 340, ("naive torch", 64): 1000}
+
+    def peak(op, peer, shape, dtype, device, workspace_bytes):
+        return {"peak_bytes": peaks[peer, shape.tokens], "gradient_bytes": 100 if shape.tokens == 64 else 130}
+
+    shape = cases.Shape(64, 16, 130)
+    grown, share = rows.memory(shape, CPU, torch.float32, long_tokens=128, peak=peak)
+    assert (grown["value"], grown["passed"]) == (1.05, True) and (share["value"], share["passed"]) == (0.2, True)
+    assert share["peak_ratio"] == 0.3
+
+
+def test_accuracy_sees_a_rounded_head(monkeypatch):
+    ours = rows.our_policy_loss
+
+    def rounded(case, impl):
+        found = ours(case, "torch")
+        return found | {"logprobs": found["logprobs"] + 3e-4}
+
+    assert rows.accuracy([40, 32, 300], rows=16)["passed"]
+    monkeypatch.setattr(rows, "our_policy_loss", rounded)
+    assert not rows.accuracy([40, 32, 300], rows=16)["passed"]
+
+
+# -- the GPU check ---------------------------------------------------------------------------------------------------
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run(sys.executable, REPOSITORY / "bench" / "gpu_check.py")
+    assert done.returncode == 1 and "sees no CUDA device" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("here")
+def test_the_whole_check_runs_on_cpu_tensors(results):
+    """Every part but the sweep, which is the next test."""
+    def part(name, device, seconds):
+        assert 0 < seconds <= 150
+        return [] if name == "sweep" else gpu_check.PARTS[name](torch.device(device), gpu_check.TINY)
+
+    tests = [gpu_check.tests_row("...\nFAILED tests/test_a.py::test_b - x\n1 failed, 3 passed in 2s\n", 1)]
+    rows = gpu_check.check("cpu", part, lambda seconds: tests)
+    assert [row["row"] for row in results("h100")] == [row["row"] for row in rows] and len(rows) == 13
+    assert {row["part"] for row in results("h100")} == {*gpu_check.PARTS, "tests"} - {"sweep"}
+    assert rows[-1]["failures"] == ["tests/test_a.py::test_b - x"] and rows[-1]["summary"] == "1 failed, 3 passed in 2s"
+    assert all(gpu_check.told(row) for row in rows)
+
+
+SWEEP = ("gather_logprobs torch.bfloat16 [33, 300]", "gather_logprobs torch.float32 [3, 129]",
+         "linear_policy_loss torch.bfloat16 (65, 40, 257) trainable head",
+         "linear_policy_loss torch.float32 (65, 40, 257) frozen head",
+         "linear_logprobs torch.float32 (7, 16, 130)", "linear_dpo_loss torch.bfloat16 (65, 40, 257)", "grpo_loss gspo",
+         "grpo_loss grpo", "dpo_loss exo", "group_advantages std", "opcheck linear_logprobs",
+         "gather_logprobs with 12000 logits",
+         "linear_policy_loss with 12000 logits")
+
+
+def test_the_sweep_runs_on_interpreted_kernels():
+    """Some cases of each kind; all of them take a minute and a half."""
+    cases = dict(sweep.sweep(CPU, sweep.TINY))
+    assert len(cases) > 50 and set(SWEEP) <= cases.keys()
+    for name in SWEEP:
+        cases[name]()
+
+
+def test_the_sweep_sees_a_wrong_kernel(monkeypatch):
+    right = sweep.our_policy_loss
+
+    def wrong(case, impl):
+        found = right(case, impl)
+        return found | {"dhead": found["dhead"] * 1.01}
+
+    monkeypatch.setattr(sweep, "our_policy_loss", wrong)
+    shape = cases.Shape(7, 16, 130)
+    with pytest.raises(AssertionError, match="dhead: relative error 1"):
+        sweep._policy(CPU, torch.float32, shape, True)
+    monkeypatch.setattr(sweep, "sweep", lambda device, sizes: iter([("bad", lambda: sweep._policy(
+        CPU, torch.float32, shape, True)), ("good", lambda: None)]))
+    row, = gpu_check.part_sweep(CPU, gpu_check.TINY)
+    assert (row["cases"], row["passed"], list(row["wrong"])) == (2, False, ["bad"])
+
+
+def test_a_part_in_its_own_process():
+    rows = gpu_check.run_part("losses", "cpu", PATIENCE_SECONDS)
+    assert [row["row"] for row in rows] == ["grpo_loss with backward, 64 tokens", "dpo_loss with backward, 64 tokens"]
+
+
+def test_parts_that_hang_or_crash_leave_a_line(monkeypatch, tmp_path):
+    child = tmp_path / "child.py"
+    child.write_text("import sys, time\n"
+                     "time.sleep(3600) if 'idle' in sys.argv else sys.exit('illegal memory access')\n")
+    monkeypatch.setattr(gpu_check, "__file__", str(child))
+    hung, = gpu_check.run_part("idle", "cuda", 1)
+    crashed, = gpu_check.run_part("memory", "cuda", PATIENCE_SECONDS)
+    assert hung == {"row": "idle", "not_measured": "took longer than 1 seconds", "passed": False}
+    assert crashed["not_measured"] == "illegal memory access" and "not measured" in gpu_check.told(crashed)
+
+
+def test_what_does_not_fit_the_budget_is_named(results, monkeypatch):
+    monkeypatch.setattr(gpu_check, "BUDGET_SECONDS", 1)
+    rows = gpu_check.check("cpu", lambda *_: pytest.fail("started"), lambda *_: pytest.fail("started"))
+    assert len(rows) == len(gpu_check.PARTS) + 1 and not any(row["passed"] for row in rows)
+
+
+def test_the_named_gpu_tests_use_a_gpu():
+    for file in gpu_check.GPU_TESTS:
+        assert "cuda" in (REPOSITORY / file).read_text("utf-8"), file
+
+
+# -- veripo bench ----------------------------------------------------------------------------------------------------
+
+def test_veripo_bench_hands_its_options_over(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "kernels" / "bench_kernels.py"
+    script.parent.mkdir()
+    script.write_text("import sys, beside\nprint(sys.argv[1:], __name__, beside.here)\n")
+    script.with_name("beside.py").write_text("here = True\n")
+    monkeypatch.setattr(cli, "BENCH", tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    assert cli.main(["bench", "kernels", "--shape", "1", "2", "3", "--plot", "--help"]) == 0
+    assert capsys.readouterr().out == "['--shape', '1', '2', '3', '--plot', '--help'] __main__ True\n"
+
+
+def test_veripo_bench_outside_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "BENCH", tmp_path)
+    assert cli.main(["bench", "step"]) == 2
+    assert "needs a checkout" in capsys.readouterr().err
+    assert cli.main(["bench", "kernel"]) == 2 and "kernels" in capsys.readouterr().err
+
+
+def test_there_is_a_script_for_every_name():
+    choices = next(options for flag, options in cli.COMMANDS["bench"].arguments if flag == "name")["choices"]
+    assert all((cli.BENCH / cli.BENCHES[name]).exists() for name in choices) and Path(cli.BENCH).name == "bench"

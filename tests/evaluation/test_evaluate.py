@@ -1,0 +1,170 @@
+"""Scores of a held-out evaluation against a calculation by hand, and `veripo eval`."""
+
+import json
+import shutil
+from collections import defaultdict
+from statistics import mean
+
+import pytest
+
+from tests.support import runs
+from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.cli import main
+from veripo_fast.config.describe import to_yaml
+from veripo_fast.config.inputs import ModelConfig
+from veripo_fast.data.prompts import load_prompts
+from veripo_fast.errors import DataError
+from veripo_fast.evaluation import evaluate as module
+from veripo_fast.evaluation.evaluate import evaluate, scores
+from veripo_fast.model.policy import load_policy
+from veripo_fast.rollout.store import read_groups
+from veripo_fast.rollout.torch_engine import TorchEngine
+from veripo_fast.types import Completion, Message, Prompt, RolloutGroup
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(ModelConfig(path=str(runs.model()), device="cpu"))
+
+
+@pytest.fixture
+def run(policy, tmp_path):
+    """Evaluates into tmp_path/MODE.parquet: `run(**changes, check=...)`."""
+    def evaluated(check=lambda: None, **changes):
+        config = runs.config(tmp_path, **changes)
+        prompts, _ = load_prompts(config.data.eval, config.data)
+        loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None)
+        try:
+            return evaluate(TorchEngine(policy), loader, prompts, config, stage="s", check=check,
+                            rows=lambda mode: tmp_path / f"{mode}.parquet")
+        finally:
+            loader.close()
+
+    return evaluated
+
+
+def test_scores_are_those_of_the_stored_completions(run, tmp_path):
+    greedy, sampled = run(eval__samples=3)
+    for record, mode, size in ((greedy, "greedy", 1), (sampled, "sampled", 3)):
+        groups = read_groups(tmp_path / f"{mode}.parquet")
+        completions = [c for group in groups for c in group.completions]
+        by_type = defaultdict(list)
+        for group in groups:
+            by_type[group.prompt.problem_type].append(mean(c.accuracy for c in group.completions))
+        accuracy = [value for values in by_type.values() for value in values]
+        assert (record["stage"], record["mode"]) == ("s", mode)
+        assert (record["prompts"], record["completions"]) == (runs.HELDOUT, len(completions)) == (4, 4 * size)
+        assert record["accuracy"] == pytest.approx(mean(accuracy))
+        assert record["by_type"] == pytest.approx({name: mean(values) for name, values in by_type.items()})
+        assert record["mra"] == pytest.approx(mean(by_type["estimate"]))
+        assert record["format_rate"] == pytest.approx(mean(c.format for c in completions))
+        assert record["length_mean"] == pytest.approx(mean(len(c.token_ids) for c in completions))
+        assert record["finished_rate"] == pytest.approx(mean(c.finish_reason == "stop" for c in completions))
+        assert record["accuracy_low"] <= record["accuracy"] <= record["accuracy_high"]
+        assert record["inconsistency_low"] <= record["inconsistency_rate"] <= record["inconsistency_high"]
+        assert record["accurate_and_consistent_rate"] <= record["accuracy"] + 1e-12
+
+
+def prompt(name, kind="number", gold="3"):
+    return Prompt(name, (Message("user", ("How many?",)),), kind, gold)
+
+
+def written(think, answer, accuracy):
+    text = f"<think>{think}</think><answer>{answer}</answer>"
+    return Completion([5] * len(text), text, [], "stop", 0, accuracy=accuracy, format=1.0)
+
+
+def test_scores_by_hand(tmp_path):
+    unfinished = Completion([5], "<think>", [], "length", 0, accuracy=0.0, format=0.0)
+    groups = [
+        RolloutGroup(prompt("a"), [written("so 3.", "3", 1.0), written("so 2.", "3", 1.0)]),
+        RolloutGroup(prompt("b"), [written("so 1.", "1", 0.0), written("Hm.", "2", 0.0)]),
+        RolloutGroup(prompt("c"), [written("so 3.", "3", 1.0), unfinished]),
+    ]
+    record = scores(groups, runs.config(tmp_path))
+    assert record["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert record["inconsistency_rate"] == pytest.approx((0.5 + 0 + 0) / 3)
+    assert record["no_verdict_rate"] == pytest.approx(2 / 6)
+    assert record["accurate_and_consistent_rate"] == pytest.approx(2 / 6)
+    assert record["format_rate"] == record["finished_rate"] == pytest.approx(5 / 6)
+    assert record["mra"] is None and record["by_type"] == {"number": pytest.approx(0.5)}
+    assert "MRA" not in module.summary({"stage": "s", "mode": "greedy", **record})
+
+
+def test_a_completion_that_nobody_scored_is_not_taken_for_a_wrong_one(tmp_path):
+    groups = [RolloutGroup(prompt("a"), [written("so 3.", "3", 1.0), Completion([5], "x", [], "stop", 0)])]
+    with pytest.raises(ValueError, match="completion 1 of prompt a has no accuracy: it is not scored"):
+        scores(groups, runs.config(tmp_path))
+
+
+def test_the_seed_decides(run):
+    def without_times(records):
+        return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+    first, same, other = (without_times(run(seed=seed)) for seed in (0, 0, 1))
+    assert first == same
+    assert first[0]["accuracy"] == other[0]["accuracy"] and first[1] != other[1]  # greedy draws nothing
+
+
+def test_limit_and_greedy_only(run, tmp_path):
+    [record] = run(eval__limit=2, eval__samples=0)
+    assert (record["mode"], record["prompts"]) == ("greedy", 2)
+    assert not (tmp_path / "sampled.parquet").exists()
+
+
+def test_an_interrupted_evaluation_stops_and_records_nothing(run, tmp_path):
+    batches = []
+
+    def check():
+        batches.append(1)
+        if len(batches) == 3:  # two batches of three and one prompt per mode
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(check)
+    assert (tmp_path / "greedy.parquet").exists() and not (tmp_path / "sampled.parquet").exists()
+
+
+def test_nothing_to_evaluate(run, tmp_path):
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html></html>")
+    (tmp_path / "e.jsonl").write_text(json.dumps({"problem": "What?", "answer": "yes", "path": "page.mp4"}) + "\n")
+    with pytest.raises(DataError, match=r"no evaluation prompt could be loaded; skipped.jsonl says why for each"):
+        run(data__eval=[str(tmp_path / "e.jsonl")])
+
+
+# -- veripo eval ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def make(**changes):
+        path = tmp_path / "eval.yaml"
+        path.write_text(to_yaml(runs.config(tmp_path / "run", **changes)))
+        return str(path)
+
+    return make
+
+
+def test_the_command_prints_a_line_per_mode(config_file, tmp_path, capsys):
+    lines = (runs.corpus() / "heldout.jsonl").read_text().splitlines()
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copytree(runs.corpus() / "clips", data / "clips")
+    (data / "empty.mp4").touch()
+    lines += [json.dumps({"problem": "What?", "answer": "yes", "path": name}) for name in ("missing.mp4", "empty.mp4")]
+    (data / "e.jsonl").write_text("\n".join(lines))
+    assert main(["eval", "--config", config_file(data__eval=[str(data / "e.jsonl")]),
+                 "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out.splitlines()
+    records = [json.loads(line) for line in (tmp_path / "out" / "evals.jsonl").read_text().splitlines()]
+    assert [record["mode"] for record in records] == ["greedy", "sampled"]
+    for line, record in zip(out, records, strict=False):
+        assert f"{record['mode']}: accuracy {record['accuracy']:.3f} [" in line
+        assert len(read_groups(tmp_path / "out" / f"{record['mode']}.parquet")) == record["prompts"] == 4
+    assert out[2:] == ["skipped: 1 records at load, 1 while decoding", f"completions and scores: {tmp_path / 'out'}"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_without_files(config_file, capsys):
+    assert main(["eval", "--config", config_file(data__eval=[])]) == 2
+    assert capsys.readouterr().err == "veripo: error: data.eval names no files to evaluate on\n"

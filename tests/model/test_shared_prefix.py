@@ -1,0 +1,99 @@
+"""The packed group against its sibling, the plain Hugging Face forward on repeated prompts: logprobs and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support import policies
+from veripo_fast.model import shared_prefix
+from veripo_fast.model.packing import micro_batches, pack
+from veripo_fast.model.policy import Policy
+from veripo_fast.types import EncodedPrompt
+
+CASES = {
+    "text_only": [],
+    "one_video": [("video", 4, 3, 2)],
+    "image": [("image", 2, 2, 3)],
+    "two_videos_and_image": [("video", 6, 2, 2), ("image", 2, 3, 3), ("video", 3, 2, 3)],
+}
+
+
+def repeated_prompt_logprobs(policy: Policy, prompt: EncodedPrompt, completion: list[int],
+                             temperature: float) -> torch.Tensor:
+    """The sibling: Hugging Face's own forward on prompt + completion."""
+    logits = policies.plain_logits(policy, prompt, completion)[:-1] / temperature
+    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def gradients(policy: Policy) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                      for p in policy.model.parameters()])
+
+
+@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_logprobs_and_gradients_match_the_repeated_prompt(family: str, case: str) -> None:
+    policy = policies.policy(family)
+    prompt = policies.encoded(policy.encoder, CASES[case])
+    completions = policies.random_completions([7, 1, 12, 2])
+    weights = torch.randn(sum(map(len, completions)), generator=torch.Generator().manual_seed(3))
+
+    policy.model.zero_grad()
+    batch = pack([(prompt, completions)])
+    features = None if prompt.media is None else policy.vision_features(prompt.media)
+    packed = policy.completion_logprobs(batch, [features], temperature=0.7)
+    (packed * weights).sum().backward()
+    packed_gradients = gradients(policy)
+
+    policy.model.zero_grad()
+    plain = torch.cat([repeated_prompt_logprobs(policy, prompt, c, 0.7) for c in completions])
+    (plain * weights).sum().backward()
+    plain_gradients = gradients(policy)
+    policy.model.zero_grad()
+
+    assert (packed - plain).abs().max() < 1e-4
+    assert (packed_gradients - plain_gradients).norm() <= 1e-5 * plain_gradients.norm()
+
+
+def test_groups_in_one_row_do_not_see_each_other() -> None:
+    policy = policies.policy("qwen3_vl")
+    rows = [(policies.encoded(policy.encoder, [("video", 4, 2, 2)], seed), policies.random_completions([5, 3], seed))
+            for seed in range(3)]
+    features = [policy.vision_features(prompt.media) for prompt, _ in rows]
+    with torch.no_grad():
+        together = policy.completion_logprobs(pack(rows), features)
+        alone = torch.cat([policy.completion_logprobs(pack([row]), [f]) for row, f in zip(rows, features, strict=True)])
+    assert (together - alone).abs().max() < 1e-5
+
+
+def test_completions_are_attended_in_blocks_when_the_mask_would_be_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policies.policy("qwen2_5_vl")
+    prompt, completions = policies.encoded(policy.encoder, []), policies.random_completions([6, 9, 4, 8])
+    with torch.no_grad():
+        whole = policy.completion_logprobs(pack([(prompt, completions)]), [None])
+        monkeypatch.setattr(shared_prefix, "MAX_MASK_ELEMENTS", 1)
+        batch = pack([(prompt, completions)])
+        assert [tokens for tokens, _ in batch.groups[0].blocks] == [5, 8, 3, 7]
+        assert (policy.completion_logprobs(batch, [None]) - whole).abs().max() < 1e-5
+
+
+def test_the_last_token_of_a_completion_is_not_run() -> None:
+    policy = policies.policy("qwen3_vl")
+    prompt = policies.encoded(policy.encoder, [])
+    batch = pack([(prompt, [[30, 31, 32], [33]])])
+    assert len(batch.token_ids) == len(prompt.token_ids) + 2
+    assert batch.logit_index.tolist()[0] == batch.logit_index.tolist()[3] == len(prompt.token_ids) - 1
+    assert batch.targets.tolist() == [30, 31, 32, 33]
+
+
+def test_an_empty_completion_is_refused() -> None:
+    prompt = policies.encoded(policies.policy("qwen3_vl").encoder, [])
+    with pytest.raises(ValueError, match="without tokens"):
+        pack([(prompt, [[1], []])])
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [
+    ([4, 4, 4], [[0, 1], [2]]), ([9], [[0]]), ([], []), ([3, 9, 3, 3], [[0], [1], [2, 3]])])
+def test_micro_batches_keep_order_and_limit(lengths: list[int], expected: list[list[int]]) -> None:
+    assert micro_batches(lengths, 8) == expected
