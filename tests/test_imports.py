@@ -1,66 +1,156 @@
-"""Who imports whom: kernels <- trainer <- bench and tests, heavy engines in one lazy place, no torch at start-up."""
+"""Who imports whom: kernels <- trainer <- bench <- tests, folders in one order, no cycles; no torch at start-up."""
 
-import ast
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support import import_rules
 from tests.support.paths import REPOSITORY
 
+ORDER = """types errors text < config < run < reward < recipes < data < video < model < rollout < cache < verifier
+           < stages evaluation < trainer < report < inspect < demo < cli"""
+"""Imports inside veripo_fast point left."""
+
+TRAINER, KERNELS, BENCH = REPOSITORY / "veripo_fast", REPOSITORY / "kernels" / "veripo_kernels", REPOSITORY / "bench"
+LAZY = ("veripo_fast", "veripo_kernels")
 LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.errors", "veripo_fast.cli", "veripo_fast.config.schema",
          "veripo_fast.config.load", "veripo_fast.config.describe", "veripo_fast.run.folder",
          "veripo_fast.run.checkpoint", "veripo_fast.run.metrics", "veripo_fast.evaluation.intervals"]
+ROOT_MODULES, LONG, LONG_FILES, LONGEST = 8, 300, 6, 400
+ROOT_FIRST = """
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
+"""
+"""What a script of bench begins with."""
 
 
-def imported(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom) and node.level == 0:
-        return [node.module or ""]
-    return []
+# -- the source ------------------------------------------------------------------------------------------------------
 
-
-def imports(folder: str) -> Iterator[tuple[Path, str]]:
-    """(file, dotted name) of every import statement below a folder."""
-    for path in sorted((REPOSITORY / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            yield from ((path.relative_to(REPOSITORY), name) for name in imported(node))
-
-
-def imports_at_load(path: Path) -> Iterator[str]:
-    """Names that are imported when the module is: all but those inside functions or under TYPE_CHECKING."""
-    nodes: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
-    while nodes:
-        node = nodes.pop()
-        yield from imported(node)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        guarded = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        nodes.extend(node.orelse if guarded else ast.iter_child_nodes(node))
-
-
-@pytest.mark.parametrize(("folder", "forbidden"), [
-    ("kernels/veripo_kernels", {"veripo_fast", "bench", "tests", "transformers"}),
-    ("veripo_fast", {"bench", "tests"}),
+@pytest.mark.parametrize(("places", "forbidden"), [
+    ((KERNELS,), {"veripo_fast", "bench", "tests", "transformers"}),
+    ((TRAINER,), {"bench", "tests"}),
+    ((BENCH, *REPOSITORY.glob("*.py")), {"tests"}),
 ])
-def test_direction(folder, forbidden):
-    assert list(imports(folder)), f"no import found below {folder}"
-    assert [(path, name) for path, name in imports(folder) if name.split(".")[0] in forbidden] == []
+def test_direction(places, forbidden):
+    assert all(import_rules.sources(place) for place in places)
+    assert import_rules.users(forbidden, *places) == []
+
+
+def test_imports_of_the_trainer_point_left():
+    assert len(import_rules.import_graph([TRAINER])) > 80
+    assert import_rules.out_of_order(TRAINER, ORDER, lazy=LAZY[:1]) == []
+
+
+def test_no_module_imports_itself_through_others():
+    assert import_rules.cycles([TRAINER, KERNELS, BENCH], lazy=LAZY) == []
+
+
+def test_sizes():
+    assert len(import_rules.root_modules(TRAINER)) <= ROOT_MODULES
+    long = import_rules.long_files(LONG, TRAINER, KERNELS)
+    assert len(long) <= LONG_FILES, long
+    assert import_rules.long_files(LONGEST, TRAINER, KERNELS) == {}
 
 
 @pytest.mark.parametrize("engine", ["vllm", "nvidia.dali", "deepspeed"])
 def test_heavy_engine_has_one_lazy_place(engine):
-    users = {path for path, name in imports("veripo_fast") if f"{name}.".startswith(f"{engine}.")}
-    assert len(users) <= 1
-    for path in users:
-        assert not [name for name in imports_at_load(REPOSITORY / path) if f"{name}.".startswith(f"{engine}.")]
+    using = {path for path in import_rules.sources(TRAINER) for name, _ in import_rules.imports(path)
+             if f"{name}.".startswith(f"{engine}.")}
+    assert len(using) <= 1
+    for path in using:
+        assert not [name for name in import_rules.imports_at_load(path) if f"{name}.".startswith(f"{engine}.")]
 
 
 def test_kernels_is_no_package():
     assert not (REPOSITORY / "kernels" / "__init__.py").exists()
 
+
+def test_scripts_of_bench_put_the_root_on_the_path():
+    """All but tied.py, which imports nothing of ours; torchvision's folder is appended."""
+    texts = {path.name: path.read_text("utf-8") for path in import_rules.sources(BENCH)}
+    scripts = {name for name, text in texts.items() if '\nif __name__ == "__main__":\n' in text}
+    assert {name for name, text in texts.items() if ROOT_FIRST in text} == scripts - {"tied.py"}
+    assert {name for name, text in texts.items() if "sys.path" in text.replace(ROOT_FIRST, "")} == {
+        "torchvision_folder.py"}
+
+
+# -- the rules, on trees that break them -----------------------------------------------------------------------------
+
+def tree(folder: Path, files: dict[str, str], name: str = "p") -> Path:
+    """A package of the files by name."""
+    for file, text in files.items():
+        path = folder / name / f"{file}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder / name
+
+
+LAZY_INIT = "if TYPE_CHECKING:\n    from p.cache.loader import Loader as Loader\n"
+
+
+@pytest.mark.parametrize("statement", [
+    "from p.cache import loader", "from p.cache.loader import Loader", "import p.cache.loader", "from p import cache",
+    "from ..cache import loader", "from ..cache.loader import Loader", "from p import Loader",
+    "def load():\n    from p.cache import loader", "if TYPE_CHECKING:\n    from p.cache.loader import Loader",
+    "try:\n    import p.cache.loader as loader\nexcept ImportError:\n    pass",
+])
+def test_an_import_that_points_right_is_found(tmp_path, statement):
+    package = tree(tmp_path, {
+        "__init__": LAZY_INIT, "errors": "from os import path\n", "video/__init__": "", "cache/__init__": "",
+        "video/decode": f"import os\n{statement}\n", "cache/loader": "from p.video import decode\n",
+        "cache/disk": "from p.cache import loader\nfrom p import errors\n"})
+    wrong = import_rules.out_of_order(package, "errors < video < cache", lazy=["p"])
+    assert len(wrong) == 1 and wrong[0].startswith("p.video.decode imports p.cache")
+    assert len(import_rules.out_of_order(package, "errors < video cache", lazy=["p"])) == 2  # one is not left of both
+
+
+def test_a_folder_without_a_place_is_found(tmp_path):
+    package = tree(tmp_path, {"video/decode": "", "weights/plan": "", "errors": "import p.weights.plan\n"})
+    assert import_rules.out_of_order(package, "errors < video") == [
+        "p.errors imports p.weights.plan", "p.weights.plan: weights has no place in the order"]
+
+
+@pytest.mark.parametrize(("files", "group"), [
+    ({"a": "import p.b", "b": "from p import a", "c": "import p.a"}, ["p.a", "p.b"]),
+    ({"a": "def f():\n    import p.b", "b": "if TYPE_CHECKING:\n    from p.a import f"}, ["p.a", "p.b"]),
+    ({"a": "from . import b", "b": "from .x.c import d", "x/c": "from ..a import e"}, ["p.a", "p.b", "p.x.c"]),
+    ({"a": "import p.a"}, ["p.a"]),
+    ({"__init__": "if TYPE_CHECKING:\n    from p.b import f as f", "a": "from p import f", "b": "import p.a"},
+     ["p.a", "p.b"]),
+])
+def test_a_cycle_is_found(tmp_path, files, group):
+    assert import_rules.cycles([tree(tmp_path, {"__init__": ""} | files)], lazy=["p"]) == [group]
+
+
+def test_a_cycle_between_packages_is_found(tmp_path):
+    first = tree(tmp_path, {"a": "import q.b\n"})
+    second = tree(tmp_path, {"b": "import p.a\n", "c": "import p.a\n"}, name="q")
+    assert import_rules.cycles([first, second]) == [["p.a", "q.b"]]
+    assert import_rules.cycles([first]) == import_rules.cycles([second]) == []
+
+
+@pytest.mark.parametrize("statement", [
+    "import tests", "from tests.support import runs", "def f():\n    import tests.support.runs",
+    "if TYPE_CHECKING:\n    from tests import support"])
+def test_a_forbidden_import_is_found(tmp_path, statement):
+    package = tree(tmp_path, {"kernels/rows": statement, "measure": "import tests_of_mine\nfrom bench import tests\n"})
+    found = import_rules.users({"tests"}, package)
+    assert len(found) == 1 and found[0].startswith("rows.py: tests")
+    assert import_rules.users({"tests"}, package / "kernels" / "rows.py") == found
+
+
+def test_modules_at_the_root_are_counted(tmp_path):
+    package = tree(tmp_path, {"__init__": "", "types": "", "cache/loader": ""})
+    assert import_rules.root_modules(package) == ["__init__.py", "types.py"]
+
+
+def test_a_long_file_is_found(tmp_path):
+    package = tree(tmp_path, {"a": "\n" * 300, "b/c": "\n" * 301})
+    assert import_rules.long_files(300, package) == {str(package / "b" / "c.py"): 301}
+
+
+# -- what is loaded --------------------------------------------------------------------------------------------------
 
 def test_light_modules_need_no_torch(python):
     heavy = {"torch", "transformers", "av", "pyarrow"}
