@@ -55,7 +55,7 @@ def test_demo(handed_over):
 def test_train(handed_over, config_file):
     calls = handed_over("veripo_fast.trainer", "train")
     assert main(["train", "--grpo.clip-high", "0.28", "--config", str(config_file), "--resume", "--seed=5"]) == 0
-    assert calls == [(load_config(config_file, ["--grpo.clip-high=0.28", "--seed=5"]), True)]
+    assert calls == [(load_config(config_file, ["--grpo.clip-high=0.28", "--seed=5"]), True, [])]
 
 
 def test_eval(handed_over, config_file):

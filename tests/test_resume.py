@@ -123,7 +123,7 @@ def test_ctrl_c(forks, whole, tmp_path, moment, saved):
     ended = forks.run("train", "--config", config, at=moment, send=signal.SIGINT)
     assert ended.code == 130
     assert "Ctrl-C: finishing this step, then saving" in ended.output
-    assert ended.output.splitlines()[-1] == "veripo: interrupted"
+    assert ended.output.splitlines()[-1] == "veripo: interrupted by SIGINT; --resume goes on"
     run = RunDir(tmp_path / "run")
     assert [path.name for path in run.checkpoints.glob("step_*")] == ([saved] if saved else [])
     if saved == "step_000001":
@@ -147,7 +147,11 @@ def test_resume_refusals(forks, whole, tmp_path):
 def test_resume_with_another_configuration_says_so(forks, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     config = written(runs.config(tmp_path / "run"), tmp_path)
+    before = (tmp_path / "run" / "config.yaml").read_text()
     ended = forks.run("train", "--config", config, "--resume", "--grpo.clip-high", "0.3")
-    assert ended.code == 0
-    assert "veripo: grpo differs from the run that is resumed: the result is no longer" in ended.output
-    assert "dpo differs" not in ended.output
+    assert ended.code == 2
+    assert "begun with another config: grpo.clip_high was 0.2, is 0.3. The result would be" in ended.output
+    ended = forks.run("train", "--config", config, "--resume", "--grpo.clip-high", "0.3", "--allow-changes", "config")
+    assert ended.code == 0 and "going on with another config, as allowed: grpo.clip_high was 0.2" in ended.output
+    assert (tmp_path / "run" / "config.yaml").read_text() == before, "a finished run never used the other value"
+    assert forks.run("train", "--config", config, "--resume", "--cache.host-bytes", "1").code == 0

@@ -1,7 +1,8 @@
 """The console script `veripo`: one table of commands, each handing over to the module that does the work.
 
 Handlers import what they need when they run, so that `veripo --help` needs no torch. Errors that a user can mend are
-one line on stderr and exit code 2; Ctrl-C is exit code 130; anything else is a bug and keeps its traceback.
+one line on stderr and exit code 2. Ctrl-C is exit code 130, SIGTERM 143, train.max_hours 75. Anything else is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
-from veripo_fast.errors import UserError
+from veripo_fast.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from veripo_fast.config.schema import Config
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         return _complain(str(error))
+    except Interrupted as error:
+        return _complain(f"{error}; --resume goes on", error.exit_code)
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away; Python would complain once more while closing
@@ -111,7 +114,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     config = _configuration(options, overrides)
     from veripo_fast.trainer import train
 
-    train(config, resume=options.resume)
+    allowed = [name for name in options.allow_changes.split(",") if name]
+    train(config, resume=options.resume, allow_changes=allowed)
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -190,6 +194,8 @@ COMMANDS: dict[str, Command] = {
     "train": Command(_train, "run the stages of a configuration", (
         _CONFIG_NEEDED,
         ("--resume", {"action": "store_true", "help": "continue from the newest complete checkpoint of the run"}),
+        ("--allow-changes", {"default": "", "metavar": "KINDS",
+                             "help": "with --resume, go on although these differ: config,data,media,model,rollouts"}),
     ), takes_overrides=True),
     "eval": Command(_eval, "score a policy on the held-out files, greedy and sampled", (
         _CONFIG_NEEDED,

@@ -5,6 +5,14 @@ class UserError(Exception):
     """What is wrong, by name and value, and what to do."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, by a signal or by its limit of time; what was done is saved."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
 class ConfigError(UserError, ValueError):
     """A configuration that cannot be run."""
 

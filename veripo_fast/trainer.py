@@ -9,6 +9,7 @@ The whole GRPO step reads in this order: stages/grpo.py (a stage), stages/sessio
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -18,36 +19,44 @@ from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.evaluation.evaluate import evaluate, summary
 from veripo_fast.run.atomic import atomic_write_text
-from veripo_fast.run.interrupt import InterruptFlag
+from veripo_fast.run.interrupt import StopRequests
 from veripo_fast.run.jsonlines import dump_objects
+from veripo_fast.run.lock import RunLock
 from veripo_fast.run.metrics import MetricsLog, read_records
 from veripo_fast.stages import dpo, grpo
 from veripo_fast.stages.session import Session
-from veripo_fast.stages.start import discard_run, open_run
+from veripo_fast.stages.start import begin_run, check_run, discard_run
 
 STAGES = {"grpo": grpo.run, "dpo": dpo.run}
 
 
-def train(config: Config, resume: bool = False) -> None:
+def train(config: Config, resume: bool = False, allow_changes: Collection[str] = ()) -> None:
     """Run all stages of a configuration, or go on where its run folder stopped.
 
+    Args:
+        allow_changes: what may differ from the run that is resumed: config, data, media, model, rollouts.
+
     Raises:
-        UserError: anything a user can mend. KeyboardInterrupt: after Ctrl-C, with the state saved.
+        UserError: anything a user can mend.
+        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or train.max_hours, with the state saved.
     """
-    run = open_run(config, resume)
+    run = check_run(config, resume, allow_changes)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    began = False
-    try:
-        with InterruptFlag() as interrupt, MetricsLog(run.metrics, run.tensorboard) as metrics:
-            session = Session(config, run, metrics, interrupt.check)
-            began = True
-            try:
-                run_stages(session)
-            finally:
-                session.close()
-    finally:
-        if not began and not resume:
-            discard_run(run.root)  # it was free: the next attempt shall find it so
+    run.root.mkdir(parents=True, exist_ok=True)
+    with RunLock(run.root):
+        began = False
+        try:
+            begin_run(run, config, resume, allow_changes)
+            with StopRequests(config.train.max_hours) as requests, MetricsLog(run.metrics, run.tensorboard) as metrics:
+                session = Session(config, run, metrics, requests, allow_changes)
+                began = True
+                try:
+                    run_stages(session)
+                finally:
+                    session.close()
+        finally:
+            if not began and not resume:
+                discard_run(run.root)  # it was free: the next attempt shall find it so
 
 
 def run_stages(session: Session) -> None:
@@ -59,7 +68,7 @@ def run_stages(session: Session) -> None:
         stage = stages[session.state.stage]
         STAGES[stage.kind](session, stage, apply_overrides(session.config, stage.set))
         session.finish_stage()
-        session.stop_if_interrupted()
+        session.stop_if_asked()
         evaluate_stage(session)
 
 
@@ -72,8 +81,10 @@ def evaluate_stage(session: Session) -> None:
     done = [record for record in read_records(run.evals) if record["stage"] in names]
     if any(record["stage"] == names[-1] for record in done):
         return
-    records = evaluate(session.engine, session.loader, session.load_prompts(config.data.eval), config, stage=names[-1],
-                       rows=partial(run.eval_rows, names[-1]), check=session.stop_if_interrupted)
+    prompts = session.load_prompts(config.data.eval)[:config.eval.limit]
+    session.media.check(prompts)
+    records = evaluate(session.engine, session.loader, prompts, config, stage=names[-1],
+                       rows=partial(run.eval_rows, names[-1]), check=session.stop_if_asked)
     atomic_write_text(run.evals, dump_objects([*done, *records]))
     for record in records:
         tqdm.write(summary(record))

@@ -75,6 +75,17 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TrainConfig:
+    """How long a run may take."""
+
+    max_hours: float | None = None
+    """Stop before this many hours are over, with a checkpoint to go on from (exit code 75); null: no limit."""
+
+    def __post_init__(self) -> None:
+        positive(self, "max_hours")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage of the loop. A grpo stage explores; a dpo stage verifies the rollouts of an earlier one and aligns."""
 
@@ -112,6 +123,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     stages: tuple[StageConfig, ...] = ()
     """Stages in order; each continues from the policy of the one before."""
 

@@ -2,6 +2,9 @@
 
     RUN/
       config.yaml            resolved configuration
+      inputs.json            fingerprints of data and model, versions, every command that worked on the run
+      media.jsonl            what each medium was when it was first used
+      .lock                  who works in the folder
       metrics.jsonl          one line per optimizer phase (see stages/session.py): stage, step, losses, rewards, seconds
       memory.jsonl           one line per finished stage: most bytes held in each phase
       evals.jsonl            one line per evaluation: stage, mode (greedy or sampled), scores with bootstrap intervals
@@ -26,6 +29,8 @@ class RunDir:
         self.root = Path(root)
         self.config = self.root / "config.yaml"
         self.metrics = self.root / "metrics.jsonl"
+        self.inputs = self.root / "inputs.json"
+        self.media = self.root / "media.jsonl"
         self.memory = self.root / "memory.jsonl"
         self.evals = self.root / "evals.jsonl"
         self.skipped = self.root / "skipped.jsonl"

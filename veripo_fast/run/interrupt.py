@@ -1,31 +1,82 @@
-"""Ctrl-C as a request: the step that runs is finished and saved first."""
+"""Requests to stop: Ctrl-C, SIGTERM (Slurm, Kubernetes), SIGHUP (a terminal that closes), and a limit of time.
+
+The first request lets the step that runs finish and be saved. A second signal ends the process at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import signal
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
+
+from veripo_fast.errors import Interrupted
 
 log = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_TIME_UP = 75
+"""Exit code of a run whose time is up: EX_TEMPFAIL of sysexits.h, try again."""
 
 
-class InterruptFlag:
-    """A context manager. First Ctrl-C: `check` becomes true. Second: KeyboardInterrupt at once."""
+class StopRequests:
+    """A context manager that turns signals into requests.
 
-    def __enter__(self) -> InterruptFlag:
-        self.raised = False
-        self.previous = signal.signal(signal.SIGINT, self._on_signal)
+    Args:
+        max_hours: ask to stop before this time is over; None: no limit.
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, max_hours: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_seconds = None if max_hours is None else max_hours * 3600
+        self.clock = clock
+        self.started = self.last_step = clock()
+        self.longest_step = 0.0
+        self._signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():  # only there may a handler be set
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def step_done(self) -> None:
+        """Note that a step ended: the longest one so far decides whether another fits into the time."""
+        now = self.clock()
+        self.longest_step = max(self.longest_step, now - self.last_step)
+        self.last_step = now
 
     def check(self) -> bool:
-        """Whether Ctrl-C was pressed."""
-        return self.raised
+        """Whether the run should stop."""
+        return bool(self._signal) or self.time_is_up()
+
+    def time_is_up(self) -> bool:
+        """Whether another step as long as the longest one would pass the limit."""
+        if self.max_seconds is None:
+            return False
+        return self.clock() - self.started + self.longest_step > self.max_seconds
+
+    def stop(self) -> None:
+        """Raise Interrupted with the reason when the run should stop."""
+        if self._signal:
+            raise Interrupted(f"interrupted by {signal.Signals(self._signal).name}", 128 + self._signal)
+        if self.time_is_up():
+            hours = (self.clock() - self.started) / 3600
+            raise Interrupted(f"stopped after {hours:.2f} hours, because train.max_hours does not allow another step",
+                              EXIT_TIME_UP)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.raised:
-            raise KeyboardInterrupt
-        self.raised = True
-        log.warning("Ctrl-C: finishing this step, then saving; press again to leave at once")
+        name = signal.Signals(number).name
+        if self._signal:
+            raise Interrupted(f"interrupted by {name} for the second time, nothing more was saved", 128 + number)
+        self._signal = number
+        log.warning("%s: finishing this step, then saving; once more ends at once",
+                    "Ctrl-C" if number == signal.SIGINT else name)

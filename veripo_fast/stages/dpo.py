@@ -76,14 +76,14 @@ class PairSource:
     """The pairs of a stage by number, with the prompts that their media come from."""
 
     def __init__(self, session: Session, pairs: Sequence[PreferencePair], prompts: dict[str, Prompt]) -> None:
-        self.loader = session.loader
+        self.session = session
         self.pairs = pairs
         self.prompts = prompts
 
     def load(self, numbers: Sequence[int]) -> list[PairRow]:
         """Pairs with their loaded prompts; those whose media are gone are left out."""
         wanted = {self.pairs[number].prompt_id: self.prompt_of(number) for number in numbers}
-        loaded = {item.prompt.prompt_id: item for item in self.loader.load(list(wanted.values()))}
+        loaded = {item.prompt.prompt_id: item for item in self.session.load(list(wanted.values()))}
         rows = []
         for number in numbers:
             pair = self.pairs[number]
@@ -93,7 +93,7 @@ class PairSource:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Decode the media of the pairs that come next."""
-        self.loader.prefetch([self.prompt_of(number) for number in numbers])
+        self.session.loader.prefetch([self.prompt_of(number) for number in numbers])
 
     def prompt_of(self, number: int) -> Prompt:
         """The prompt of a pair."""
@@ -113,7 +113,8 @@ def verified_pairs(session: Session, stage: StageConfig, config: Config, groups:
         judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
                            lambda: answer_scorer(session.policy, session.loader.load_one))
         result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
-                        encoder.encode_completion, encoder.eos_id, derive_seed(config.seed, stage.name, "pairs"))
+                        encoder.encode_completion, encoder.eos_id, derive_seed(config.seed, stage.name, "pairs"),
+                        check=session.stop_if_asked)
         write_result(folder, result)
     return read_pairs(folder / "pairs.parquet")
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from veripo_kernels import PolicyLoss
@@ -26,7 +28,7 @@ from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session
-from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
+from veripo_fast.types import LoadedPrompt, Media, Prompt, RolloutGroup
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         batch, session.state.position = take(prompts, order, session.state.position, config)
         following, _ = take(prompts, order, session.state.position, config)
         with session.phase("vision"):
-            loaded = session.loader.load(batch)
+            loaded = session.load(batch)
         if step + 1 < config.grpo.steps:
             session.loader.prefetch(following)
         if not loaded and all(prompt in session.loader.bad for prompt in prompts):
@@ -82,7 +84,7 @@ def stage_prompts(session: Session, stage: StageConfig, config: Config) -> list[
     if not earlier or not config.grpo.drop_easy:
         return prompts
     easy = easy_prompts(session.stage_groups(earlier[-1]))
-    dropped = {prompt for prompt in prompts if prompt in easy and _is_dropped(prompt, stage, config)}
+    dropped = {prompt for prompt in prompts if without_folders(prompt) in easy and _is_dropped(prompt, stage, config)}
     log.info("%s: %d of %d prompts had group accuracy 1 in %s; %d of them are left out", stage.name, len(easy),
              len(prompts), earlier[-1], len(dropped))
     kept = [prompt for prompt in prompts if prompt not in dropped]
@@ -97,9 +99,18 @@ def _is_dropped(prompt: Prompt, stage: StageConfig, config: Config) -> bool:
 
 
 def easy_prompts(groups: Sequence[RolloutGroup]) -> set[Prompt]:
-    """Prompts whose latest group was answered right by every completion (VerIPO: group accuracy 1)."""
-    latest = {group.prompt: group for group in groups}
+    """Prompts whose latest group was answered right by every completion (VerIPO: group accuracy 1), without folders."""
+    latest = {without_folders(group.prompt): group for group in groups}
     return {prompt for prompt, group in latest.items() if min(scores_of(group, "accuracy")) == 1}
+
+
+def without_folders(prompt: Prompt) -> Prompt:
+    """The prompt with the names of its media alone: data that moved to another disk hold the same questions."""
+    def part(value: str | Media) -> str | Media:
+        return value if isinstance(value, str) else replace(value, path=Path(value.path).name)
+
+    return replace(prompt, messages=tuple(
+        replace(message, parts=tuple(map(part, message.parts))) for message in prompt.messages))
 
 
 def stage_reference(session: Session) -> Policy:

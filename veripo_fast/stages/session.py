@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,19 +18,23 @@ from typing import Any
 from tqdm import tqdm
 
 from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.data.skipped import Skipped, SkippedLog
+from veripo_fast.errors import DataError
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import Policy, load_policy, save_policy
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.run.checkpoint import latest_checkpoint, save_checkpoint
 from veripo_fast.run.folder import RunDir
+from veripo_fast.run.interrupt import StopRequests
 from veripo_fast.run.memory import HighWater
 from veripo_fast.run.metrics import MetricsLog
+from veripo_fast.stages.media_log import MediaLog
 from veripo_fast.stages.optimizer import Optimizer
-from veripo_fast.types import Prompt, RolloutGroup
+from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +61,19 @@ class Session:
     """One run, at the point where its newest checkpoint left it.
 
     Args:
-        interrupted: whether the user has asked to stop.
+        requests: whether the run was asked to stop.
+        allow_changes: what may differ from the run that is resumed (`start.CHANGES`).
     """
 
-    def __init__(self, config: Config, run: RunDir, metrics: MetricsLog, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, config: Config, run: RunDir, metrics: MetricsLog, requests: StopRequests,
+                 allow_changes: Collection[str] = ()) -> None:
         self.config = config
         self.run = run
         self.metrics = metrics
-        self.interrupted = interrupted
+        self.requests = requests
+        self.allow_changes = allow_changes
         self.skipped = SkippedLog(run.skipped)
+        self.media = MediaLog(run.media, "media" in allow_changes)
         self.checkpoint = latest_checkpoint(run.checkpoints)
         self.state = _read_state(self.checkpoint)
         metrics.truncate_after(self.state.global_step)
@@ -121,7 +129,7 @@ class Session:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def finish_step(self, values: dict[str, float], **shown: float) -> None:
-        """Count the step, write its metrics, then save if it is time or Ctrl-C was pressed.
+        """Count the step, write its metrics, then save if it is time or the run was asked to stop.
 
         In this order a run killed in between resumes before the step and writes the same line again. `shown` stands
         behind the progress bar.
@@ -136,15 +144,15 @@ class Session:
         self._bar.update(1)
         if self.state.step == self._bar.total:
             return
-        if self.state.global_step % self.config.checkpoint.every == 0 or self.interrupted():
+        if self.state.global_step % self.config.checkpoint.every == 0 or self.requests.check():
             with self.phase("checkpoint"):
                 self.save(self._optimizer)
-        self.stop_if_interrupted()
+        self.requests.step_done()
+        self.stop_if_asked()
 
-    def stop_if_interrupted(self) -> None:
-        """Raise KeyboardInterrupt when the user has asked to stop."""
-        if self.interrupted():
-            raise KeyboardInterrupt
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted when the run was asked to stop."""
+        self.requests.stop()
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
@@ -179,12 +187,26 @@ class Session:
         stage, step = self._stage.name, self.state.step
         write_groups(self.run.rollouts(stage, step), groups, stage, step)
 
+    def load(self, prompts: Sequence[Prompt]) -> list[LoadedPrompt]:
+        """Load prompts whose media are still what they were. Raises DataError."""
+        self.media.check(prompts)
+        return self.loader.load(prompts)
+
     def stage_groups(self, name: str) -> list[RolloutGroup]:
-        """All rollouts of an earlier stage, in the order they were made."""
+        """All rollouts of an earlier stage, in the order they were made. Raises DataError when some are gone."""
+        stage = next(stage for stage in self.config.stages if stage.name == name)
+        files = self.run.rollout_files(name)
+        self._check_rollouts(name, len(files), apply_overrides(self.config, stage.set).grpo.steps)
         groups: list[RolloutGroup] = []
-        for path in self.run.rollout_files(name):
+        for path in files:
             groups += read_groups(path)
         return groups
+
+    def _check_rollouts(self, name: str, there: int, expected: int) -> None:
+        if there < expected and "rollouts" not in self.allow_changes:
+            raise DataError(f"{expected - there} of {expected} rollout files of stage {name} are gone from "
+                            f"{self.run.root / 'rollouts' / name}; what follows would learn from the rest. Put them "
+                            "back, or go on with --resume --allow-changes rollouts")
 
     def load_prompts(self, files: tuple[str, ...]) -> list[Prompt]:
         """Prompts of data files; records that cannot be used are named in skipped.jsonl."""

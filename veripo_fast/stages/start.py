@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from veripo_fast.config.describe import to_yaml
+from veripo_fast.config.describe import to_tree, to_yaml
 from veripo_fast.config.load import load_config
 from veripo_fast.config.schema import Config
 from veripo_fast.errors import ConfigError, DataError
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.folder import RunDir
+from veripo_fast.run.inputs import differences, read_inputs, take_inputs, write_inputs
+from veripo_fast.run.lock import NAME as LOCK
 
 log = logging.getLogger(__name__)
+CHANGES = ("config", "data", "media", "model", "rollouts")
+"""What `--allow-changes` can name."""
+HARMLESS = ("cache.", "checkpoint.", "train.", "video.workers", "video.timeout_seconds", "verifier.endpoint_key_env",
+            "verifier.endpoint_concurrency", "verifier.endpoint_timeout_seconds", "verifier.endpoint_retries")
+"""Options that change how long a run takes and what it keeps, never its results."""
 
 
-def open_run(config: Config, resume: bool) -> RunDir:
-    """Make the run folder, or find the one to resume.
+def check_run(config: Config, resume: bool, allow_changes: Collection[str] = ()) -> RunDir:
+    """The run folder, which may not exist yet; nothing is written.
 
     Raises:
         UserError: the folder is taken or holds no run, or the configuration names a file or folder that is not there.
@@ -28,17 +37,34 @@ def open_run(config: Config, resume: bool) -> RunDir:
     run = RunDir(config.run_dir)
     if not config.stages:
         raise ConfigError("stages is empty: the configuration says nothing to train")
-    if resume:
-        if not run.config.is_file():
-            raise ConfigError(f"{run.root} is no run to resume: it has no config.yaml")
-        _warn_of_changes(load_config(run.config), config)
-        _tidy(run)
-    elif not _is_free(run.root):
+    for name in allow_changes:
+        if name not in CHANGES:
+            raise ConfigError(f"--allow-changes takes {', '.join(CHANGES)}, got {name!r}")
+    if resume and not run.config.is_file():
+        raise ConfigError(f"{run.root} is no run to resume: it has no config.yaml")
+    if not resume and not _is_free(run.root):
         raise ConfigError(f"run_dir {run.root} exists already; resume it with --resume or name another folder")
     _check_inputs(config)
-    run.root.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(run.config, to_yaml(config))
     return run
+
+
+def begin_run(run: RunDir, config: Config, resume: bool, allow_changes: Collection[str] = ()) -> None:
+    """Write what the run is made of; called with the folder locked.
+
+    Raises:
+        ConfigError: a resume would go on with other inputs, and they are not allowed.
+    """
+    inputs = take_inputs(_data_files(config), resolve_path(config.model.path))
+    before: dict[str, Any] = {}
+    if resume:
+        before = read_inputs(run.inputs)
+        _compare(load_config(run.config), config, before, inputs, allow_changes)
+        _tidy(run)
+    write_inputs(run.inputs, inputs, before.get("commands", []))
+    if resume and _is_finished(run, config):
+        log.info("%s is finished: its config.yaml stays as it is", run.root)
+        return
+    atomic_write_text(run.config, to_yaml(config))
 
 
 def discard_run(root: Path) -> None:
@@ -52,20 +78,37 @@ def discard_run(root: Path) -> None:
         root.rmdir()
 
 
+def _data_files(config: Config) -> list[str]:
+    stage_files = [file for stage in config.stages for file in stage.data]
+    return [*config.data.train, *config.data.eval, *stage_files]
+
+
 def _check_inputs(config: Config) -> None:
     if not resolve_path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path} is not a folder")
     if any(stage.kind == "grpo" and not stage.data for stage in config.stages) and not config.data.train:
         raise ConfigError("data.train names no files")
-    stage_files = [file for stage in config.stages for file in stage.data]
-    for file in (*config.data.train, *config.data.eval, *stage_files):
+    for file in _data_files(config):
         if not Path(file).exists():
             raise DataError(f"data file {file} does not exist")
 
 
 def _is_free(root: Path) -> bool:
     """Whether nothing is there, or at most what a kill leaves before config.yaml has its name."""
-    return not root.exists() or (root.is_dir() and all(entry.name.startswith(".tmp-") for entry in root.iterdir()))
+    if not root.exists():
+        return True
+    return root.is_dir() and all(entry.name.startswith(".tmp-") or entry.name in (LOCK, "inputs.json")
+                                 for entry in root.iterdir())
+
+
+def _is_finished(run: RunDir, config: Config) -> bool:
+    """Whether the newest checkpoint stands behind the last stage."""
+    try:
+        name = (run.checkpoints / "latest").read_text().strip()
+        state = json.loads((run.checkpoints / name / "trainer" / "state.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(state.get("stage", 0) >= len(config.stages))
 
 
 def _tidy(run: RunDir) -> None:
@@ -75,8 +118,42 @@ def _tidy(run: RunDir) -> None:
             path.unlink()
 
 
-def _warn_of_changes(before: Config, now: Config) -> None:
-    for item in fields(Config):
-        if item.name != "cache" and getattr(before, item.name) != getattr(now, item.name):  # a cache changes no result
-            log.warning("%s differs from the run that is resumed: the result is no longer that of one configuration",
-                        item.name)
+def _compare(old: Config, new: Config, before: dict[str, Any], inputs: dict[str, Any],
+             allow_changes: Collection[str]) -> None:
+    """Name every difference; ConfigError for those that change results and are not allowed."""
+    changes = {"config": changed_options(old, new)}
+    if before:
+        changes |= {kind: differences(before, inputs, kind) for kind in ("data", "model")}
+        for phrase in differences(before, inputs, "versions"):
+            log.warning("%s since this run began: results may differ in their last digits", phrase)
+    else:
+        log.warning("the run that is resumed has no inputs.json: whether its data or model have changed is not known")
+    for kind, phrases in changes.items():
+        if not phrases:
+            continue
+        if kind not in allow_changes:
+            raise ConfigError(f"the run that is resumed was begun with another {kind}: {'; '.join(phrases)}. The "
+                              f"result would be that of no single run; --allow-changes {kind} goes on all the same")
+        log.warning("going on with another %s, as allowed: %s", kind, "; ".join(phrases))
+
+
+def changed_options(old: Config, new: Config) -> list[str]:
+    """Dotted options that differ and change results; stages may be added behind those that were there."""
+    before, now = to_tree(old), to_tree(new)
+    earlier = before.pop("stages")
+    stages = now.pop("stages")[:len(earlier)]
+    changed = [f"{name} was {one!r}, is {other!r}" for name, one, other in _leaves(before, now, "")
+               if name != "run_dir" and not name.startswith(HARMLESS)]
+    return changed + ([] if stages == earlier else ["stages differ"])
+
+
+def _leaves(before: dict[str, Any], now: dict[str, Any], where: str) -> list[tuple[str, Any, Any]]:
+    """(dotted name, value before, value now) of every leaf that differs."""
+    found = []
+    for name, value in now.items():
+        one = before.get(name)
+        if isinstance(value, dict) and isinstance(one, dict):
+            found += _leaves(one, value, f"{where}{name}.")
+        elif one != value:
+            found.append((f"{where}{name}", one, value))
+    return found

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +26,8 @@ from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, compa
 Item: TypeAlias = tuple[Prompt, str]
 """A prompt and a think span."""
 
+_WAKE_SECONDS = 0.5
+"""How often the caller is asked whether to go on while no reply comes."""
 _REFUSED_IN_A_ROW = 32
 _NONE = frozenset(("", "none", "null", "n/a", "no conclusion", "several", "unclear"))
 _SYSTEM = ("You are given a question and somebody's reasoning about it. You report where that reasoning ends up. You "
@@ -137,22 +139,28 @@ class EndpointJudge:
         progress(sum(items[item] for item in known))
         new = [item for item in items if item not in known]
         if new:
-            for item, answer in self._ask_all(new, _Failures(self._config, len(items))):
+            for item, answer in self._ask_all(new, _Failures(self._config, len(items)), progress):
                 progress(items[item])
                 if not isinstance(answer, NoReply):
                     self._cache.add(keys[item], answer)
                     known[item] = answer
         return known
 
-    def _ask_all(self, items: list[Item], failures: _Failures) -> Iterator[tuple[Item, str | NoReply | None]]:
+    def _ask_all(self, items: list[Item], failures: _Failures, progress: Progress
+                 ) -> Iterator[tuple[Item, str | NoReply | None]]:
+        """Answers as they come; `progress(0)` is called while none does, so that a caller can stop the waiting."""
         client = EndpointClient(self._config, self._backoff_seconds)
         pool = ThreadPoolExecutor(self._config.endpoint_concurrency, thread_name_prefix="judge")
         try:
             futures = {pool.submit(_ask, client, *item): item for item in items}
-            for future in as_completed(futures):
-                answer = future.result()
-                failures.count(answer)
-                yield futures[future], answer
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=_WAKE_SECONDS, return_when=FIRST_COMPLETED)
+                progress(0)
+                for future in done:
+                    answer = future.result()
+                    failures.count(answer)
+                    yield futures[future], answer
         finally:
             client.stop()
             pool.shutdown(cancel_futures=True)

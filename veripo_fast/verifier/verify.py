@@ -49,7 +49,8 @@ def make_judge(config: VerifierConfig, cache_path: Path | None = None,
 
 
 def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, count_tokens: Callable[[str], int],
-           encode: Encode, eos_id: int, seed: int, progress: bool = True) -> VerifierResult:
+           encode: Encode, eos_id: int, seed: int, progress: bool = True,
+           check: Callable[[], None] = lambda: None) -> VerifierResult:
     """Judge every distinct completion once, run the checks, build the pairs.
 
     Args:
@@ -57,6 +58,7 @@ def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, cou
         count_tokens: tokens of a text, for the length check.
         encode: text to token ids without special tokens, for assembled sides of pairs.
         progress: show a bar when standard error is a terminal.
+        check: called again and again while a judge works; what it raises ends the judging, verdicts kept so far stay.
 
     Raises:
         JudgeError: the judge cannot give (enough) verdicts.
@@ -65,6 +67,7 @@ def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, cou
     with tqdm(total=total, desc="verifier", unit="completion", disable=None if progress else True) as bar:
         def advance(count: int) -> None:
             bar.update(count)
+            check()
 
         judgements = judge_distinct(judge, groups, advance)
     verdicts = [check_group(group, row, config, count_tokens) for group, row in zip(groups, judgements, strict=True)]
