@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.children import PATIENCE_SECONDS, start
+from tests.support.children import PATIENCE_SECONDS, start
 from veripo_fast.errors import ConfigError
 from veripo_fast.run import lock
 from veripo_fast.run.lock import RunLock
@@ -29,7 +29,7 @@ def holder(tmp_path):
     """A process that holds the lock of tmp_path."""
     import sys
 
-    from conftest import PYTHONPATH
+    from tests.support.paths import PYTHONPATH
 
     process = start(sys.executable, "-c", HOLD, tmp_path, str(PATIENCE_SECONDS),
                     env={**os.environ, "PYTHONPATH": PYTHONPATH})

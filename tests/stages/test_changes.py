@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-import runs
 
+from tests.support import runs
 from veripo_fast.config.describe import to_yaml
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import read_records
