@@ -155,7 +155,8 @@ def test_gather_logprobs(impl: str, dtype: torch.dtype, silent: str, rows: int) 
 def test_linear_logprobs(impl: str, dtype: torch.dtype, silent: str, rows: int) -> None:
     usable(impl)
     slopes = silenced(rand(rows, seed=1), silent)
-    cases = [("", False, False, None), ("", True, True, 5.0), ("head", False, True, None), ("hidden", False, False, None)]
+    cases = [("", False, False, None), ("", True, True, 5.0), ("head", False, True, None),
+             ("hidden", False, False, None)]
     for frozen, entropy, biased, softcap in cases:
         def run(frozen: str = frozen, entropy: bool = entropy, biased: bool = biased, softcap: float | None = softcap
                 ) -> Any:
