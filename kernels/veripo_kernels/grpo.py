@@ -186,12 +186,22 @@ def check_packed(policy_logprobs: torch.Tensor, cu_seqlens: torch.Tensor, tokens
         raise ValueError(f"cu_seqlens must be int32 or int64 of shape [S + 1], got {cu_seqlens.dtype} "
                          f"{list(cu_seqlens.shape)}")
     check_device("cu_seqlens", cu_seqlens, policy_logprobs)
+    check_bounds(cu_seqlens, len(policy_logprobs))
     for name, value in tokens.items():
         if value is None:
             continue
         if value.shape != policy_logprobs.shape:
             raise ValueError(f"{name} must have shape {list(policy_logprobs.shape)}, got {list(value.shape)}")
         check_device(name, value, policy_logprobs)
+
+
+def check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """cu_seqlens runs from 0 to M. Only where it can be seen at once: a GPU would have to be waited for."""
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if (first, last) != (0, tokens):
+        raise ValueError(f"cu_seqlens must run from 0 to {tokens}, the number of tokens, got {first} to {last}")
 
 
 def check_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:

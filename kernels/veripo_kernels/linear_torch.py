@@ -127,7 +127,8 @@ class _Online:
 
 
 def statistics(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, *, entropy: bool) -> Statistics:
-    """One pass over the head; `entropy` False leaves that field meaningless. hidden [T, D], token_ids int64 [T]."""
+    """One pass over the head; `entropy` False leaves that field meaningless, though not unwritten. hidden [T, D],
+    token_ids int64 [T]."""
     parts, buffer = [], _buffer(len(hidden), head, product_dtype(hidden))
     for run in _runs(len(hidden)):
         rows = hidden[run].to(product_dtype(hidden))
@@ -215,9 +216,12 @@ def gradients(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, found: 
     Logits are computed again (three products with the two gradients), for the rows with a slope only.
     """
     rows = live_rows(slopes, entropy_slopes)
+    if not len(rows):  # the first run of rows writes what is made empty below, and there is none
+        return Gradients(*(torch.zeros_like(part) if need and part is not None else None
+                           for part, need in zip((hidden, head.weight, head.bias), needs, strict=True)))
     dtype = product_dtype(hidden)
     dhidden = torch.zeros(len(rows), hidden.shape[1], dtype=dtype, device=hidden.device)
-    dweight = (torch.empty_like if len(rows) else torch.zeros_like)(head.weight) if needs[1] else None
+    dweight = torch.empty_like(head.weight) if needs[1] else None
     dbias = None if head.bias is None or not needs[2] else torch.empty_like(head.bias)
     ids, logsumexp, entropy, slopes = token_ids[rows], found.logsumexp[rows], found.entropy[rows], slopes[rows]
     entropy_slopes = None if entropy_slopes is None else entropy_slopes[rows]

@@ -85,9 +85,13 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, kind: Ad
 
 
 def sequence_index(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
-    """int64 [M]: the completion that owns each of `tokens` packed tokens."""
-    lengths = cu_seqlens.diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens)
+    """int64 [M]: the completion that owns each of `tokens` packed tokens.
+
+    A token behind the last completion gets S, which no index is; repeat_interleave leaves it unwritten on a GPU.
+    """
+    ends = cu_seqlens[1:].to(torch.int64)
+    marks = torch.zeros(tokens + 1, dtype=torch.int64, device=ends.device).index_add(0, ends, torch.ones_like(ends))
+    return marks[:tokens].cumsum(0)
 
 
 def sequence_sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

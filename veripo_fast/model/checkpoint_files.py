@@ -26,6 +26,29 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
 
 
+def refuse_windows(folder: Path, config: Any) -> None:
+    """A packed row lets each token see its whole prompt and completion: CheckpointError for layers that must not.
+
+    transformers 5 says it per layer (`layer_types`, made of use_sliding_window, sliding_window and max_window_layers).
+    A window that no sequence of the model can leave (max_position_embeddings) takes nothing away.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if getattr(text, "use_sliding_window", None) else "full_attention"]
+    window, longest = getattr(text, "sliding_window", None), text.max_position_embeddings
+    windowed = "sliding_attention" in kinds and (window is None or window < longest)
+    if windowed:
+        raise CheckpointError(
+            f"{folder} cannot be trained with use_sliding_window: its layers see {window} tokens and its sequences may "
+            f"have {longest} (max_position_embeddings); set use_sliding_window to false in config.json if all of yours "
+            "are shorter than the window")
+    others = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if others:
+        raise CheckpointError(f"{folder} has layers of the kind {others[0]!r} (layer_types in config.json); "
+                              "veripo trains full_attention")
+
+
 def load_weights(model_class: Any, folder: Path, dtype: str) -> Any:
     """`model_class.from_pretrained(folder)`, with every weight that it needs, or CheckpointError."""
     for name in weight_files(folder):

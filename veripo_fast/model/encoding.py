@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import CheckpointError, DataError
-from veripo_fast.model.positions import GridSpan, TextSpan, grid_times, mrope_positions
+from veripo_fast.model.positions import GridSpan, TextSpan, grid_times, mrope_positions, seconds_per_grid
 from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Prompt, Video
 from veripo_fast.video.buffers import room
 from veripo_fast.video.decode import decode, decode_image
@@ -143,7 +142,7 @@ class PromptEncoder:
         seconds = media.grid_seconds[index]
         if kind == "image" or self.config.model_type == "qwen2_5_vl":
             times = (0,) if kind == "image" else grid_times(
-                grids, _seconds_per_grid(seconds), self.config.vision_config.tokens_per_second)
+                grids, seconds_per_grid(seconds), self.config.vision_config.tokens_per_second)
             self._append_text(ids, spans, before)
             self._append_grid(ids, spans, GridSpan(times, height, width), kind)
             return
@@ -226,15 +225,9 @@ def decode_frames(media: Sequence[Media], contract: VideoConfig, factor: int, de
 
 def _grid_seconds(pts: torch.Tensor, pair: int) -> tuple[float, ...]:
     """Mean time of each group of `pair` frames; an odd end repeats its last frame, as the patches do."""
-    times = pts.tolist()
+    times = pts.double().tolist()
     times += [times[-1]] * (-len(times) % pair)
     return tuple(sum(times[i:i + pair]) / pair for i in range(0, len(times), pair))
-
-
-def _seconds_per_grid(seconds: tuple[float, ...]) -> float:
-    """Mean spacing of the temporal grids; 1 second when there is only one."""
-    gaps = [after - before for before, after in pairwise(seconds)]
-    return sum(gaps) / len(gaps) if gaps else 1.0
 
 
 def _vision_spec(path: Path, config: Any) -> VisionSpec:

@@ -16,7 +16,13 @@ from transformers import AutoModelForImageTextToText
 
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.model.attention import AttentionShape, implementation, select
-from veripo_fast.model.checkpoint_files import PROCESSOR_FILES, load_weights, resolve_device, resolve_path
+from veripo_fast.model.checkpoint_files import (
+    PROCESSOR_FILES,
+    load_weights,
+    refuse_windows,
+    resolve_device,
+    resolve_path,
+)
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.liger import apply_liger
 from veripo_fast.model.packing import PackedBatch
@@ -78,10 +84,12 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
     """Load a checkpoint folder (`path` instead of `config.path` when a run continues from its own).
 
     Raises:
-        CheckpointError: no such folder, another architecture, or a missing or damaged weight file, by name.
+        CheckpointError: no such folder, another architecture, a sliding window, or a missing or damaged weight file, by
+            name.
     """
     folder = path or resolve_path(config.path)
     encoder = PromptEncoder(folder)
+    refuse_windows(folder, encoder.config)
     model = load_weights(AutoModelForImageTextToText, folder, config.dtype)
     torch.nn.Module.to(model, resolve_device(config.device))
     if config.gradient_checkpointing:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from veripo_kernels.jit import Sm90Case
 from veripo_kernels.jit.formulas import preference_loss
-from veripo_kernels.jit.grpo import COUNT_ROW, ROWS, load_kept, load_mask, reduce, sm90_case
+from veripo_kernels.jit.grpo import COUNT_ROW, ROWS, clear_outside, load_kept, load_mask, reduce, sm90_case
 
 BLOCK = 512
 NUM_WARPS = 4
@@ -73,10 +73,10 @@ def _write_slopes(slopes, loss_mask, start, end, shorter, tail_weight, slope, pl
         tl.store(slopes + at, slope * weight + plain_slope * mask, mask=at < end)
 
 
-@triton.jit(do_not_specialize=["pairs"],
+@triton.jit(do_not_specialize=["pairs", "tokens"],
             do_not_specialize_on_alignment=["policy_logprobs", "ref_logprobs", "cu_seqlens", "loss_mask"])
-def forward_kernel(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes, sums, pairs, dpo_beta, smoothing,
-                   tail_weight, nll_coef, KIND: tl.constexpr, NORMALIZE: tl.constexpr, LD: tl.constexpr,
+def forward_kernel(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes, sums, pairs, tokens, dpo_beta,
+                   smoothing, tail_weight, nll_coef, KIND: tl.constexpr, NORMALIZE: tl.constexpr, LD: tl.constexpr,
                    REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """Slopes [M] of one pair and its column of sums [8, B]: loss, accuracy, margin, two means, drift."""
     pair = tl.program_id(0).to(tl.int64)
@@ -109,6 +109,7 @@ def forward_kernel(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes,
     _write_slopes(slopes, loss_mask, start, middle, shorter, tail_weight, chosen_slope, -nll_coef * chosen_share, LD,
                   BLOCK)
     _write_slopes(slopes, loss_mask, middle, end, shorter, tail_weight, rejected_slope, 0.0, LD, BLOCK)
+    clear_outside(slopes, start, end, pair, pairs, tokens, BLOCK)
 
     margin = dpo_beta * (up - down)
     column = sums + pair
@@ -130,19 +131,20 @@ def forward(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlen
         numbers: dpo_beta, label smoothing, weight of the tail, weight of the negative log-prob. scale: 1 / pairs.
     """
     pairs = len(cu_seqlens) // 2
-    slopes = policy_logprobs.new_empty(len(policy_logprobs), dtype=torch.float32)
+    new = policy_logprobs.new_empty if pairs else policy_logprobs.new_zeros
+    slopes = new(len(policy_logprobs), dtype=torch.float32)
     sums = policy_logprobs.new_empty(ROWS, pairs, dtype=torch.float32)
     with torch.cuda.device_of(policy_logprobs):
         if pairs:
             forward_kernel[(pairs,)](
-                policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes, sums, pairs, *numbers, KIND=kind,
-                NORMALIZE=normalize, LD=numbers[2] != 1, REF_TOKENS=ref_logprobs.dim() == 1, BLOCK=BLOCK,
-                num_warps=NUM_WARPS)
+                policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes, sums, pairs,
+                len(policy_logprobs), *numbers, KIND=kind, NORMALIZE=normalize, LD=numbers[2] != 1,
+                REF_TOKENS=ref_logprobs.dim() == 1, BLOCK=BLOCK, num_warps=NUM_WARPS)
         return *reduce(sums, COUNT_ROW, scale), slopes
 
 
 def _case(kind: str, *, dtype: str = "fp32", tokens: bool = True, ld: bool = False, **absent: None) -> Sm90Case:
-    types = {"pairs": "i32", "ref_logprobs": f"*{dtype}", **dict.fromkeys(
+    types = {"pairs": "i32", "tokens": "i32", "ref_logprobs": f"*{dtype}", **dict.fromkeys(
         ("dpo_beta", "smoothing", "tail_weight", "nll_coef"), "fp32")}
     name = f"{kind}_{dtype}{'' if tokens else '_sums'}{'_ld' * ld}"
     return sm90_case(name, forward_kernel, {"KIND": kind, "NORMALIZE": kind == "ipo", "LD": ld, "REF_TOKENS": tokens,

@@ -54,6 +54,19 @@ def load_mask(loss_mask, at, inside):
 
 
 @triton.jit
+def clear_outside(slopes, start, end, number, programs, tokens, BLOCK: tl.constexpr):
+    """Zeros before the first and behind the last completion, whose program this is: or nobody would write there."""
+    if number == 0:
+        for offset in range(0, start, BLOCK):
+            at = offset + tl.arange(0, BLOCK)
+            tl.store(slopes + at, tl.zeros([BLOCK], tl.float32), mask=at < start)
+    if number == programs - 1:
+        for offset in range(end, tokens, BLOCK):
+            at = offset + tl.arange(0, BLOCK)
+            tl.store(slopes + at, tl.zeros([BLOCK], tl.float32), mask=at < tokens)
+
+
+@triton.jit
 def _load_pair(policy_logprobs, old_logprobs, at, kept):
     """Log-probs of the policy and of the old policy, which is the policy where none is given."""
     policy = load_kept(policy_logprobs, at, kept)
@@ -94,10 +107,10 @@ def _engine_gap(old, rollout_logprobs, at, kept):
     return tl.where(gap == gap, gap, 0.0)
 
 
-@triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=_TENSORS)
+@triton.jit(do_not_specialize=["sequences", "tokens"], do_not_specialize_on_alignment=_TENSORS)
 def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs, rollout_logprobs,
-                   entropy, slopes, entropy_slopes, sums, sequences, clip_low, clip_high, dual_clip, log_low, log_high,
-                   temperature_pos, temperature_neg, kl_coef, floor, cap, entropy_coef,
+                   entropy, slopes, entropy_slopes, sums, sequences, tokens, clip_low, clip_high, dual_clip, log_low,
+                   log_high, temperature_pos, temperature_neg, kl_coef, floor, cap, entropy_coef,
                    SURROGATE: tl.constexpr, PER_SEQUENCE: tl.constexpr, KL: tl.constexpr, LEVEL: tl.constexpr,
                    WEIGHT: tl.constexpr, TOKEN_ADVANTAGES: tl.constexpr, BLOCK: tl.constexpr):
     """Slopes [M] of one completion and its column of sums [8, S]; PER_SEQUENCE divides both by its token count."""
@@ -203,6 +216,10 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
                 slope += kl_coef * kl_slope
             tl.store(slopes + at, tl.where(kept, mask * share * slope, 0.0), mask=inside)
 
+    clear_outside(slopes, start, end, number, sequences, tokens, BLOCK)
+    if entropy_slopes is not None:
+        clear_outside(entropy_slopes, start, end, number, sequences, tokens, BLOCK)
+
     column = sums + number
     stride = sequences.to(tl.int64)
     tl.store(column, share * tl.sum(losses, 0))
@@ -278,14 +295,16 @@ def forward(tensors: tuple[torch.Tensor | None, ...], kinds: list[str], numbers:
     policy, advantages, cu_seqlens = tensors[0], tensors[2], tensors[3]
     assert policy is not None and advantages is not None and cu_seqlens is not None
     sequences = len(cu_seqlens) - 1
-    slopes = policy.new_empty(len(policy), dtype=torch.float32)
-    entropy_slopes = policy.new_empty(len(policy) if entropy_slope else 0, dtype=torch.float32)
+    new = policy.new_empty if sequences else policy.new_zeros
+    slopes = new(len(policy), dtype=torch.float32)
+    entropy_slopes = new(len(policy) if entropy_slope else 0, dtype=torch.float32)
     sums = policy.new_empty(ROWS, sequences, dtype=torch.float32)
     surrogate, weighting, kl, level, treatment = kinds
     with torch.cuda.device_of(policy):
         if sequences:
             forward_kernel[(sequences,)](
-                *tensors, slopes, entropy_slopes if entropy_slope else None, sums, sequences, *numbers,
+                *tensors, slopes, entropy_slopes if entropy_slope else None, sums, sequences, len(policy),
+                *numbers,
                 SURROGATE=surrogate, PER_SEQUENCE=weighting == "sequence", KL=kl, LEVEL=level, WEIGHT=treatment,
                 TOKEN_ADVANTAGES=advantages.shape == policy.shape, BLOCK=BLOCK, num_warps=NUM_WARPS)
         return *reduce(sums, ROWS, scale), slopes, entropy_slopes

@@ -219,6 +219,8 @@ def combine(maximum, others, moment, target, offset, logprobs, entropy, logsumex
     if ENTROPY:
         weighted += tl.where(own > 0.0, own * (mine - peak), 0.0)
         tl.store(entropy + r, tl.log(everything) - weighted / everything, mask=here)
+    else:
+        tl.store(entropy + r, tl.zeros_like(everything), mask=here)
     if KEEP:
         guess = tl.load(offset + r, mask=here, other=0.0)
         final = tl.where(lse - guess > _ROOM, lse - _LIFT, guess)
