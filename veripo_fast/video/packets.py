@@ -22,7 +22,8 @@ from av.video.stream import VideoStream
 from veripo_fast.data.archives import ffmpeg_source, locate
 from veripo_fast.errors import MediaError
 from veripo_fast.video.deadline import check_deadline
-from veripo_fast.video.units import Units, length_bytes, read_units
+from veripo_fast.video.entries import HEAD_BYTES, begins, entry_reader
+from veripo_fast.video.units import UNIT_CODECS, Units, length_bytes, read_units
 
 KEPT_BYTES = 64 << 20
 """Packets of a file beyond that many are read again for decoding: four minutes of 2 Mbit/s."""
@@ -44,6 +45,8 @@ class PacketFacts(NamedTuple):
     """None where the packet is not written as units with their lengths, or they do not add up."""
     damaged: bool
     """The container says so, or its units do not add up."""
+    entry: bool | None = None
+    """Whether it is called a key frame and its own first bytes say so too; None where they tell nothing."""
 
 
 class KeptPackets(NamedTuple):
@@ -118,6 +121,7 @@ def read_packets(path: str, container: InputContainer, stream: VideoStream, dead
     The packets themselves are put into `kept`, unless they are more than KEPT_BYTES: then it is left empty.
     """
     codec, prefix = stream.codec_context.name, length_bytes(stream.codec_context)
+    reader = entry_reader(stream.codec_context)
     facts, nbytes = [], 0
     for packet in _packets(path, container, stream):
         check_deadline(path, deadline)
@@ -129,9 +133,14 @@ def read_packets(path: str, container: InputContainer, stream: VideoStream, dead
                 kept = None
         if packet.size:
             units = read_units(memoryview(packet), prefix, codec) if prefix else None
-            corrupt = packet.is_corrupt
-            facts.append(PacketFacts(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, corrupt,
-                                     units, corrupt or (prefix > 0 and units is None)))
+            corrupt, key = packet.is_corrupt, packet.is_keyframe
+            entry = None
+            if prefix:
+                entry = key and units is not None and units.entry
+            elif reader is not None:
+                entry = key and reader(bytes(memoryview(packet)[:HEAD_BYTES]))
+            facts.append(PacketFacts(packet.pts, packet.duration or 0, key, packet.is_discard, corrupt,
+                                     units, corrupt or (prefix > 0 and units is None), entry))
     return facts
 
 
@@ -141,11 +150,14 @@ def decoded_frames(path: str, container: InputContainer, stream: VideoStream, de
     """Good frames in presentation order: all of them, or those of some runs of packets (see Timeline.runs).
 
     `kept` are the packets of the stream, where they have been read already. Damaged packets are left out, and with them
-    every frame up to the next key frame, because it may refer to what is missing.
+    every frame up to the next key frame, because it may refer to what is missing. So are frames before the first key
+    frame of a run, whatever the container says; FFmpeg does that itself for H.264 and HEVC, intra refresh included.
     """
     wanted = iter(runs if runs is not None else [range(1 << 62)])
     run, number = next(wanted, range(0)), -1
-    damaged = False
+    codec = stream.codec_context.codec
+    unsure = codec.canonical_name not in UNIT_CODECS and not codec.intra_only
+    damaged = unsure
     for packet in _packets(path, container, stream) if kept is None else kept:
         check_deadline(path, deadline)
         number += packet.size > 0
@@ -159,11 +171,12 @@ def decoded_frames(path: str, container: InputContainer, stream: VideoStream, de
                 damaged = True
                 continue
             for frame in frames:
-                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+                damaged = frame.is_corrupt or (damaged and not begins(frame, codec.canonical_name))
                 if not damaged:
                     yield frame
         if ends:
             stream.codec_context.flush_buffers()
+            damaged = damaged or unsure
             following = next(wanted, None)
             if following is None:
                 return

@@ -15,7 +15,6 @@ from av.video.stream import VideoStream
 
 from veripo_fast.errors import MediaError
 from veripo_fast.video.packets import PacketFacts, decoded_frames, open_video, read_packets
-from veripo_fast.video.units import length_bytes
 
 LOST_SECONDS, LOST_SHARE = 0.5, 0.02
 """A file may lack so much at its end (the larger of the two) before it counts as truncated: headers round."""
@@ -114,10 +113,9 @@ def timeline_of(path: str, container: InputContainer, stream: VideoStream, packe
     keys, seconds, end, has_stamps = _times(path, stream, shown)
     numbers = {packet.stamp: number for number, packet in enumerate(packets)}
     stamped = has_stamps and len(numbers) == len(packets)
-    trusted = length_bytes(stream.codec_context) > 0 or stream.codec_context.name not in ("h264", "hevc")
+    lies = any(map(_lies, packets))
     key_packets = sorted((packet.stamp, number) for number, packet in enumerate(packets)
-                         if packet.key and packet.stamp is not None and (
-                             packet.units.entry if packet.units else trusted)) if stamped else []
+                         if packet.stamp is not None and _is_entry(packet, lies)) if stamped else []
     top = max((packet.units.layer for packet in packets if packet.units), default=0)
     return Timeline(
         seconds, keys, has_stamps, end, _promised(stream), _stream(container, stream),
@@ -131,9 +129,22 @@ def timeline_of(path: str, container: InputContainer, stream: VideoStream, packe
 def _trouble(packets: Sequence[PacketFacts]) -> str | None:
     if any(packet.damaged for packet in packets):
         return "packets in it are damaged"
-    if any(packet.key and packet.units and not packet.units.entry for packet in packets):
-        return "it calls frames key frames that refer to others (intra refresh)"
+    if any(map(_lies, packets)):
+        return "it calls frames key frames that refer to others"
+    if any(packet.entry is None for packet in packets):
+        return "its packets do not tell where decoding may begin"
+    if packets and not packets[0].entry:
+        return "it does not begin with a key frame"
     return None
+
+
+def _lies(packet: PacketFacts) -> bool:
+    """Whether the container calls it a key frame, and its content says that it is none."""
+    return packet.key and packet.entry is False and not packet.damaged
+
+
+def _is_entry(packet: PacketFacts, lies: bool) -> bool:
+    return bool(packet.entry) and not (lies and packet.units and not packet.units.sure_entry)
 
 
 def scan_decoded(path: str, deadline: float) -> Timeline:
