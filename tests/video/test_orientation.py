@@ -59,7 +59,8 @@ def shown(stored: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("name", MATRICES)
 def test_a_picture_is_shown_as_its_matrix_says(tmp_path: Path, name: str, codec: str, decoder: str) -> None:
     contract = replace(FOUR, decoder=decoder)
-    plain = decode(Video(str(clip_with(tmp_path / "plain.mp4", MATRICES["upright"], codec))), contract, 12, device="cpu")
+    upright = clip_with(tmp_path / "plain.mp4", MATRICES["upright"], codec)
+    plain = decode(Video(str(upright)), contract, 12, device="cpu")
     turned = decode(Video(str(clip_with(tmp_path / "turned.mp4", MATRICES[name], codec))), contract, 12, device="cpu")
     for before, after in zip(plain.pixels, turned.pixels, strict=True):
         expected = shown(before.permute(1, 2, 0).numpy(), MATRICES[name]).astype(int)

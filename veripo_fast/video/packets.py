@@ -29,6 +29,14 @@ KEPT_BYTES = 64 << 20
 """Packets of a file beyond that many are read again for decoding: four minutes of 2 Mbit/s."""
 
 
+FORMATS = ("3gp,3g2,mov,mp4,m4a,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,asf,asf_o,ogg,h264,hevc,h263,obu,ivf,"
+           "av1,vc1,mjpeg,gif,rm,nut,mxf,dv,wtv,yuv4mpegpipe")
+"""FFmpeg's containers of video. Not in it: playlists (hls, dash, concat) that lead to other files and hosts, texts and
+pictures, which FFmpeg shows as videos, and devices."""
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]")
+_OPEN = {"protocol_whitelist": "file,subfile", "format_whitelist": FORMATS}
+
+
 class PacketFacts(NamedTuple):
     """What a packet with content says of itself."""
 
@@ -96,10 +104,12 @@ def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its best video stream, decoded on one thread; MediaError when there is none."""
     head = check_file(path)
     try:
-        container = av.open(ffmpeg_source(path))
+        container = av.open(ffmpeg_source(path), container_options=_OPEN)
     except (av.FFmpegError, UnicodeError, ValueError) as error:
         if head[4:8] == b"ftyp":
             raise MediaError(_no_index(path)) from error
+        if head.startswith(_PLAYLISTS):
+            raise MediaError(f"{path} is a playlist that names other files, not a video") from error
         raise MediaError(f"{path} is not a video that FFmpeg can open ({_words(error)})") from error
     with container:
         if head[4:8] == b"ftyp" and not container.streams:
