@@ -1,9 +1,11 @@
-"""A path is a file and nothing else: FFmpeg is never led to another host, protocol or file by what a path or a file says.
+"""A path is a file and nothing else: neither a path nor a file leads FFmpeg to another host, protocol or file.
 
 A server on 127.0.0.1 holds a good clip, and no test may make it see a request.
 """
 
 import http.server
+import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 from PIL import Image as PilImage
 
 from tests import clips
-from veripo_fast.config.inputs import VideoConfig
+from veripo_fast.config.inputs import DataConfig, VideoConfig
+from veripo_fast.data.prompts import read_prompts
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
 from veripo_fast.video.decode import decode
@@ -97,7 +100,7 @@ def test_playlists_lead_nowhere(tmp_path: Path, server: Server, monkeypatch: pyt
     for name, text in lists.items():
         path = tmp_path / f"{name}.mp4"
         path.write_text(text)
-        with pytest.raises(MediaError, match="is a playlist that names other files|not a video that FFmpeg can open"):
+        with pytest.raises(MediaError, match=r"is a playlist that names other files|not a video that FFmpeg can open"):
             decode(Video(str(path)), contract(decoder), 28, device="cpu")
     assert server.requests == []
 
@@ -109,3 +112,34 @@ def test_texts_and_pictures_are_no_videos(tmp_path: Path) -> None:
     for name in ("notes.txt", "art.nfo", "still.png"):
         with pytest.raises(MediaError, match="is not a video that FFmpeg can open"):
             decode(Video(str(tmp_path / name)), contract("auto"), 28)
+
+
+# -- data.confine ------------------------------------------------------------------------------------------------------
+
+
+def test_confined_media_lie_inside_the_data_root(tmp_path: Path) -> None:
+    """Records that lead out of it, symbolic links included, are skipped by name; without the option they are taken."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (root / "in").mkdir(parents=True)
+    outside.mkdir()
+    clips.make_clip(outside / "secret.mp4", frames=4)
+    clips.make_clip(root / "in" / "good.mp4", frames=4)
+    (root / "link.mp4").symlink_to(outside / "secret.mp4")
+    (root / "folder").symlink_to(outside)
+    (root / "inner.mp4").symlink_to(root / "in" / "good.mp4")
+    with tarfile.open(outside / "shard.tar", "w") as tar:
+        tar.add(outside / "secret.mp4", "a.mp4")
+    (root / "shard.tar").symlink_to(outside / "shard.tar")
+    good = ["in/good.mp4", "inner.mp4", str(root / "in" / "good.mp4"), "in/../in/good.mp4"]
+    bad = ["link.mp4", "folder/secret.mp4", "../outside/secret.mp4", str(outside / "secret.mp4"), "shard.tar/a.mp4",
+           f"file://{outside}/secret.mp4"]
+    data = root / "data.jsonl"
+    data.write_text("".join(json.dumps({"problem": "How many?", "solution": "<answer>1</answer>", "data_type": "video",
+                                        "problem_type": "numerical", "path": name}) + "\n" for name in [*good, *bad]))
+    prompts, skipped = read_prompts([str(data)], DataConfig(confine=True))
+    assert (len(prompts), len(skipped)) == (len(good), len(bad))
+    assert all("outside" in item.reason and "data.confine" in item.reason for item in skipped)
+    prompts, skipped = read_prompts([str(data)], DataConfig())
+    assert (len(prompts), len(skipped)) == (len(good) + len(bad), 0)
+    (tmp_path / "alias").symlink_to(root)  # the root itself may be reached through a link
+    assert len(read_prompts([str(tmp_path / "alias" / "data.jsonl")], DataConfig(confine=True))[0]) == len(good)

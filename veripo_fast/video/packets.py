@@ -29,10 +29,20 @@ KEPT_BYTES = 64 << 20
 """Packets of a file beyond that many are read again for decoding: four minutes of 2 Mbit/s."""
 
 
-FORMATS = ("3gp,3g2,mov,mp4,m4a,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,asf,asf_o,ogg,h264,hevc,h263,obu,ivf,"
-           "av1,vc1,mjpeg,gif,rm,nut,mxf,dv,wtv,yuv4mpegpipe")
+FORMATS = ("3gp,3g2,mov,mp4,m4a,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,asf,asf_o,ogg,h264,hevc,h263,"
+           "obu,ivf,av1,vc1,mjpeg,gif,rm,nut,mxf,dv,wtv,yuv4mpegpipe")
 """FFmpeg's containers of video. Not in it: playlists (hls, dash, concat) that lead to other files and hosts, texts and
 pictures, which FFmpeg shows as videos, and devices."""
+_NO_MEDIA = {
+    b"version https://git-lfs.github.com/spec/": "is a Git LFS pointer, not the file itself: run `git lfs pull`",
+    b"PK\x03\x04": "is a zip archive, not a media file: unpack it", b"Rar!": "is a rar archive, not a media file: unpack it",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z archive, not a media file: unpack it",
+    b"\x1f\x8b": "is compressed (gzip), not a media file: unpack it",
+    b"\xfd7zXZ": "is compressed (xz), not a media file: unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd), not a media file: unpack it",
+    b"Salted__": "is encrypted (openssl): decrypt it first", b"-----BEGIN PGP": "is encrypted (PGP): decrypt it first",
+    b"age-encryption.org/": "is encrypted (age): decrypt it first"}
+"""First bytes of what stands in a medium's place -> what it is and what to do."""
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]")
 _OPEN = {"protocol_whitelist": "file,subfile", "format_whitelist": FORMATS}
 
@@ -86,6 +96,9 @@ def check_file(path: str) -> bytes:
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         raise MediaError(f"{path} is a web page (HTML or XML), not a media file; its download probably failed")
+    for magic, reason in _NO_MEDIA.items():
+        if head.startswith(magic):
+            raise MediaError(f"{path} {reason}")
     return head
 
 
@@ -110,6 +123,9 @@ def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise MediaError(_no_index(path)) from error
         if head.startswith(_PLAYLISTS):
             raise MediaError(f"{path} is a playlist that names other files, not a video") from error
+        if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+            raise MediaError(f"{path} is a WebP picture or animation, which FFmpeg does not decode as a video: "
+                             "make it an mp4") from error
         raise MediaError(f"{path} is not a video that FFmpeg can open ({_words(error)})") from error
     with container:
         if head[4:8] == b"ftyp" and not container.streams:
@@ -118,6 +134,8 @@ def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
             kinds = {"a cover picture" if other is stream else str(other.type) for other in container.streams}
             raise MediaError(f"{path} has no video stream (it holds {', '.join(sorted(kinds)) or 'nothing'})")
+        if stream.codec_context is not None and stream.codec_context.codec_tag == "encv":
+            raise MediaError(f"{path} is encrypted (its video is stored as encv): decrypt it first")
         if stream.codec_context is None:
             raise MediaError(f"{path} holds video in a format that this FFmpeg cannot decode")
         stream.codec_context.thread_count = 1

@@ -118,7 +118,7 @@ def timeline_of(path: str, container: InputContainer, stream: VideoStream, packe
                          if packet.stamp is not None and _is_entry(packet, lies)) if stamped else []
     top = max((packet.units.layer for packet in packets if packet.units), default=0)
     return Timeline(
-        seconds, keys, has_stamps, end, _promised(stream), _stream(container, stream),
+        seconds, keys, has_stamps, end, _promised(stream, seconds[0]), _stream(container, stream),
         places=tuple(numbers[key] for key in keys) if stamped else (),
         key_stamps=tuple(stamp for stamp, _ in key_packets), key_places=tuple(number for _, number in key_packets),
         spare=frozenset(number for number, packet in enumerate(packets)
@@ -152,7 +152,7 @@ def scan_decoded(path: str, deadline: float) -> Timeline:
     with open_video(path) as (container, stream):
         shown = [(frame.pts, 0) for frame in decoded_frames(path, container, stream, deadline)]
         keys, seconds, end, has_stamps = _times(path, stream, shown)
-        return Timeline(seconds, keys, has_stamps, end, _promised(stream), _stream(container, stream))
+        return Timeline(seconds, keys, has_stamps, end, _promised(stream, seconds[0]), _stream(container, stream))
 
 
 def check_complete(path: str, timeline: Timeline, end_seconds: float | None) -> None:
@@ -188,13 +188,16 @@ def _stream(container: InputContainer, stream: VideoStream) -> Stream:
                   context.pix_fmt, context.width, context.height, int(context.colorspace))
 
 
-def _promised(stream: VideoStream) -> float | None:
-    """Duration of the stream in seconds: from the stream, or from the tag that Matroska muxers write."""
+def _promised(stream: VideoStream, start_seconds: float) -> float | None:
+    """Duration of the stream in seconds, from its first frame at `start_seconds`: the stream's own, or from the tag that
+    Matroska muxers write."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
     minutes, _, seconds = rest.partition(":")
     try:
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        tagged = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
         return None
+    counted = "_STATISTICS_WRITING_APP" in stream.metadata  # mkvmerge writes a duration, FFmpeg the time of the end
+    return tagged if counted else tagged - max(start_seconds, 0.0)
