@@ -35,7 +35,8 @@ FORMATS = ("3gp,3g2,mov,mp4,m4a,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,
 pictures, which FFmpeg shows as videos, and devices."""
 _NO_MEDIA = {
     b"version https://git-lfs.github.com/spec/": "is a Git LFS pointer, not the file itself: run `git lfs pull`",
-    b"PK\x03\x04": "is a zip archive, not a media file: unpack it", b"Rar!": "is a rar archive, not a media file: unpack it",
+    b"PK\x03\x04": "is a zip archive, not a media file: unpack it",
+    b"Rar!": "is a rar archive, not a media file: unpack it",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive, not a media file: unpack it",
     b"\x1f\x8b": "is compressed (gzip), not a media file: unpack it",
     b"\xfd7zXZ": "is compressed (xz), not a media file: unpack it",
@@ -134,8 +135,6 @@ def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
             kinds = {"a cover picture" if other is stream else str(other.type) for other in container.streams}
             raise MediaError(f"{path} has no video stream (it holds {', '.join(sorted(kinds)) or 'nothing'})")
-        if stream.codec_context is not None and stream.codec_context.codec_tag == "encv":
-            raise MediaError(f"{path} is encrypted (its video is stored as encv): decrypt it first")
         if stream.codec_context is None:
             raise MediaError(f"{path} holds video in a format that this FFmpeg cannot decode")
         stream.codec_context.thread_count = 1
@@ -162,6 +161,8 @@ def read_packets(path: str, container: InputContainer, stream: VideoStream, dead
         if packet.size:
             units = read_units(memoryview(packet), prefix, codec) if prefix else None
             corrupt, key = packet.is_corrupt, packet.is_keyframe
+            if key and packet.has_sidedata("encryption_info"):  # FFmpeg would decode what is no video
+                raise MediaError(f"{path} is encrypted (common encryption, DRM): decrypt it first")
             entry = None
             if prefix:
                 entry = key and units is not None and units.entry

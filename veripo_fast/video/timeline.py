@@ -189,8 +189,8 @@ def _stream(container: InputContainer, stream: VideoStream) -> Stream:
 
 
 def _promised(stream: VideoStream, start_seconds: float) -> float | None:
-    """Duration of the stream in seconds, from its first frame at `start_seconds`: the stream's own, or from the tag that
-    Matroska muxers write."""
+    """Duration of the stream in seconds, from its first frame at `start_seconds`: the stream's own, or from
+    the tag that Matroska muxers write."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
