@@ -104,7 +104,7 @@ def frames(source: str) -> list[tuple[int, bytes]]:
 @pytest.mark.parametrize("name", CLIPS)
 def test_ffmpeg_reads_a_member_as_the_file(archive: Path, loose: Path, name: str) -> None:
     source = ffmpeg_source(f"{archive}/{name}")
-    assert source != f"{archive}/{name}" and ffmpeg_source(str(loose / name)) == str(loose / name)
+    assert source != f"{archive}/{name}" and ffmpeg_source(str(loose / name)) == f"file:{loose / name}"
     assert frames(source) == frames(str(loose / name))
 
 
@@ -152,7 +152,7 @@ def test_paths_that_lead_through_no_archive(tmp_path: Path) -> None:
     (tmp_path / "folder.tar" / "a.mp4").write_bytes(b"x")
     made = tar(tmp_path / "x.tar", {"a.mp4": b"x"})
     for path in (tmp_path / "folder.tar" / "a.mp4", tmp_path / "none.tar" / "a.mp4", made, tmp_path / "a.mp4"):
-        assert locate(str(path)) is None and ffmpeg_source(str(path)) == str(path)
+        assert locate(str(path)) is None and ffmpeg_source(str(path)) == f"file:{path}"
     inner = tar(tmp_path / "folder.tar" / "in.TAR", {"b/a.mp4": b"yz"})
     assert locate(f"{inner}/b/a.mp4").read() == b"yz"
     assert locate(f"{inner}//./b/a.mp4") == locate(f"{inner}/b/a.mp4")

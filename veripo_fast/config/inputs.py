@@ -102,6 +102,8 @@ class DataConfig:
     """Held-out files, same layouts."""
     media_root: str = ""
     """Folder that relative media paths start from; empty: the folder of the data file."""
+    confine: bool = False
+    """Skip records whose media lie outside of that folder, symbolic links followed: for data that others wrote."""
     template: Literal["think_answer", "none"] = "think_answer"
     """Instruction put around a question; `none` sends it as it is."""
     max_prompt_tokens: int = 16384

@@ -96,14 +96,16 @@ def locate(path: str) -> Member | None:
 
 
 def ffmpeg_source(path: str) -> str:
-    """What FFmpeg opens for a path: the path itself, or for a member the URL of a part of its archive.
+    """What FFmpeg opens for a path: a `file:` URL, or for a member the URL of a part of its archive.
+
+    A bare path would be a URL to FFmpeg where it has a colon: `http:/host/x.mp4` a download, `cam:1.mp4` an error.
 
     Raises:
         MediaError: as `locate`.
     """
     member = locate(path)
     if member is None:
-        return path
+        return f"file:{path}"
     return f"subfile,,start,{member.offset},end,{member.offset + member.size},,:file:{member.archive}"
 
 

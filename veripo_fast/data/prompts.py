@@ -61,7 +61,8 @@ def read_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
     seen: dict[str, int] = {}
     for file in files:
         base = Path(config.media_root) if config.media_root else Path(file).parent
-        find = partial(_locate, base=base, archive=file if is_archive(file) else "")
+        find = partial(_locate, base=base, archive=file if is_archive(file) else "",
+                       confine=config.confine)
         for where, row in read_rows(file):
             try:
                 if isinstance(row, RecordError):
@@ -133,15 +134,17 @@ def _no_prompts(files: Sequence[str], skipped: list[Skipped]) -> str:
     return f"all {len(skipped)} records of {names} were skipped; the first, {skipped[0].record}: {skipped[0].reason}"
 
 
-def _locate(source: str | bytes, base: Path, archive: str) -> str:
+def _locate(source: str | bytes, base: Path, archive: str, confine: bool) -> str:
     """Path of an existing file or member of an archive, first that of the record; bytes that a Parquet file embeds are
-    kept in the user's cache by content."""
+    kept in the user's cache by content. `confine`: only inside of `base`."""
     if isinstance(source, bytes):
         return _cached(source)
     if _ANOTHER_SCHEME.match(source):
         raise RecordError("media must be local files, not URLs", source[:200])
     source = source.removeprefix("file://")
     path = (find_member(archive, source) if archive else "") or str(base / source)
+    if confine and not Path(os.path.realpath(path)).is_relative_to(base.resolve()):
+        raise RecordError(f"media file {path} lies outside of {base}, and data.confine keeps media inside", path)
     try:
         if locate(path) is None and not Path(path).is_file():
             raise RecordError(f"media file {path} does not exist", path)

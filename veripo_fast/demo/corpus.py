@@ -76,7 +76,7 @@ def record(question: Question, path: str, problem_id: str) -> dict[str, Any]:
 def write_clip(path: Path, clip: Clip) -> None:
     """Encode a clip as H.264 in mp4."""
     frames = render(clip, [index / FPS for index in range(FRAMES)])
-    with av.open(str(path), "w") as container:
+    with av.open(f"file:{path}", "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast", "threads": "1"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -33,7 +33,8 @@ _HISTOGRAMS = (("seconds", "Duration", "seconds"), ("fps", "Frame rate", "frames
                ("decode_frames", "Frames decoded", "for the frames taken"))
 _STREAMS = (("container", "Container"), ("codec", "Codec"), ("profile", "Profile"), ("pixel_format", "Pixel format"),
             ("color_matrix", "Colour matrix"), ("color_primaries", "Primaries"), ("color_transfer", "Transfer"),
-            ("color_range", "Range"), ("rotation", "Rotation"), ("decoder", "Decoder"), ("kind", "Medium"))
+            ("color_range", "Range"), ("rotation", "Rotation"), ("mirrored", "Mirrored"),
+            ("decoder", "Decoder"), ("kind", "Medium"))
 
 
 def render(table: pa.Table, thumbnails: Mapping[int, Sequence[str]], corpus: Corpus, config: Config,

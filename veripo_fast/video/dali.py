@@ -23,8 +23,7 @@ from veripo_kernels.once import once
 from veripo_fast.data.archives import locate
 from veripo_fast.video.deadline import check_deadline
 from veripo_fast.video.decoders import UNSPECIFIED, nvdec_refuses, untagged_hd
-from veripo_fast.video.packets import decoded_frames, open_video
-from veripo_fast.video.readers import CHUNK, RefusedError
+from veripo_fast.video.readers import CHUNK, RefusedError, first_orientation
 from veripo_fast.video.timeline import Timeline
 
 MAX_FILE_BYTES = 2 << 30
@@ -127,7 +126,7 @@ def read_dali(path: str, timeline: Timeline, wanted: Sequence[int], deadline: fl
     size = Path(path).stat().st_size if member is None else member.size
     if size > MAX_FILE_BYTES:
         raise RefusedError(f"DALI needs a file in memory, and it has {size >> 20} MiB, over {MAX_FILE_BYTES >> 20}")
-    quarters = _quarter_turns(path, deadline)
+    orientation = first_orientation(path, deadline)
     stream = timeline.stream
     per_run = max(CHUNK, RUN_BYTES // (3 * stream.width * stream.height))
     runs = [list(wanted[start:start + per_run]) for start in range(0, len(wanted), per_run)]
@@ -145,19 +144,7 @@ def read_dali(path: str, timeline: Timeline, wanted: Sequence[int], deadline: fl
                 if filled != [False, True]:
                     raise RefusedError(f"DALI counts {'fewer' if filled[0] else 'more'} than its {last + 1} frames")
                 frames = frames[:-2]
-            upright = frames.permute(0, 3, 1, 2)
-            yield from (torch.rot90(upright, quarters, (2, 3)) if quarters else upright).split(CHUNK)
-
-
-def _quarter_turns(path: str, deadline: float) -> int:
-    """How often the picture is turned by 90 degrees counter-clockwise: FFmpeg tells it with a decoded frame."""
-    with open_video(path) as (container, stream):
-        frame = next(decoded_frames(path, container, stream, deadline), None)
-    if frame is None:
-        raise RefusedError("its first frame cannot be decoded")
-    if frame.rotation % 90:
-        raise RefusedError(f"it is turned by {frame.rotation} degrees")
-    return frame.rotation // 90 % 4
+            yield from orientation(frames.permute(0, 3, 1, 2)).split(CHUNK)
 
 
 def _is_fill(frames: torch.Tensor) -> list[bool]:

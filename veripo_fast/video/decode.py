@@ -42,6 +42,8 @@ __all__ = ["MediaPool", "check_decoder", "decode", "decode_image", "fallbacks"]
 _LOG = logging.getLogger(__name__)
 _LOCK = threading.Lock()
 _FALLBACKS: Counter[str] = Counter()
+_ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+"""Formats whose further frames are shown in time; those of TIFF and of a phone's MPO are pages and previews."""
 _DIGITS = re.compile(r"\d+(\.\d+)?")
 
 
@@ -206,6 +208,9 @@ def _load_image(path: str) -> torch.Tensor:
     try:
         member = locate(path)
         with PilImage.open(path if member is None else io.BytesIO(member.read())) as file:
+            if file.format in _ANIMATED and getattr(file, "n_frames", 1) > 1:
+                raise MediaError(f"{path} is an animation of {file.n_frames} frames, not an image: make it an mp4 and "
+                                 "name it as a video, or keep one frame")
             picture = ImageOps.exif_transpose(file)
             if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
                 picture = picture.convert("RGBA")

@@ -22,10 +22,30 @@ from av.video.stream import VideoStream
 from veripo_fast.data.archives import ffmpeg_source, locate
 from veripo_fast.errors import MediaError
 from veripo_fast.video.deadline import check_deadline
-from veripo_fast.video.units import Units, length_bytes, read_units
+from veripo_fast.video.entries import HEAD_BYTES, begins, entry_reader
+from veripo_fast.video.units import UNIT_CODECS, Units, length_bytes, read_units
 
 KEPT_BYTES = 64 << 20
 """Packets of a file beyond that many are read again for decoding: four minutes of 2 Mbit/s."""
+
+
+FORMATS = ("3gp,3g2,mov,mp4,m4a,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,asf,asf_o,ogg,h264,hevc,h263,"
+           "obu,ivf,av1,vc1,mjpeg,gif,rm,nut,mxf,dv,wtv,yuv4mpegpipe")
+"""FFmpeg's containers of video. Not in it: playlists (hls, dash, concat) that lead to other files and hosts, texts and
+pictures, which FFmpeg shows as videos, and devices."""
+_NO_MEDIA = {
+    b"version https://git-lfs.github.com/spec/": "is a Git LFS pointer, not the file itself: run `git lfs pull`",
+    b"PK\x03\x04": "is a zip archive, not a media file: unpack it",
+    b"Rar!": "is a rar archive, not a media file: unpack it",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z archive, not a media file: unpack it",
+    b"\x1f\x8b": "is compressed (gzip), not a media file: unpack it",
+    b"\xfd7zXZ": "is compressed (xz), not a media file: unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd), not a media file: unpack it",
+    b"Salted__": "is encrypted (openssl): decrypt it first", b"-----BEGIN PGP": "is encrypted (PGP): decrypt it first",
+    b"age-encryption.org/": "is encrypted (age): decrypt it first"}
+"""First bytes of what stands in a medium's place -> what it is and what to do."""
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]")
+_OPEN = {"protocol_whitelist": "file,subfile", "format_whitelist": FORMATS}
 
 
 class PacketFacts(NamedTuple):
@@ -44,6 +64,8 @@ class PacketFacts(NamedTuple):
     """None where the packet is not written as units with their lengths, or they do not add up."""
     damaged: bool
     """The container says so, or its units do not add up."""
+    entry: bool | None = None
+    """Whether it is called a key frame and its own first bytes say so too; None where they tell nothing."""
 
 
 class KeptPackets(NamedTuple):
@@ -75,6 +97,9 @@ def check_file(path: str) -> bytes:
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         raise MediaError(f"{path} is a web page (HTML or XML), not a media file; its download probably failed")
+    for magic, reason in _NO_MEDIA.items():
+        if head.startswith(magic):
+            raise MediaError(f"{path} {reason}")
     return head
 
 
@@ -93,10 +118,15 @@ def open_video(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its best video stream, decoded on one thread; MediaError when there is none."""
     head = check_file(path)
     try:
-        container = av.open(ffmpeg_source(path))
+        container = av.open(ffmpeg_source(path), container_options=_OPEN)
     except (av.FFmpegError, UnicodeError, ValueError) as error:
         if head[4:8] == b"ftyp":
             raise MediaError(_no_index(path)) from error
+        if head.startswith(_PLAYLISTS):
+            raise MediaError(f"{path} is a playlist that names other files, not a video") from error
+        if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+            raise MediaError(f"{path} is a WebP picture or animation, which FFmpeg does not decode as a video: "
+                             "make it an mp4") from error
         raise MediaError(f"{path} is not a video that FFmpeg can open ({_words(error)})") from error
     with container:
         if head[4:8] == b"ftyp" and not container.streams:
@@ -118,6 +148,7 @@ def read_packets(path: str, container: InputContainer, stream: VideoStream, dead
     The packets themselves are put into `kept`, unless they are more than KEPT_BYTES: then it is left empty.
     """
     codec, prefix = stream.codec_context.name, length_bytes(stream.codec_context)
+    reader = entry_reader(stream.codec_context)
     facts, nbytes = [], 0
     for packet in _packets(path, container, stream):
         check_deadline(path, deadline)
@@ -129,9 +160,16 @@ def read_packets(path: str, container: InputContainer, stream: VideoStream, dead
                 kept = None
         if packet.size:
             units = read_units(memoryview(packet), prefix, codec) if prefix else None
-            corrupt = packet.is_corrupt
-            facts.append(PacketFacts(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, corrupt,
-                                     units, corrupt or (prefix > 0 and units is None)))
+            corrupt, key = packet.is_corrupt, packet.is_keyframe
+            if key and packet.has_sidedata("encryption_info"):  # FFmpeg would decode what is no video
+                raise MediaError(f"{path} is encrypted (common encryption, DRM): decrypt it first")
+            entry = None
+            if prefix:
+                entry = key and units is not None and units.entry
+            elif reader is not None:
+                entry = key and reader(bytes(memoryview(packet)[:HEAD_BYTES]))
+            facts.append(PacketFacts(packet.pts, packet.duration or 0, key, packet.is_discard, corrupt,
+                                     units, corrupt or (prefix > 0 and units is None), entry))
     return facts
 
 
@@ -141,11 +179,14 @@ def decoded_frames(path: str, container: InputContainer, stream: VideoStream, de
     """Good frames in presentation order: all of them, or those of some runs of packets (see Timeline.runs).
 
     `kept` are the packets of the stream, where they have been read already. Damaged packets are left out, and with them
-    every frame up to the next key frame, because it may refer to what is missing.
+    every frame up to the next key frame, because it may refer to what is missing. So are frames before the first key
+    frame of a run, whatever the container says; FFmpeg does that itself for H.264 and HEVC, intra refresh included.
     """
     wanted = iter(runs if runs is not None else [range(1 << 62)])
     run, number = next(wanted, range(0)), -1
-    damaged = False
+    codec = stream.codec_context.codec
+    unsure = codec.canonical_name not in UNIT_CODECS and not codec.intra_only
+    damaged = unsure
     for packet in _packets(path, container, stream) if kept is None else kept:
         check_deadline(path, deadline)
         number += packet.size > 0
@@ -159,11 +200,12 @@ def decoded_frames(path: str, container: InputContainer, stream: VideoStream, de
                 damaged = True
                 continue
             for frame in frames:
-                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+                damaged = frame.is_corrupt or (damaged and not begins(frame, codec.canonical_name))
                 if not damaged:
                     yield frame
         if ends:
             stream.codec_context.flush_buffers()
+            damaged = damaged or unsure
             following = next(wanted, None)
             if following is None:
                 return

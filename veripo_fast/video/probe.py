@@ -14,7 +14,9 @@ from itertools import pairwise
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from veripo_fast.errors import MediaError
 from veripo_fast.video.decoders import nvdec_refuses
+from veripo_fast.video.orientation import UPRIGHT, Orientation, orientation_of
 from veripo_fast.video.packets import PacketFacts, decoded_frames, open_video, read_packets
 from veripo_fast.video.timeline import Timeline, timeline_of
 from veripo_fast.video.units import length_bytes
@@ -45,6 +47,8 @@ class VideoFacts:
     height: int
     rotation: int
     """Degrees that a player turns the picture by, counter-clockwise, in (-180, 180]."""
+    mirrored: bool
+    """Whether a player exchanges left and right, after it has turned the picture."""
     fps: float
     """Average frame rate of the frames that are there; 0 for a single frame."""
     container_fps: float | None
@@ -113,12 +117,15 @@ def probe_video(path: str, deadline: float) -> Probe:
         packets = read_packets(path, container, stream, deadline)
         timeline = timeline_of(path, container, stream, packets)
         with open_video(path) as (again, video):
-            rotation = round(next((frame.rotation for frame in decoded_frames(path, again, video, deadline)), 0))
-        return Probe(_facts(container, stream, timeline, packets, rotation), timeline)
+            first = next(decoded_frames(path, again, video, deadline), None)
+            orientation = UPRIGHT if first is None else orientation_of(first)
+        if orientation is None:
+            raise MediaError(f"{path} is to be shown turned by no quarter, skewed or scaled")
+        return Probe(_facts(container, stream, timeline, packets, orientation), timeline)
 
 
 def _facts(container: InputContainer, stream: VideoStream, timeline: Timeline, packets: list[PacketFacts],
-           rotation: int) -> VideoFacts:
+           orientation: Orientation) -> VideoFacts:
     context = stream.codec_context
     spread, variable = _variation(timeline, float(stream.time_base or 0))
     keys = [place for place, packet in enumerate(packets) if packet.key]
@@ -129,7 +136,8 @@ def _facts(container: InputContainer, stream: VideoStream, timeline: Timeline, p
     return VideoFacts(
         container=timeline.stream.container, codec=timeline.stream.codec,
         profile=stream.profile, pixel_format=context.pix_fmt, bit_depth=components[0].bits if components else None,
-        width=context.width, height=context.height, rotation=rotation,
+        width=context.width, height=context.height,
+        rotation=orientation.rotation, mirrored=orientation.mirrored,
         fps=timeline.fps, container_fps=float(stream.average_rate) if stream.average_rate else None,
         interval_spread=spread, variable=variable,
         seconds=timeline.length, promised_seconds=timeline.promised_seconds,

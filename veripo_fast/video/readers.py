@@ -16,8 +16,10 @@ import torch
 from av.video.reformatter import Colorspace, VideoReformatter
 
 from veripo_fast.data.archives import ffmpeg_source
+from veripo_fast.errors import MediaError
 from veripo_fast.video.deadline import check_deadline
 from veripo_fast.video.decoders import untagged_hd
+from veripo_fast.video.orientation import Orientation, orientation_of
 from veripo_fast.video.packets import KeptPackets, decoded_frames, open_video
 from veripo_fast.video.timeline import Timeline
 
@@ -44,6 +46,10 @@ def read_torchcodec(decoder_class: Any, path: str, timeline: Timeline, wanted: S
     try:
         decoder = decoder_class(ffmpeg_source(path), stream_index=timeline.stream.index, num_ffmpeg_threads=1,
                                 device=device, seek_mode="exact")
+        if decoder.metadata.rotation is not None:  # there is a matrix, and torchcodec reads an angle from it
+            orientation = first_orientation(path, deadline)
+            if orientation.mirrored or abs(orientation.rotation) != abs(round(decoder.metadata.rotation)):
+                raise RefusedError("it is shown mirrored, and torchcodec only turns")
         for start in range(0, len(wanted), CHUNK):
             check_deadline(path, deadline)
             positions = list(wanted[start:start + CHUNK])
@@ -85,19 +91,35 @@ def read_pyav(path: str, timeline: Timeline, wanted: Sequence[int], deadline: fl
                 shown = reformatter.reformat(frame, format="rgb24", threads=1, **colours)
             except av.FFmpegError as error:  # swscale knows fewer colour matrices than codecs can name
                 raise RefusedError(f"swscale does not convert its colour matrix {timeline.stream.matrix}") from error
-            yield _upright(shown, round(frame.rotation / 90))
+            yield _orientation(frame, path)(_pixels(shown))
             if not missing:
                 return
     first = timeline.seconds[timeline.keys.index(min(missing))] - timeline.seconds[0]
     raise LostFrameError(f"the frame at {first:.2f} s cannot be decoded")
 
 
-def _upright(frame: av.VideoFrame, quarters: int) -> torch.Tensor:
-    """uint8 [1, 3, H, W] of an rgb24 frame turned as a player would show it; not copied where it stands upright."""
+def first_orientation(path: str, deadline: float) -> Orientation:
+    """How the first frame that can be decoded is to be shown. FFmpeg tells it with a decoded frame."""
+    with open_video(path) as (container, stream):
+        frame = next(decoded_frames(path, container, stream, deadline), None)
+        if frame is None:
+            raise RefusedError("its first frame cannot be decoded")
+        return _orientation(frame, path)
+
+
+def _orientation(frame: av.VideoFrame, path: str) -> Orientation:
+    orientation = orientation_of(frame)
+    if orientation is None:
+        raise MediaError(f"{path} is to be shown turned by {frame.rotation} degrees, skewed or scaled; "
+                         "only quarter turns and mirrored pictures can be used: encode it again")
+    return orientation
+
+
+def _pixels(frame: av.VideoFrame) -> torch.Tensor:
+    """uint8 [1, 3, H, W] of an rgb24 frame as it is stored; not copied."""
     plane = frame.planes[0]
-    pixels = torch.frombuffer(plane, dtype=torch.uint8).as_strided(
+    return torch.frombuffer(plane, dtype=torch.uint8).as_strided(
         (1, 3, frame.height, frame.width), (plane.buffer_size, 1, plane.line_size, 3))
-    return torch.rot90(pixels, quarters, (2, 3)) if quarters % 4 else pixels
 
 
 def _reason(error: Exception) -> str:

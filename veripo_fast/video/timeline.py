@@ -15,7 +15,6 @@ from av.video.stream import VideoStream
 
 from veripo_fast.errors import MediaError
 from veripo_fast.video.packets import PacketFacts, decoded_frames, open_video, read_packets
-from veripo_fast.video.units import length_bytes
 
 LOST_SECONDS, LOST_SHARE = 0.5, 0.02
 """A file may lack so much at its end (the larger of the two) before it counts as truncated: headers round."""
@@ -114,13 +113,12 @@ def timeline_of(path: str, container: InputContainer, stream: VideoStream, packe
     keys, seconds, end, has_stamps = _times(path, stream, shown)
     numbers = {packet.stamp: number for number, packet in enumerate(packets)}
     stamped = has_stamps and len(numbers) == len(packets)
-    trusted = length_bytes(stream.codec_context) > 0 or stream.codec_context.name not in ("h264", "hevc")
+    lies = any(map(_lies, packets))
     key_packets = sorted((packet.stamp, number) for number, packet in enumerate(packets)
-                         if packet.key and packet.stamp is not None and (
-                             packet.units.entry if packet.units else trusted)) if stamped else []
+                         if packet.stamp is not None and _is_entry(packet, lies)) if stamped else []
     top = max((packet.units.layer for packet in packets if packet.units), default=0)
     return Timeline(
-        seconds, keys, has_stamps, end, _promised(stream), _stream(container, stream),
+        seconds, keys, has_stamps, end, _promised(stream, seconds[0]), _stream(container, stream),
         places=tuple(numbers[key] for key in keys) if stamped else (),
         key_stamps=tuple(stamp for stamp, _ in key_packets), key_places=tuple(number for _, number in key_packets),
         spare=frozenset(number for number, packet in enumerate(packets)
@@ -131,9 +129,22 @@ def timeline_of(path: str, container: InputContainer, stream: VideoStream, packe
 def _trouble(packets: Sequence[PacketFacts]) -> str | None:
     if any(packet.damaged for packet in packets):
         return "packets in it are damaged"
-    if any(packet.key and packet.units and not packet.units.entry for packet in packets):
-        return "it calls frames key frames that refer to others (intra refresh)"
+    if any(map(_lies, packets)):
+        return "it calls frames key frames that refer to others"
+    if any(packet.entry is None for packet in packets):
+        return "its packets do not tell where decoding may begin"
+    if packets and not packets[0].entry:
+        return "it does not begin with a key frame"
     return None
+
+
+def _lies(packet: PacketFacts) -> bool:
+    """Whether the container calls it a key frame, and its content says that it is none."""
+    return packet.key and packet.entry is False and not packet.damaged
+
+
+def _is_entry(packet: PacketFacts, lies: bool) -> bool:
+    return bool(packet.entry) and not (lies and packet.units and not packet.units.sure_entry)
 
 
 def scan_decoded(path: str, deadline: float) -> Timeline:
@@ -141,7 +152,7 @@ def scan_decoded(path: str, deadline: float) -> Timeline:
     with open_video(path) as (container, stream):
         shown = [(frame.pts, 0) for frame in decoded_frames(path, container, stream, deadline)]
         keys, seconds, end, has_stamps = _times(path, stream, shown)
-        return Timeline(seconds, keys, has_stamps, end, _promised(stream), _stream(container, stream))
+        return Timeline(seconds, keys, has_stamps, end, _promised(stream, seconds[0]), _stream(container, stream))
 
 
 def check_complete(path: str, timeline: Timeline, end_seconds: float | None) -> None:
@@ -177,13 +188,16 @@ def _stream(container: InputContainer, stream: VideoStream) -> Stream:
                   context.pix_fmt, context.width, context.height, int(context.colorspace))
 
 
-def _promised(stream: VideoStream) -> float | None:
-    """Duration of the stream in seconds: from the stream, or from the tag that Matroska muxers write."""
+def _promised(stream: VideoStream, start_seconds: float) -> float | None:
+    """Duration of the stream in seconds, from its first frame at `start_seconds`: the stream's own, or from
+    the tag that Matroska muxers write."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
     minutes, _, seconds = rest.partition(":")
     try:
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        tagged = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
         return None
+    counted = "_STATISTICS_WRITING_APP" in stream.metadata  # mkvmerge writes a duration, FFmpeg the time of the end
+    return tagged if counted else tagged - max(start_seconds, 0.0)

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from av.video.codeccontext import VideoCodecContext
 
+UNIT_CODECS = ("h264", "hevc")
 _H264_BESIDE = {6, 9, 12}
 """Units that may stand beside the slices of a frame that is left out: SEI, delimiter, filler."""
 _H264_SLICE, _H264_IDR = 1, 5
@@ -38,6 +39,9 @@ class Units:
     """Temporal layer; a frame of the highest one that is `spare` is referred to by no frame at all."""
     entry: bool
     """Whether its picture refers to no other. Streams with intra refresh call packets key frames that are none."""
+    sure_entry: bool = False
+    """Whether pictures after it do not refer to earlier ones either, whatever the container says. After an intra
+    picture of H.264 that is no IDR some may."""
 
 
 def length_bytes(context: VideoCodecContext) -> int:
@@ -104,7 +108,8 @@ def _h264(signs: tuple[tuple[int, int], ...]) -> Units:
         kind in _H264_BESIDE or (kind == _H264_SLICE and first & 0x60 == 0)
         for kind, (first, _) in zip(types, signs, strict=True))
     slices = [slice_type for kind, (_, slice_type) in zip(types, signs, strict=True) if kind == _H264_SLICE]
-    return Units(types, spare, 0, _H264_IDR in types or (bool(slices) and _H264_INTRA.issuperset(slices)))
+    return Units(types, spare, 0, _H264_IDR in types or (bool(slices) and _H264_INTRA.issuperset(slices)),
+                 _H264_IDR in types)
 
 
 def _hevc_sign(packet: memoryview, start: int) -> tuple[int, int]:
@@ -118,5 +123,5 @@ def _hevc(signs: tuple[tuple[int, int], ...]) -> Units:
     slices = [kind for kind in types if kind < 32]
     spare = _HEVC_UNREFERENCED.issuperset(kind for kind in types if kind not in _HEVC_BESIDE)
     layer = max((layer for _, layer in signs), default=0)
-    return Units(types, bool(slices) and spare, layer,
-                 bool(slices) and all(kind in _HEVC_RANDOM_ACCESS for kind in slices))
+    entry = bool(slices) and all(kind in _HEVC_RANDOM_ACCESS for kind in slices)
+    return Units(types, bool(slices) and spare, layer, entry, entry)
