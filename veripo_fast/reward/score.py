@@ -14,7 +14,8 @@ from typing import Literal
 
 from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.errors import DataError
-from veripo_fast.reward.answers import normalise_text, parse_completion, read_choice, words
+from veripo_fast.reward.answers import normalise_text, parse_completion, words
+from veripo_fast.reward.choice_answers import read_choice
 from veripo_fast.reward.math_answers import math_equal, math_parses
 from veripo_fast.reward.number_answers import Number, read_number
 from veripo_fast.types import ProblemType, Prompt, RolloutGroup
