@@ -141,7 +141,7 @@ def test_percent_is_kept(text):
 
 
 @pytest.mark.parametrize("text", [
-    "", "red", "2 or 3", "2-3", "2, 3", "two or three", "1,00", "1/2/2020", "10:30", "nan", "inf", "1e999", "1/0",
+    "", "red", "2 or 3", "2-3", "2, 3", "two or three", "1/2/2020", "10:30", "nan", "inf", "1e999", "1/0",
     "2+2", "1+1", "x+1", "$x^2+1$", r"\sqrt{3}", r"2\pi", "2^3", "5 - 5", "two and three", "5 m or 6 m",
 ])
 def test_no_single_number(text):
@@ -254,9 +254,9 @@ sys.modules["math_verify"] = fake = types.ModuleType("math_verify")
 sys.modules["math_verify.errors"] = errors = types.ModuleType("math_verify.errors")
 errors.TimeoutException, fake.LatexExtractionConfig, fake.verify = TimeoutError, object, None
 fake.parse = lambda *_, **__: 9 ** 9 ** 9  # 370 million digits, computed in C
-from veripo_fast.reward import math_answers
-math_answers._WORKER_SECONDS = 0.3
-math_answers._serve()
+from veripo_fast.reward import math_worker
+math_worker.WORKER_SECONDS = 0.3
+math_worker.serve()
 """
 
 

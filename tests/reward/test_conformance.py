@@ -80,3 +80,83 @@ def test_choice_does_not_count(answer):
 ])
 def test_choice_among(answer, options, letter):
     assert read_choice(answer, options) == letter
+
+
+# Numbers
+
+@pytest.mark.parametrize(("gold", "answers"), [
+    ("7", ["7", "7.0", "seven", "七", "⑦", "Ⅶ", "７", "(7)", "**7**", "7 apples", "seven apples.", "about 7",
+    "~7", "≈ 7", "7°",
+           "The answer is 7", "3 + 4 = 7", "n = 7", "seven (7)", "14/2", "答案是7", "一共七个", "7个",
+    "I see 7 of them", "$7", "7 cm"]),
+    ("4200000", ["4 200 000", "4.200.000", "42,00,000", "4,200,000", "4.2 million", "4200k", "4.2e6",
+    "4.2 × 10⁶"]),
+    ("3.5", ["3,5", "3½", "3 1/2", "three and a half", "3 and a half", "7/2", "3.50", "3.5m", "+3.5"]),
+    ("-6", ["-6", "–6", "−6", "‒6", "minus six", "negative 6", "x = –6"]),
+    ("3.5 m", ["350 cm", "3.5 meters", "3500mm", "0.0035 km", "3.5", "3,5 m", "3.5米"]),
+    ("2 hours", ["120 min", "2h", "7200 s", "2"]), ("40 km/h", ["40 km/h", "40 kph"]), ("9 m^2", ["9 m²",
+    "9 square meters", "9m2"]),
+    ("0.75", ["75%", "3/4", "¾", "three quarters", "75 percent"]), ("75%", ["75%", "75", "0.75", "７５％",
+    "3/4"]),
+    ("0.04", ["4%", "4/100"]), ("2/3", ["⅔", "two thirds", "2/3"]), ("0.5", ["half", "one half", "a half",
+    "½"]),
+])
+def test_number_counts(gold, answers):
+    assert [answer for answer in answers if accuracy(answer, "number", gold) != 1] == []
+
+
+@pytest.mark.parametrize(("gold", "answers"), [
+    ("7", ["7x", "7 x", "x7", "7²", "√7", "7√2", "2√7", "not 7", "isn't 7", "less than 7",
+    "fewer than seven", "more than 7", "at least 7",
+           "at most seven", "≠7", "≥ 7", "<7", "> 7", "±7", "7π", "7!", "7'", "7^2", "|7", "7+", "no 7",
+    "under 7", "over seven",
+           "before 7", "7 squared", "seven squared", "7 dozen", "twice 7", "half of 7", "log 7",
+    "root of 7", "7 or so", "either 7",
+           "3 = 7", "7 = 3", "7%", "-7", "7 8", "2(7)", "(7)(7)", "7k", "7 hundred", "不是7", "少于7", "7α",
+    "7ab", "anything except 7",
+           "7 times 2", "7 and a half", "the root of seven", "neither 7"]),
+    ("3.5 m", ["3.5 km", "3.5 cm", "3.5 s", "3.5 kg", "350", "3.5 m²", "3.5 m/s", "3.5%"]),
+    ("2 hours", ["2 minutes", "120", "2 m"]), ("4", ["4%", "4000%"]), ("0.04", ["4", "0.04%"]), ("0.5%",
+    ["0.5", "50%"]),
+])
+@pytest.mark.parametrize("problem_type", ["number", "estimate", "math"])
+def test_number_does_not_count(gold, answers, problem_type):
+    assert [answer for answer in answers if accuracy(answer, problem_type, gold) > 0.9] == []
+
+
+# Text
+
+def test_a_letter_is_no_article():
+    assert accuracy("protein", "text", "Protein A") < 1
+    assert accuracy("Exit door", "text", "Exit A door") < 1
+    for answer in ("an exit door", "the Exit door", "a exit door", "Exit door!"):
+        assert accuracy(answer, "text", "Exit door") == 1
+
+
+# Mathematics
+
+@pytest.mark.parametrize(("gold", "answers"), [
+    (r"$3\sqrt{2}$", [r"\sqrt{18}", "3√2", "√18", "3√(2)", r"The result is $3\sqrt{2}$.",
+    r"$3\sqrt{2}$ cm", r"x = 3\sqrt{2}"]),
+    ("$y^2-4$", ["y²-4", "(y-2)(y+2)", "y² − 4", "$y^{2}-4$"]), (r"$\frac{3}{4}$", ["¾", "three quarters",
+    "75%", "0.75", "3/4"]),
+    (r"$30^\circ$", ["30°", "30 degrees", "30", r"30^\circ", r"$30^{\circ}$"]), (r"$2\pi$", ["2π", r"2\pi",
+    "2 π"]),
+    ("20", ["20", "twenty", "4 × 5", r"4 \cdot 5", r"\sqrt{400}", "400^{1/2}", "20.0"]),
+])
+def test_mathematics_counts(gold, answers):
+    assert [answer for answer in answers if accuracy(answer, "math", gold) != 1] == []
+
+
+@pytest.mark.parametrize(("gold", "answers"), [
+    (r"$3\sqrt{2}$", [r"not $3\sqrt{2}$", r"less than $3\sqrt{2}$", r"2 $3\sqrt{2}$", r"$3\sqrt{2}$ x",
+    r"√$3\sqrt{2}$",
+                      r"$3\sqrt{2}$^2", r"-$3\sqrt{2}$", r"$3\sqrt{2}$, $4$", r"\neq 3\sqrt{2}", r"≠3√2",
+    "3√3"]),
+    ("$y^2-4$", ["y²+4", "not y²-4", "y-4"]), (r"$30^\circ$", ["30'", "30 rad", "60°", "30²"]),
+    ("20", ["20π", "20y", "20'", "4 = 20", "20 = 4", r"\sqrt{20}", "√20", "20²", r"\neq 20", "> 20",
+    r"\le 20", "20i"]),
+    ("New York", ["york", "New", "the York"]),
+])
+def test_mathematics_does_not_count(gold, answers):
+    assert [answer for answer in answers if accuracy(answer, "math", gold) > 0] == []
