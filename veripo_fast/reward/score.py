@@ -14,9 +14,12 @@ from typing import Literal
 
 from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.errors import DataError
-from veripo_fast.reward.answers import normalise_text, parse_completion, read_choice, words
+from veripo_fast.reward.answers import normalise_text, parse_completion, words
+from veripo_fast.reward.choice_answers import read_choice
 from veripo_fast.reward.math_answers import math_equal, math_parses
+from veripo_fast.reward.math_text import constant_sides
 from veripo_fast.reward.number_answers import Number, read_number
+from veripo_fast.reward.units import in_unit
 from veripo_fast.types import ProblemType, Prompt, RolloutGroup
 
 _FLOAT_SLACK = 1e-9
@@ -63,7 +66,7 @@ def answer_accuracy(answer: str, prompt: Prompt, number_tolerance: float) -> flo
     """Accuracy in [0, 1] of the content of an answer span.
 
     choice: the letter agrees. number: within a relative tolerance (gold 0: exactly). estimate: `mra`. math: the same
-    expression. text: `text_accuracy`. `50%` agrees with 0.5 and with 50, whichever of the two sides is written so.
+    expression. text: `text_accuracy`. Numbers with units are compared as quantities: 250 cm is 2.5 m, 2.5 km is not.
     """
     gold = prompt.gold
     if prompt.problem_type == "choice":
@@ -72,24 +75,31 @@ def answer_accuracy(answer: str, prompt: Prompt, number_tolerance: float) -> flo
         return text_accuracy(answer, gold)
     if prompt.problem_type == "math":
         return float(_same_math(answer, gold, number_tolerance))
-    pairs = _comparable(read_number(answer), read_number(gold))
-    if prompt.problem_type == "number":
-        return float(any(_close(value, wanted, number_tolerance) for value, wanted in pairs))
-    return max((mra(value, wanted) for value, wanted in pairs), default=0.0)
+    pair = _comparable(read_number(answer), read_number(gold))
+    if pair is None:
+        return 0.0
+    return float(_close(*pair, number_tolerance)) if prompt.problem_type == "number" else mra(*pair)
 
 
 def _known_and_equal(one: str | None, other: str | None) -> bool:
     return one is not None and one == other
 
 
-def _comparable(answer: Number | None, gold: Number | None) -> list[tuple[float, float]]:
-    """The (answer, gold) values to compare: when only one side is a percentage, it is read both ways."""
+def _comparable(answer: Number | None, gold: Number | None) -> tuple[float, float] | None:
+    """The (answer, gold) values to compare, in the gold's unit; None when they measure different things.
+
+    `4%` is 0.04 and nothing else. For a gold of 50 %, a bare 0.5 is a share and a bare 50 means percent.
+    """
     if answer is None or gold is None:
-        return []
+        return None
+    value = in_unit(answer.value, answer.unit, gold.unit)
+    if value is None:
+        return None
     if answer.percent == gold.percent:
-        return [(answer.value, gold.value)]
-    return [(answer.value / share, gold.value / other)
-            for share, other in ((1, 1), (100, 1) if answer.percent else (1, 100))]
+        return value, gold.value
+    if answer.percent:
+        return value / 100, gold.value
+    return value, gold.value / 100 if abs(value) <= 1 else gold.value
 
 
 def _close(value: float, wanted: float, tolerance: float) -> bool:
@@ -141,14 +151,18 @@ _PLAIN_NUMBER = re.compile(r"\s*\$?\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\$?\s*")
 
 
 def _same_math(answer: str, gold: str, tolerance: float) -> bool:
-    """Golds that are words or plain numbers need no computer algebra: `Paris` is not the product P a r i s."""
+    """Golds that are words or numbers need little computer algebra: `Paris` is not the product P a r i s."""
     if len(gold) > 1 and gold.replace(" ", "").isalpha():
         return normalise_text(answer) == normalise_text(gold) != ""
-    if _PLAIN_NUMBER.fullmatch(gold):
-        pairs = _comparable(read_number(answer), read_number(gold))
-        if any(_close(value, wanted, tolerance) for value, wanted in pairs):
-            return True
-    return math_equal(answer, gold)
+    wanted = read_number(gold)
+    if wanted is None:
+        return math_equal(answer, gold)
+    given = read_number(answer)
+    if given is not None:
+        pair = _comparable(given, wanted)
+        return pair is not None and _close(*pair, tolerance)
+    sides = constant_sides(answer)
+    return bool(sides) and all(math_equal(side, gold) for side in sides)
 
 
 def answers_equal(one: str, other: str, prompt: Prompt, number_tolerance: float = 1e-6) -> bool:
@@ -163,7 +177,8 @@ def answers_equal(one: str, other: str, prompt: Prompt, number_tolerance: float 
     if prompt.problem_type == "math":
         return _same_math(one, other, number_tolerance)
     tolerance = _SAME_ESTIMATE if prompt.problem_type == "estimate" else number_tolerance
-    return any(_close(a, b, tolerance) for a, b in _comparable(read_number(one), read_number(other)))
+    pair = _comparable(read_number(one), read_number(other))
+    return pair is not None and _close(*pair, tolerance)
 
 
 def check_gold(prompt: Prompt) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from veripo_fast.reward.answers import letters, normalise_text, plain
+from veripo_fast.reward.answers import normalise_text, plain
+from veripo_fast.reward.choice_answers import letters
 from veripo_fast.reward.number_answers import Number, find_numbers, read_number
 from veripo_fast.types import Prompt
 

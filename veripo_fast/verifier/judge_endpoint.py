@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
-from veripo_fast.reward.answers import letters, read_choice
+from veripo_fast.reward.choice_answers import letters, read_choice
 from veripo_fast.reward.number_answers import read_number
 from veripo_fast.run.jsonlines import append_objects, read_objects
 from veripo_fast.types import Prompt, RolloutGroup

@@ -6,7 +6,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from veripo_fast.reward.answers import Parsed, letters, parse_completion, read_choice
+from veripo_fast.reward.answers import Parsed, parse_completion
+from veripo_fast.reward.choice_answers import letters, read_choice
 from veripo_fast.reward.score import answers_equal
 from veripo_fast.types import Prompt, RolloutGroup
 
