@@ -113,10 +113,14 @@ def find_member(archive: str, name: str) -> str:
     Raises:
         MediaError: as `read_index`.
     """
-    index = read_index(Path(archive).resolve())
-    wanted = _plain(name)
-    found = wanted if wanted in index.places else index.by_file_name.get(wanted, "")
+    found = member_of(read_index(Path(archive).resolve()), name)
     return f"{archive}/{found}" if found else ""
+
+
+def member_of(index: Index, name: str) -> str:
+    """The member that is named so, or that alone has this file name; empty when there is none."""
+    wanted = _plain(name)
+    return wanted if wanted in index.places else index.by_file_name.get(wanted, "")
 
 
 def _member(archive: Path, name: str, path: str) -> Member:

@@ -23,7 +23,7 @@ from veripo_fast.data.sources import check_some, evenly, find_sources, read_list
 from veripo_fast.errors import MediaError
 from veripo_fast.report.frames import data_uri, spread
 from veripo_fast.types import Image, Media, Video
-from veripo_fast.video.contract import TEMPORAL_PATCH, resized_size
+from veripo_fast.video.contract import TEMPORAL_PATCH, contract_of, resized_size
 from veripo_fast.video.deadline import run_with_deadline
 from veripo_fast.video.decode import decode, decode_image, wanted_frames
 from veripo_fast.video.decoders import readers
@@ -201,7 +201,8 @@ Step = tuple[Any, "list[Picture]"]
 
 
 def _inspect_video(video: Video, config: Config, sizes: PolicySizes) -> Iterator[Step]:
-    contract = config.video
+    contract = contract_of(video, config.video)
+    config, video = replace(config, video=contract), replace(video, sampling=None)
     probe = run_with_deadline(lambda deadline: probe_video(video.path, deadline), video.path, contract.timeout_seconds)
     yield probe.facts, []
     wanted = wanted_frames(video, probe.timeline, config.video)

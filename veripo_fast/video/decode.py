@@ -28,7 +28,7 @@ from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.types import Frames, Image, Video
 from veripo_fast.video import dali
 from veripo_fast.video.buffers import room
-from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
+from veripo_fast.video.contract import TEMPORAL_PATCH, contract_of, frame_indices, resized_size, window
 from veripo_fast.video.deadline import run_with_deadline
 from veripo_fast.video.decoders import GPU_DECODERS, readers, refuses
 from veripo_fast.video.ffmpeg import torchcodec_decoder
@@ -46,7 +46,7 @@ _DIGITS = re.compile(r"\d+(\.\d+)?")
 
 
 def decode(video: Video, contract: VideoConfig, factor: int, device: str = "cuda") -> Frames:
-    """Decode the frames that the contract takes from a video.
+    """Decode the frames that the contract takes from a video; what the record asks for it (`sampling`) goes first.
 
     Args:
         video: the file; `start_seconds` and `end_seconds` count from its first frame.
@@ -59,6 +59,7 @@ def decode(video: Video, contract: VideoConfig, factor: int, device: str = "cuda
     Raises:
         MediaError: the file is missing, damaged, no video, or took longer than `contract.timeout_seconds`.
     """
+    contract = contract_of(video, contract)
     decoder_class = torchcodec_decoder()  # before the clock starts: first imports take seconds
     if contract.decoder == "dali":
         dali.missing(torch.device(device))
@@ -91,6 +92,7 @@ def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tens
     Raises:
         MediaError: the file is missing, damaged, no image, or took longer than `contract.timeout_seconds`.
     """
+    contract = contract_of(image, contract)
     pixels = run_with_deadline(lambda deadline: _load_image(image.path), image.path, contract.timeout_seconds)
     resized = resize_frames(pixels, *_size(pixels, image.path, contract, factor))
     return resized.expand(TEMPORAL_PATCH, -1, -1, -1).contiguous()
@@ -102,6 +104,7 @@ def wanted_frames(video: Video, timeline: Timeline, contract: VideoConfig) -> li
     Raises:
         MediaError: the part holds no frame.
     """
+    contract = contract_of(video, contract)
     part = window(timeline.seconds, video.start_seconds, video.end_seconds)
     if not part:
         raise MediaError(f"{video.path} has no frame from {video.start_seconds or 0:g} s to "

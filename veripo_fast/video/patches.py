@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -64,9 +65,9 @@ def fingerprint(media: Media | Sequence[Media], contract: VideoConfig, **sizes: 
 
     A file is identified by its resolved path, size in bytes and modification time in nanoseconds, so that a hit costs
     one `stat` and no read; a copy elsewhere has another key. A member of a tar archive is its place in the archive and
-    the archive's time. Part times, the fields of the contract that change pixels and `sizes` (patch and merge size,
-    mean, std, whatever the caller's tower depends on) enter as well. CPU decoders give the same bits; a GPU decoder has
-    keys of its own, under which files that it refuses have the CPU's pixels.
+    the archive's time. Part times, what a record asks for a medium, the fields of the contract that change pixels and
+    `sizes` (patch and merge size, mean, std, whatever the caller's tower depends on) enter as well. CPU decoders give
+    the same bits; a GPU decoder has keys of its own, under which files that it refuses have the CPU's pixels.
 
     Raises:
         MediaError: a file is missing or may not be read.
@@ -84,6 +85,8 @@ def fingerprint(media: Media | Sequence[Media], contract: VideoConfig, **sizes: 
 
 def _identity(item: Media) -> list[object]:
     part: list[object] = [item.start_seconds, item.end_seconds] if isinstance(item, Video) else []
+    if item.sampling is not None:
+        part.append(asdict(item.sampling))
     member = locate(item.path)
     if member is not None:
         return [type(item).__name__, member.archive, member.offset, member.size, member.mtime_ns, *part]
