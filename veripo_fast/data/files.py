@@ -114,6 +114,7 @@ def _starts_array(path: Path) -> bool:
         return file.read(256).removeprefix(_BOM).lstrip()[:1] == b"["
 
 
+_BARE = re.compile(r"[^,\]}\s]*")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
@@ -153,6 +154,9 @@ def _space(text: str, place: int) -> int:
 
 def _end_of_value(text: str, place: int) -> int:
     """Where the value that begins here ends, by its brackets alone."""
+    if text[place] not in '"[{':  # a bare number or word
+        end = _BARE.match(text, place)
+        return end.end() if end else len(text)
     depth = 0
     for token in _TOKEN.finditer(text, place):
         if token[0] in "[{":
@@ -161,8 +165,6 @@ def _end_of_value(text: str, place: int) -> int:
             depth -= 1
         if depth == 0:
             return token.end()
-        if depth < 0:  # a bare number or word, and the end of the array
-            return token.start()
     return len(text)
 
 

@@ -61,6 +61,8 @@ class KeyPlan:
     """Unknown keys whose name speaks of media."""
     option_keys: tuple[str, ...]
     """Keys that hold an option each, in order; empty where there are fewer than two."""
+    media_keys: tuple[str, ...]
+    """Keys that name media, in the order in which they are read."""
     beside: tuple[str, ...]
     """Keys of one medium that stand beside its entry."""
     option_base: int | None
@@ -76,7 +78,8 @@ def key_plan(keys: tuple[str, ...]) -> KeyPlan:
     misspelt = [(key, target) for key in unknown if (target := _resembled(key))]
     words = [key for key in unknown if _MEDIA_WORD.search(key)]
     beside = tuple(key for key in keys if key in _BESIDE)
-    return KeyPlan(tuple(unknown), tuple(misspelt), tuple(words), option_keys, beside, base)
+    media_keys = tuple(key for key in MEDIA_KEYS if key in keys)
+    return KeyPlan(tuple(unknown), tuple(misspelt), tuple(words), option_keys, media_keys, beside, base)
 
 
 def plan_of(row: dict[str, Any]) -> KeyPlan:
@@ -121,8 +124,6 @@ def check_misspelt(row: dict[str, Any], plan: KeyPlan) -> None:
 
 def check_unread_media(row: dict[str, Any], plan: KeyPlan, media: Iterable[Media]) -> None:
     """RecordError for an unknown key that holds a medium which no known key names."""
-    if not plan.unknown:
-        return
     names = {medium.path.rpartition("/")[2] for medium in media}
     for key in plan.unknown:
         if (value := _medium_inside(row[key])) is not None and value.rpartition("/")[2] not in names:

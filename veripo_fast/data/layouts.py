@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from veripo_fast.config.inputs import DataConfig
@@ -28,11 +29,11 @@ from veripo_fast.data.keys import (
     GOLD_KEYS,
     MEDIA_KEYS,
     QUESTION_KEYS,
+    KeyPlan,
     Kind,
     check_misspelt,
     check_text_only,
     check_unread_media,
-    plan_of,
 )
 from veripo_fast.data.media import (
     MEDIA_PARTS,
@@ -53,25 +54,24 @@ _MARKER = re.compile(r"(<video>|<image>)")
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-def read_record(row: dict[str, Any], locate: Locate, config: DataConfig) -> Record:
+def read_record(row: dict[str, Any], plan: KeyPlan, locate: Locate, config: DataConfig) -> Record:
     """Read one record.
 
     Raises:
         RecordError: a needed key is missing, a value cannot be understood, or a key would be lost that matters.
     """
-    plan = plan_of(row)
     if plan.misspelt:
         check_misspelt(row, plan)
     turns = turns_of(row)
     closing = turns.pop() if turns and turns[-1]["role"] == "assistant" else None
     if not turns or turns[-1]["role"] != "user":
         raise RecordError("the last turn before the answer is not the user's")
-    messages = _with_media(turns, listed_media(row, locate), locate)
+    messages = _with_media(turns, listed_media(row, plan, locate), locate)
     if plan.beside:
         messages = with_times(row, plan.beside, messages)
     if not messages[-1].parts:
         raise RecordError("the question is empty")
-    _check_media(row, messages, config)
+    _check_media(row, plan, messages, config)
     declared = _declared_type(row)
     options = read_options(row, plan)
     gold, is_number = _gold(row, _plain_text(closing["content"]) if closing else "")
@@ -82,11 +82,12 @@ def read_record(row: dict[str, Any], locate: Locate, config: DataConfig) -> Reco
                   str(row.get("data_source") or ""))
 
 
-def _check_media(row: dict[str, Any], messages: tuple[Message, ...], config: DataConfig) -> None:
+def _check_media(row: dict[str, Any], plan: KeyPlan, messages: tuple[Message, ...], config: DataConfig) -> None:
     """Refuse a record whose media would be lost, or that does not have the medium that it declares."""
     media = [part for message in messages for part in message.parts if type(part) is not str]
-    declared, plan = declared_kind(row), plan_of(row)
-    check_unread_media(row, plan, media)  # type: ignore[arg-type]
+    declared = declared_kind(row)
+    if plan.unknown:
+        check_unread_media(row, plan, media)  # type: ignore[arg-type]
     if not media:
         if declared in ("video", "image"):
             raise RecordError(f"says data_type {declared} and names no {declared} under a known key"
@@ -102,7 +103,12 @@ def _declared_type(row: dict[str, Any]) -> str | None:
     declared = row.get("problem_type")
     if declared is None or declared == "":
         return None
-    name = re.sub(r"[\s_-]+", " ", str(declared)).strip().lower()
+    return _type_named(declared if isinstance(declared, str) else str(declared))
+
+
+@lru_cache(maxsize=256)
+def _type_named(declared: str) -> str:
+    name = re.sub(r"[\s_-]+", " ", declared).strip().lower()
     if name not in DECLARED_TYPES:
         raise RecordError(f"problem_type {short(declared)} is not known: write one of {', '.join(DECLARED_TYPES)}, or "
                           "list problem_type in data.ignore_keys to have it inferred")

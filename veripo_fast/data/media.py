@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from veripo_fast.data.archives import IMAGE_SUFFIXES
-from veripo_fast.data.keys import END_KEYS, MEDIA_KEYS, REFUSED_SAMPLING, SAMPLING_KEYS, START_KEYS, Kind
+from veripo_fast.data.keys import END_KEYS, MEDIA_KEYS, REFUSED_SAMPLING, SAMPLING_KEYS, START_KEYS, KeyPlan, Kind
 from veripo_fast.data.records import RecordError, short
 from veripo_fast.types import Image, Media, Message, Sampling, Video
 
@@ -41,20 +41,20 @@ def declared_kind(row: dict[str, Any]) -> Kind | str | None:
     return kind
 
 
-def listed_media(row: dict[str, Any], locate: Locate) -> dict[Kind, list[Media]]:
+def listed_media(row: dict[str, Any], plan: KeyPlan, locate: Locate) -> dict[Kind, list[Media]]:
     """Media named beside the question, by kind, in order; a file that two keys name counts once.
 
     Raises:
         RecordError: an entry cannot be understood.
     """
     media: dict[Kind, list[Media]] = {"video": [], "image": []}
-    for key, known in MEDIA_KEYS.items():
-        value = row.get(key)
-        if value is None or value == "" or value == []:
+    for key in plan.media_keys:
+        value = row[key]
+        if value == "" or value == []:
             continue
-        kind = known or _kind_of_path(row)
+        kind = MEDIA_KEYS[key] or _kind_of_path(row)
         fresh = [medium(kind, entry, locate) for entry in _entries(key, value)]
-        media[kind] = merged(media[kind], fresh)
+        media[kind] = merged(media[kind], fresh) if media[kind] else fresh
     return media
 
 

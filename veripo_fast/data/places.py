@@ -34,7 +34,7 @@ class MediaPlaces:
 
     def __init__(self, file: str, config: DataConfig) -> None:
         base = config.media_root or os.path.dirname(file)  # noqa: PTH120  - pathlib takes 5 us for each record
-        self._base = "" if base in ("", ".") else base.rstrip("/") + "/"
+        self._base = "" if base in ("", ".") else str(Path(base)).rstrip("/") + "/"
         self._archive = file if is_archive(file) else ""
         self._index: Index | None = read_index(Path(file).resolve()) if self._archive else None
 
@@ -56,9 +56,11 @@ class MediaPlaces:
             return cached(_decoded(source))
         if self._index is not None and (name := member_of(self._index, source)):
             return f"{self._archive}/{name}"
+        while source[:2] == "./":
+            source = source[2:]
         if not source.startswith("/"):
             source = self._base + source
-        clean = "//" not in source and "/./" not in source and source[:2] != "./"
+        clean = "//" not in source and "/./" not in source
         return source if clean else str(Path(source))
 
 
