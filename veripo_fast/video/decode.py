@@ -33,6 +33,7 @@ from veripo_fast.video.deadline import run_with_deadline
 from veripo_fast.video.decoders import GPU_DECODERS, readers, refuses
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.packets import KeptPackets, check_file, open_video, read_packets
+from veripo_fast.video.pictures import decode_pictures, pictures_of
 from veripo_fast.video.pool import MediaPool
 from veripo_fast.video.readers import LostFrameError, RefusedError, read_pyav, read_torchcodec
 from veripo_fast.video.timeline import Timeline, check_complete, scan_decoded, timeline_of
@@ -60,6 +61,13 @@ def decode(video: Video, contract: VideoConfig, factor: int, device: str = "cuda
         MediaError: the file is missing, damaged, no video, or took longer than `contract.timeout_seconds`.
     """
     contract = contract_of(video, contract)
+    if pictures := pictures_of(video):
+        return run_with_deadline(
+            lambda deadline: decode_pictures(video, pictures, contract, factor, _load_image, deadline),
+            video.path, contract.timeout_seconds)
+    if video.frame_fps is not None:
+        raise MediaError(f"{video.path} is a video file, and its record gives sample_fps, which frames have: "
+                         "write fps to sample it")
     decoder_class = torchcodec_decoder()  # before the clock starts: first imports take seconds
     if contract.decoder == "dali":
         dali.missing(torch.device(device))
