@@ -17,20 +17,39 @@ PairFamily: TypeAlias = Literal["accuracy", "consistency", "reflection", "repeti
 FinishReason: TypeAlias = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What a record asks for one medium in place of the sampling contract; None: as the contract says."""
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Video:
-    """A video file, or the part of it between two times."""
+    """A video file or the part of it between two times, or frames that are a picture file each."""
 
     path: str
+    """The file; a folder of frames; or the first of `frames`."""
     start_seconds: float | None = None
     end_seconds: float | None = None
+    sampling: Sampling | None = None
+    frames: tuple[str, ...] = ()
+    """Picture files in order, where a record lists them."""
+    frame_fps: float | None = None
+    """Pictures per second of `frames` or of a folder; None: 2, as qwen-vl-utils takes them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Image:
     """An image file."""
 
     path: str
+    sampling: Sampling | None = None
 
 
 Media: TypeAlias = Video | Image
@@ -50,7 +69,7 @@ class Frames:
     """Which decoder produced them: a name of `video.decoders.readers`, or `pyav-sequential`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One chat turn; media stand where they appear in the text."""
 
@@ -58,7 +77,7 @@ class Message:
     parts: tuple[str | Video | Image, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A question with its media and the typed gold answer. `prompt_id` is unique within a data set."""
 

@@ -405,7 +405,7 @@ def shard(tmp_path: Path, loose: Path) -> Path:
 
 
 def test_samples_become_prompts(shard: Path, tmp_path: Path) -> None:
-    prompts, skipped = load_prompts([str(shard)], DataConfig(template="none"))
+    prompts, skipped = load_prompts([str(shard)], DataConfig(template="none", text_only=True))
     inside = {prompt.prompt_id.removeprefix("train-0.tar:"): [
         medium.path.removeprefix(f"{tmp_path}/").removeprefix("train-0.tar/") for medium in prompt.media]
         for prompt in prompts}

@@ -14,7 +14,7 @@ from veripo_fast.data.prompts import INSTRUCTIONS, load_prompts, question_text
 from veripo_fast.errors import DataError
 from veripo_fast.types import Image, Message, Prompt, Video
 
-BARE = DataConfig(template="none")
+BARE = DataConfig(template="none", text_only=True)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_options_with_and_without_letters(folder: Path) -> None:
 
 
 def test_instruction_follows_the_problem_type_alone(folder: Path) -> None:
-    think = DataConfig()
+    think = DataConfig(text_only=True)
     choice = one(folder, {"problem": "Which?", "options": ["cat", "dog"], "answer": "B"}, think)
     assert choice.text == f"Which?\nA. cat\nB. dog\n{INSTRUCTIONS['choice']}"
     assert choice.text == question_text("Which?", ("cat", "dog"), "choice")
@@ -186,16 +186,16 @@ def test_media_root(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> N
 @pytest.mark.parametrize(("row", "words"), [
     ("{not json", "is not valid JSON: Expecting property name enclosed in double quotes at column 2"),
     ("[1, 2]", "must be a JSON object, got '[1, 2]'"),
-    ({"answer": "4"}, "has no question: none of messages, message, prompt, problem, question has a value"),
+    ({"answer": "4"}, "has no question: none of messages, message, conversations, prompt, problem, question, query"),
     ({"problem": "2+2?"}, "has no gold answer: none of answer, solution, ground_truth"),
     ({"problem": "?", "answer": ["a", "b"]}, "the gold answer must be a text or a number, got ['a', 'b']"),
     ({"problem": "?", "answer": "E", "options": ["x", "y"], "problem_type": "mcq"}, "cannot be read as choice"),
     ({"problem": "?", "answer": "4", "videos": ["gone.mp4"]}, "gone.mp4 does not exist"),
     ({"problem": "?", "answer": "4", "videos": ["https://x.org/a.mp4"]}, "media must be local files, not URLs"),
-    ({"problem": "?", "answer": "4", "videos": [["1.jpg", "2.jpg"]]}, "a video must be the path of a file"),
+    ({"problem": "?", "answer": "4", "videos": [["1.jpg", 2]]}, "a video must be the path of a file"),
     ({"problem": "<video><video>?", "answer": "4", "videos": ["clips/a.mp4"]}, "more <video> markers than videos (1)"),
     ({"problem": "<video>?", "answer": "4", "videos": ["clips/a.mp4"] * 2}, "fewer <video> markers than videos (2)"),
-    ({"problem": "?", "answer": "4", "path": "clips/a.mp4", "data_type": "audio"}, "data_type must be video or image"),
+    ({"problem": "?", "answer": "4", "path": "clips/a.mp4", "data_type": "audio"}, "data_type must be video, image or"),
     ({"problem": "?", "answer": "4", "options": "A or B"}, "options must be a list"),
     ({"message": "[{'role'", "answer": "4"}, "message is not valid JSON"),
     ({"messages": [{"role": "tool", "content": "?"}], "answer": "4"}, "role is not system, user or assistant"),

@@ -22,8 +22,8 @@ from veripo_fast.config.inputs import CacheConfig, VideoConfig
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.model import encoding
 from veripo_fast.model.tower import Tower
-from veripo_fast.types import LoadedPrompt, Media, MediaInputs, Prompt, Video, VisionFeatures
-from veripo_fast.video.contract import TEMPORAL_PATCH
+from veripo_fast.types import LoadedPrompt, Media, MediaInputs, Prompt, VisionFeatures
+from veripo_fast.video.contract import most_pixels
 from veripo_fast.video.decode import check_decoder, fallbacks
 
 log = logging.getLogger(__name__)
@@ -138,9 +138,7 @@ class PromptLoader:
 
     def _most_bytes(self, prompt: Prompt) -> int:
         """Bound on the frames that the contract takes of a prompt's media."""
-        frames = self.contract.num_frames or self.contract.max_frames
-        return sum((frames if isinstance(medium, Video) else TEMPORAL_PATCH) * 3 * self.contract.max_pixels
-                   for medium in prompt.media)
+        return 3 * most_pixels(prompt.media, self.contract)
 
     # -- on the caller's thread -----------------------------------------------------------------------------------
 

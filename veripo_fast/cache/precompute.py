@@ -29,8 +29,8 @@ from veripo_fast.model.checkpoint_files import resolve_device, resolve_path
 from veripo_fast.model.encoding import PromptEncoder, decode_frames
 from veripo_fast.model.tower import load_tower
 from veripo_fast.text import memory
-from veripo_fast.types import Media, Message, Prompt, Video
-from veripo_fast.video.contract import TEMPORAL_PATCH
+from veripo_fast.types import Media, Message, Prompt
+from veripo_fast.video.contract import TEMPORAL_PATCH, most_pixels
 from veripo_fast.video.decode import check_decoder
 from veripo_fast.video.pool import MediaPool
 
@@ -246,17 +246,12 @@ class Filler:
 
     def _most_bytes(self, prompt: Prompt) -> int:
         """Bound on the entries of a prompt."""
-        pixels = sum(self._most_frames(medium) for medium in prompt.media) * self.config.video.max_pixels
+        pixels = most_pixels(prompt.media, self.config.video)
         size = 3 * pixels if self.wants_frames else 0
         if self.loader:
             tokens = pixels // TEMPORAL_PATCH // self.encoder.vision.factor**2
             size += tokens * self.encoder.tower_bytes_per_token(self.config.model.dtype)
         return size
-
-    def _most_frames(self, medium: Media) -> int:
-        """Rounded up to the pairs that the tower reads."""
-        count = self.config.video.num_frames or self.config.video.max_frames if isinstance(medium, Video) else 1
-        return -(-count // TEMPORAL_PATCH) * TEMPORAL_PATCH
 
     # -- making it ------------------------------------------------------------------------------------------------
 
@@ -264,8 +259,7 @@ class Filler:
         """Yields how many are done; the next batch is decoded while the tower runs on one."""
         if not self.loader:
             return
-        largest = max((3 * self.config.video.max_pixels * sum(map(self._most_frames, prompt.media))
-                       for prompt in prompts), default=1)
+        largest = max((3 * most_pixels(prompt.media, self.config.video) for prompt in prompts), default=1)
         size = min(max(self.config.cache.prefetch_bytes // largest // 2, 1), MAX_BATCH)
         for start in range(0, len(prompts), size):
             self.loader.prefetch(prompts[start:start + 2 * size])

@@ -108,6 +108,15 @@ class DataConfig:
     """Instruction put around a question; `none` sends it as it is."""
     max_prompt_tokens: int = 16384
     """Longer prompts are skipped and named in skipped.jsonl (they are never truncated)."""
+    text_only: bool = False
+    """Take records that name no video and no image. Without it they are skipped, unless they say `data_type: text`:
+    a misspelt key of a medium looks the same."""
+    answer_index: int | None = None
+    """What an answer that is an index of its options counts from, 0 or 1; null: such records are skipped, unless
+    their keys say it (a0, a1, ...)."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys that are left unread wherever a record holds them, for keys that are refused and mean something else."""
 
     def __post_init__(self) -> None:
         positive(self, "max_prompt_tokens")
+        require(self.answer_index in (None, 0, 1), f"answer_index must be 0, 1 or null, got {self.answer_index}")

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from veripo_fast.errors import MediaError
 
@@ -25,6 +25,8 @@ VIDEO_SUFFIXES = frozenset({".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".m
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_MEMBERS = 1 << 20
 """Members in the indexes that are kept, about 250 bytes each; the least recently used archives are forgotten."""
+MOST_HEADER = 1 << 20
+"""Bytes of an extended header: long names and attributes. A header may claim gigabytes, which would be read at once."""
 _BLOCK = tarfile.BLOCKSIZE
 _ARCHIVE = re.compile(r"\.(?:tar|tgz|tbz2?|txz|tzst|tar\.(?:gz|bz2|xz|zst|lz4))(?=/|$)", re.IGNORECASE)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
@@ -115,10 +117,14 @@ def find_member(archive: str, name: str) -> str:
     Raises:
         MediaError: as `read_index`.
     """
-    index = read_index(Path(archive).resolve())
-    wanted = _plain(name)
-    found = wanted if wanted in index.places else index.by_file_name.get(wanted, "")
+    found = member_of(read_index(Path(archive).resolve()), name)
     return f"{archive}/{found}" if found else ""
+
+
+def member_of(index: Index, name: str) -> str:
+    """The member that is named so, or that alone has this file name; empty when there is none."""
+    wanted = _plain(name)
+    return wanted if wanted in index.places else index.by_file_name.get(wanted, "")
 
 
 def _member(archive: Path, name: str, path: str) -> Member:
@@ -199,7 +205,7 @@ def _read(file: BinaryIO, archive: Path, size: int) -> Index:
     places: dict[str, tuple[int, int]] = {}
     last = ""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
             for info in _infos(tar):
                 last, end = info.name, info.offset_data + info.size
                 regular = info.isreg() and not info.issparse()
@@ -218,6 +224,18 @@ def _read(file: BinaryIO, archive: Path, size: int) -> Index:
     if len(block) < _BLOCK:
         return Index(places, f"{archive} is truncated: it has no end mark after its member {last}")
     return Index(places, f"{archive} is damaged after its member {last}" if any(block) else "")
+
+
+class _Headers:
+    """The file as `tarfile` reads its headers; it asks for a long name as a whole, however long the header says."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if size > MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._read(size)
 
 
 def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

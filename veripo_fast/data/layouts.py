@@ -2,14 +2,17 @@
 
 A record is read key by key, so that layouts may be mixed; the first key that has a value decides:
 
-    question   messages | message | prompt | problem | question   (text, a list of chat turns, or that list as JSON)
-    media      parts inside chat turns; path (+ data_type); videos | video; images | image
+    question   messages | message | conversations | prompt | problem | question | query
+               (text, a list of chat turns of role/content or from/value, or that list as JSON); system, history
+    media      parts inside chat turns; path (+ data_type); videos | video; images | image; frames   (data/media.py)
     gold       whichever of solution, answer holds <answer>...</answer>; else answer, solution, ground_truth,
-               reward_model.ground_truth, extra_info.answer; else a closing assistant turn
-    the rest   options, problem_type, problem_id | id | extra_info.index, data_source
+               reward_model.ground_truth, extra_info.answer; else a closing assistant turn; response beside query
+    options    options | choices | candidates, or a key each: a0, option_b, C                        (data/choices.py)
+    the rest   problem_type, problem_id | id | extra_info.index, data_source
 
-These are the keys of Video-R1-260k and CoT-165k, of EasyR1 and verl, and of chat data. `<video>` and `<image>` in a
-text are replaced by the media in turn; without them, media stand before the first question.
+These are the keys of Video-R1-260k and CoT-165k, of EasyR1, verl, LLaVA, ShareGPT and ms-swift, and of chat data.
+`<video>` and `<image>` in a text are replaced by the media in turn; without them, media stand before the first
+question. What other keys mean is in data/keys.py: a record without media is refused unless it is asked for.
 """
 
 from __future__ import annotations
@@ -17,65 +20,99 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any
 
-from veripo_fast.data.archives import IMAGE_SUFFIXES
-from veripo_fast.types import Image, Media, Message, Video
+from veripo_fast.config.inputs import DataConfig
+from veripo_fast.data.choices import chosen, read_options
+from veripo_fast.data.keys import (
+    GOLD_KEYS,
+    MEDIA_KEYS,
+    QUESTION_KEYS,
+    KeyPlan,
+    Kind,
+    check_misspelt,
+    check_text_only,
+    check_unread_media,
+)
+from veripo_fast.data.media import (
+    MEDIA_PARTS,
+    Locate,
+    declared_kind,
+    listed_media,
+    medium,
+    merged,
+    same_file,
+    with_times,
+)
+from veripo_fast.data.records import Record, RecordError, short
+from veripo_fast.reward.score import DECLARED_TYPES
+from veripo_fast.types import Media, Message, Video
 
-QUESTION_KEYS = ("messages", "message", "prompt", "problem", "question")
-GOLD_KEYS = ("answer", "solution", "ground_truth")
-MEDIA_KEYS = ("path", "videos", "video", "images", "image")
-KNOWN_KEYS = frozenset({*QUESTION_KEYS, *GOLD_KEYS, *MEDIA_KEYS, "options", "problem_type", "problem_id", "id",
-                        "data_type", "data_source", "reward_model", "extra_info", "process", "ability"})
-"""Keys that are read, or known to carry nothing that training needs (`process`: CoT-165k's traces; `ability`: verl)."""
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKER = re.compile(r"(<video>|<image>)")
-_MEDIA_PARTS = ("video", "image", "video_url", "image_url")
-Kind = Literal["video", "image"]
-Locate = Callable[[str | bytes], str]
-"""Turns what a record says of a medium (a path, or the bytes themselves) into the path of a file."""
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-class RecordError(Exception):
-    """Why a record cannot be used; the reader adds where it stands."""
-
-    def __init__(self, reason: str, path: str = "") -> None:
-        super().__init__(reason)
-        self.path = path
-        """The media file at fault, or empty."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a record says, before the gold is checked and an instruction is added."""
-
-    messages: tuple[Message, ...]
-    gold: str
-    options: tuple[str, ...]
-    declared_type: str | None
-    prompt_id: str | None
-    data_source: str
-
-
-def read_record(row: dict[str, Any], locate: Locate) -> Record:
+def read_record(row: dict[str, Any], plan: KeyPlan, locate: Locate, config: DataConfig) -> Record:
     """Read one record.
 
     Raises:
-        RecordError: a needed key is missing or a value cannot be understood.
+        RecordError: a needed key is missing, a value cannot be understood, or a key would be lost that matters.
     """
-    turns = _turns(row)
+    if plan.misspelt:
+        check_misspelt(row, plan)
+    turns = turns_of(row)
     closing = turns.pop() if turns and turns[-1]["role"] == "assistant" else None
     if not turns or turns[-1]["role"] != "user":
         raise RecordError("the last turn before the answer is not the user's")
-    messages = _with_media(turns, _listed_media(row, locate), locate)
+    messages = _with_media(turns, listed_media(row, plan, locate), locate)
+    if plan.beside:
+        messages = with_times(row, plan.beside, messages)
     if not messages[-1].parts:
         raise RecordError("the question is empty")
-    gold = _gold(row, _plain_text(closing["content"]) if closing else "")
+    _check_media(row, plan, messages, config)
+    declared = _declared_type(row)
+    options = read_options(row, plan)
+    gold, is_number = _gold(row, _plain_text(closing["content"]) if closing else "")
+    if options.texts and declared in (None, "choice"):
+        gold = chosen(gold, is_number, options, declared, config.answer_index)
     identity = _first(row, ("problem_id", "id"), _nested(row, "extra_info", "index"))
+    return Record(messages, gold, options.texts, declared, None if identity is None else str(identity),
+                  str(row.get("data_source") or ""))
+
+
+def _check_media(row: dict[str, Any], plan: KeyPlan, messages: tuple[Message, ...], config: DataConfig) -> None:
+    """Refuse a record whose media would be lost, or that does not have the medium that it declares."""
+    media = [part for message in messages for part in message.parts if type(part) is not str]
+    declared = declared_kind(row)
+    if plan.unknown:
+        check_unread_media(row, plan, media)  # type: ignore[arg-type]
+    if not media:
+        if declared in ("video", "image"):
+            raise RecordError(f"says data_type {declared} and names no {declared} under a known key"
+                              + (f"; the key {plan.media_words[0]!r} is not read" if plan.media_words else ""))
+        check_text_only(row, plan, allowed=config.text_only or declared == "text")
+    elif declared == "text":
+        raise RecordError(f"says data_type text and names {len(media)} media")
+    elif declared and not any(isinstance(item, Video) == (declared == "video") for item in media):
+        raise RecordError(f"says data_type {declared} and names no {declared}")
+
+
+def _declared_type(row: dict[str, Any]) -> str | None:
     declared = row.get("problem_type")
-    return Record(messages, gold, _options(row.get("options")), str(declared) if declared else None,
-                  None if identity is None else str(identity), str(row.get("data_source") or ""))
+    if declared is None or declared == "":
+        return None
+    return _type_named(declared if isinstance(declared, str) else str(declared))
+
+
+@lru_cache(maxsize=256)
+def _type_named(declared: str) -> str:
+    name = re.sub(r"[\s_-]+", " ", declared).strip().lower()
+    if name not in DECLARED_TYPES:
+        raise RecordError(f"problem_type {short(declared)} is not known: write one of {', '.join(DECLARED_TYPES)}, or "
+                          "list problem_type in data.ignore_keys to have it inferred")
+    return "choice" if DECLARED_TYPES[name] == "choice" else name
 
 
 def names_media(row: dict[str, Any]) -> bool:
@@ -84,31 +121,60 @@ def names_media(row: dict[str, Any]) -> bool:
     Raises:
         RecordError: as `read_record`, of its question.
     """
-    parts = [part for turn in _turns(row) if isinstance(turn["content"], list) for part in turn["content"]]
-    return any(row.get(key) for key in MEDIA_KEYS) or any(
-        isinstance(part, dict) and part.get("type") in _MEDIA_PARTS and _named(part) for part in parts)
+    if any(row.get(key) for key in MEDIA_KEYS):
+        return True
+    parts = [part for turn in turns_of(row) if isinstance(turn["content"], list) for part in turn["content"]]
+    return any(isinstance(part, dict) and part.get("type") in MEDIA_PARTS and _named(part) for part in parts)
 
 
 # -- question ---------------------------------------------------------------------------------------------------------
 
 
-def _turns(row: dict[str, Any]) -> list[dict[str, Any]]:
+def turns_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chat turns of a record, each with a role (system, user, assistant) and its content.
+
+    Raises:
+        RecordError: there is no question, or a turn cannot be understood.
+    """
     key = next((key for key in QUESTION_KEYS if row.get(key)), None)
     if key is None:
         raise RecordError(f"has no question: none of {', '.join(QUESTION_KEYS)} has a value")
     value = row[key]
-    if isinstance(value, str) and (key in ("messages", "message") or value.lstrip().startswith("[{")):
+    if isinstance(value, str) and (key in ("messages", "message", "conversations") or value.lstrip()[:2] == "[{"):
         value = _parsed(key, value)
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list):
+        turns = [{"role": "user", "content": value}]
+    elif isinstance(value, list):
+        turns = [_turn(key, turn) for turn in value]
+    else:
         raise RecordError(f"{key} must be a text or a list of chat turns, got {type(value).__name__}")
-    for turn in value:
-        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
-            raise RecordError(f"{key} holds a turn whose role is not system, user or assistant: {turn!r:.80}")
-        if not isinstance(turn.get("content"), str | list):
-            raise RecordError(f"{key} holds a turn without content")
-    return list(value)
+    turns = _history(row) + turns if row.get("history") else turns
+    if row.get("system") and not any(turn["role"] == "system" for turn in turns):
+        if not isinstance(row["system"], str):
+            raise RecordError(f"system must be a text, got {short(row['system'])}")
+        turns.insert(0, {"role": "system", "content": row["system"]})
+    return turns
+
+
+def _turn(key: str, turn: Any) -> dict[str, Any]:
+    """A turn as role/content (OpenAI) or from/value (ShareGPT, LLaVA)."""
+    named = isinstance(turn, dict) and (turn.get("role") or turn.get("from"))
+    if not isinstance(named, str) or named not in _ROLES:
+        raise RecordError(f"{key} holds a turn whose role is not system, user or assistant: {short(turn)}")
+    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    if not isinstance(content, str | list):
+        raise RecordError(f"{key} holds a turn without content")
+    return {"role": _ROLES[named], "content": content}
+
+
+def _history(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Earlier questions and answers, as ms-swift writes them."""
+    turns = []
+    for pair in row["history"] if isinstance(row["history"], list) else [None]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise RecordError(f"history must be a list of [question, answer], got {short(row['history'])}")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
 
 
 def _parsed(key: str, text: str) -> Any:
@@ -121,58 +187,11 @@ def _parsed(key: str, text: str) -> Any:
 def _plain_text(content: str | list[Any]) -> str:
     if isinstance(content, str):
         return content
-    return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)
+    return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content
+                   if isinstance(part, str | dict))
 
 
-# -- media ------------------------------------------------------------------------------------------------------------
-
-
-def _listed_media(row: dict[str, Any], locate: Locate) -> dict[Kind, list[Media]]:
-    """Media named beside the question, by kind, in order."""
-    media: dict[Kind, list[Media]] = {"video": [], "image": []}
-    if row.get("path"):
-        kind = _kind_of_path(row)
-        media[kind].append(_medium(kind, row["path"], locate))
-    kinds: tuple[Kind, ...] = ("video", "image")
-    for kind in kinds:
-        for key in (f"{kind}s", kind):
-            values = row.get(key)
-            if values is not None and not isinstance(values, list):
-                values = [values]
-            media[kind] += [_medium(kind, value, locate) for value in values or ()]
-    return media
-
-
-def _kind_of_path(row: dict[str, Any]) -> Kind:
-    declared = row.get("data_type")
-    if declared in ("video", "image"):
-        return "video" if declared == "video" else "image"
-    if declared:
-        raise RecordError(f"data_type must be video or image for a record with a path, got {declared!r}")
-    return "image" if str(row["path"]).lower().endswith(tuple(IMAGE_SUFFIXES)) else "video"
-
-
-def _medium(kind: Kind, value: Any, locate: Locate) -> Media:
-    """From a path, or from a dict as in chat parts, qwen-vl-utils (video_start, video_end) and `datasets` images."""
-    start = end = None
-    if isinstance(value, dict):
-        start, end = value.get("video_start"), value.get("video_end")
-        source = next((value[key] for key in ("bytes", kind, f"{kind}_url", "path", "url") if value.get(key)), None)
-        source = source.get("url") if isinstance(source, dict) else source
-    else:
-        source = value
-    if not isinstance(source, str | bytes):
-        raise RecordError(f"a {kind} must be the path of a file, got {value!r:.80}")
-    path = locate(source)
-    if kind == "image":
-        return Image(path)
-    return Video(path, _seconds(start), _seconds(end))
-
-
-def _seconds(value: Any) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise RecordError(f"video_start and video_end must be seconds, got {value!r:.80}")
-    return None if value is None else float(value)
+# -- media in their places --------------------------------------------------------------------------------------------
 
 
 def _with_media(turns: list[dict[str, Any]], listed: dict[Kind, list[Media]], locate: Locate) -> tuple[Message, ...]:
@@ -181,33 +200,45 @@ def _with_media(turns: list[dict[str, Any]], listed: dict[Kind, list[Media]], lo
     marked: set[Kind] = set()
 
     def take(kind: Kind) -> Media:
+        if kind == "image" and not listed["image"] and waiting["video"]:
+            kind = "video"  # LLaVA-Video writes <image> where its video stands
         marked.add(kind)
         if not waiting[kind]:
             raise RecordError(f"has more <{kind}> markers than {kind}s ({len(listed[kind])})")
         return waiting[kind].pop(0)
 
-    messages = [Message(turn["role"], tuple(_parts(turn["content"], take, locate))) for turn in turns]
+    def name(kind: Kind, part: dict[str, Any]) -> Media:
+        item = medium(kind, part, locate)
+        twins = [other for other in waiting[kind] if same_file(other, item)]
+        for twin in twins:  # named in the turn and beside it: one medium
+            waiting[kind].remove(twin)
+            (item, *_) = merged([item], [twin])
+        return item
+
+    messages = [Message(turn["role"], tuple(_parts(turn["content"], take, name))) for turn in turns]
     ahead: list[Media] = []
     for kind, media in waiting.items():
         if media and kind in marked:
             raise RecordError(f"has fewer <{kind}> markers than {kind}s ({len(listed[kind])})")
         ahead += media
-    first = next(number for number, message in enumerate(messages) if message.role == "user")
-    messages[first] = Message("user", (*ahead, *messages[first].parts))
+    if ahead:
+        first = next(number for number, message in enumerate(messages) if message.role == "user")
+        messages[first] = Message("user", (*ahead, *messages[first].parts))
     return tuple(messages)
 
 
-def _parts(content: str | list[Any], take: Callable[[Kind], Media], locate: Locate) -> list[str | Media]:
+def _parts(content: str | list[Any], take: Callable[[Kind], Media],
+           name: Callable[[Kind, dict[str, Any]], Media]) -> list[str | Media]:
     parts: list[str | Media] = []
     for part in [content] if isinstance(content, str) else content:
-        if isinstance(part, dict) and part.get("type") in _MEDIA_PARTS:
+        if isinstance(part, dict) and part.get("type") in MEDIA_PARTS:
             kind: Kind = "video" if part["type"].startswith("video") else "image"
-            parts.append(_medium(kind, part, locate) if _named(part) else take(kind))
+            parts.append(name(kind, part) if _named(part) else take(kind))
             continue
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
-            raise RecordError(f"has a chat part that is neither text, image nor video: {part!r:.80}")
-        for piece in _MARKER.split(text):
+            raise RecordError(f"has a chat part that is neither text, image nor video: {short(part)}")
+        for piece in _MARKER.split(text) if "<" in text else (text,):
             if piece in ("<video>", "<image>"):
                 parts.append(take("video" if piece == "<video>" else "image"))
             elif piece.strip():
@@ -216,24 +247,27 @@ def _parts(content: str | list[Any], take: Callable[[Kind], Media], locate: Loca
 
 
 def _named(part: dict[str, Any]) -> bool:
-    """Whether a media part of a chat turn says which file it shows."""
-    kind = part["type"].removesuffix("_url")
-    return any(part.get(key) for key in (kind, f"{kind}_url", "path", "url"))
+    """Whether a media part of a chat turn says anything of the medium that it shows."""
+    return any(value is not None and value != "" and key not in ("type", "text") for key, value in part.items())
 
 
-# -- gold and options -------------------------------------------------------------------------------------------------
+# -- gold -------------------------------------------------------------------------------------------------------------
 
 
-def _gold(row: dict[str, Any], closing: str) -> str:
+def _gold(row: dict[str, Any], closing: str) -> tuple[str, bool]:
+    """The gold answer, and whether it is stored as a number."""
     values = [row.get(key) for key in GOLD_KEYS]
     values += [_nested(row, "reward_model", "ground_truth"), _nested(row, "extra_info", "answer"), closing]
+    if row.get("query"):
+        values.append(row.get("response"))
     for value in values:
-        if isinstance(value, str) and (tagged := _TAGGED.search(value)):
-            return tagged[1].strip()
-    gold = next((_gold_text(value) for value in values if value not in (None, "")), "")
+        if isinstance(value, str) and "<answer>" in value and (tagged := _TAGGED.search(value)):
+            return tagged[1].strip(), False
+    value = next((value for value in values if value not in (None, "")), "")
+    gold = _gold_text(value)
     if not gold:
         raise RecordError(f"has no gold answer: none of {', '.join(GOLD_KEYS)}, reward_model.ground_truth has a value")
-    return gold
+    return gold, not isinstance(value[0] if isinstance(value, list) else value, str)
 
 
 def _gold_text(value: Any) -> str:
@@ -242,19 +276,8 @@ def _gold_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():  # Arrow turns whole numbers into floats beside missing ones
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RecordError(f"the gold answer must be a text or a number, got {value!r:.80}")
+        raise RecordError(f"the gold answer must be a text or a number, got {short(value)}")
     return str(value).strip()
-
-
-def _options(value: Any) -> tuple[str, ...]:
-    """Texts without their letters, when every one carries its own."""
-    if isinstance(value, dict):  # Arrow keeps every letter that any record has, as None where this one has it not
-        value = [text for _, text in sorted(value.items()) if text is not None]
-    if value is not None and not isinstance(value, list):
-        raise RecordError(f"options must be a list, got {value!r:.80}")
-    options = tuple(str(option).strip() for option in value or ())
-    matches = [re.match(rf"\(?{chr(65 + i)}[.):]\s*(.+)", option, re.DOTALL) for i, option in enumerate(options)]
-    return tuple(match[1].strip() for match in matches if match) if all(matches) else options
 
 
 def _first(row: dict[str, Any], keys: tuple[str, ...], otherwise: Any) -> Any:

@@ -6,27 +6,33 @@ gets `#2`, `#3`, ... in the order of the files.
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import logging
-import os
 import re
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+import string
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import islice
+from typing import Any
 
 from veripo_fast.config.inputs import DataConfig
-from veripo_fast.data.archives import find_member, is_archive, locate
-from veripo_fast.data.files import read_rows
-from veripo_fast.data.layouts import KNOWN_KEYS, Record, RecordError, read_record
+from veripo_fast.data.files import Source, parsed, read_sources
+from veripo_fast.data.keys import plan_of
+from veripo_fast.data.layouts import read_record
+from veripo_fast.data.places import MediaPlaces, missing
+from veripo_fast.data.records import UNUSABLE, Record, reason_of
 from veripo_fast.data.skipped import Skipped
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.reward.score import check_gold, infer_problem_type
-from veripo_fast.run.atomic import atomic_write_bytes
 from veripo_fast.types import Message, ProblemType, Prompt
 
 _LOG = logging.getLogger(__name__)
-_ANOTHER_SCHEME = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+LOOKED_UP = 4096
+"""Media of so many prompts are looked up when they are read. A larger set would take minutes on a network mount: a file
+that it lacks is named when it is loaded, and some files spread over the set are looked up."""
+SAMPLED = 256
 
 INSTRUCTIONS: dict[ProblemType, str] = {
     "choice": "Think in <think></think>, then give the letter in <answer></answer>.",
@@ -42,7 +48,8 @@ def load_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
     """Read data files in order.
 
     Returns:
-        prompts with unique ids and existing media files, and what was skipped.
+        prompts with unique ids, and what was skipped. Media files of up to 4096 prompts exist; those of a larger set
+        are looked up when they are loaded.
 
     Raises:
         DataError: a file is missing or unreadable as a whole, or no record can be used.
@@ -50,34 +57,167 @@ def load_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
     prompts, skipped = read_prompts(files, config)
     if not prompts:
         raise DataError(_no_prompts(files, skipped))
+    if len(prompts) > LOOKED_UP:
+        _check_some_media(prompts)
     return prompts, skipped
 
 
 def read_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt], list[Skipped]]:
     """As `load_prompts`, also where no record can be used."""
-    prompts: list[Prompt] = []
-    skipped: list[Skipped] = []
-    unknown: set[str] = set()
-    seen: dict[str, int] = {}
-    for file in files:
-        base = Path(config.media_root) if config.media_root else Path(file).parent
-        find = partial(_locate, base=base, archive=file if is_archive(file) else "",
-                       confine=config.confine)
-        for where, row in read_rows(file):
-            try:
-                if isinstance(row, RecordError):
-                    raise row
-                unknown |= {key for key, value in row.items() if value is not None} - KNOWN_KEYS
-                prompts.append(_prompt(read_record(row, find), where, config, seen))
-            except (RecordError, DataError) as error:
-                name = f" ({row['problem_id']})" if isinstance(row, dict) and row.get("problem_id") is not None else ""
-                skipped.append(Skipped(where + name, getattr(error, "path", "") or file, str(error)))
-    if unknown:
-        _LOG.warning("keys not used: %s", ", ".join(sorted(unknown)))
+    reading = _Reading(config)
+    with _without_collections():
+        for file in files:
+            reading.read(file)
+    reading.look_up()
+    prompts, skipped = reading.prompts, reading.skipped
+    if reading.unknown:
+        _LOG.warning("keys not used: %s", ", ".join(sorted(reading.unknown)))
     if skipped:
         _LOG.warning("%d of %d records of %s were skipped; the first, %s: %s", len(skipped),
                      len(prompts) + len(skipped), ", ".join(map(str, files)), skipped[0].record, skipped[0].reason)
     return prompts, skipped
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """No cycles are made here, and looking for them in millions of new objects takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Reading:
+    """Records of several files on their way to prompts."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.prompts: list[Prompt] = []
+        self.skipped: list[Skipped] = []
+        self.unknown: set[str] = set()
+        self._order: list[tuple[int, str, str]] = []
+        """Of the first prompts: how many records were skipped before each, where it stands, and its file."""
+        self._seen: dict[str, int] = {}
+
+    def read(self, file: str) -> None:
+        """Every record of a file. What one record may raise is caught here, and nowhere else.
+
+        Raises:
+            DataError: the file is missing or unreadable as a whole.
+        """
+        sources = read_sources(file)
+        places: MediaPlaces | None = None
+        for where, source in sources:
+            row: dict[str, Any] | None = None
+            try:
+                places = places or MediaPlaces(file, self.config)
+                row = self._row(source)
+                plan = plan_of(row)
+                prompt = self._prompt(read_record(row, plan, places, self.config), where)
+                self.unknown.update(plan.unknown)
+            except (*UNUSABLE, DataError, MediaError) as error:
+                name = "" if row is None else _id_of(row)
+                self.skipped.append(Skipped(where + name, getattr(error, "path", "") or file, reason_of(error)))
+                continue
+            if len(self._order) <= LOOKED_UP:
+                self._order.append((len(self.skipped), where + _id_of(row), file))
+            self.prompts.append(prompt)
+
+    def _row(self, source: Source) -> dict[str, Any]:
+        row = parsed(source)
+        return without(row, frozenset(self.config.ignore_keys)) if self.config.ignore_keys else row
+
+    def _prompt(self, record: Record, where: str) -> Prompt:
+        config = self.config
+        problem_type = _type_of(record)
+        name = where.rpartition("/")[2] if record.prompt_id is None else record.prompt_id
+        text = "\n".join([part for message in record.messages for part in message.parts if type(part) is str])
+        added = _added_lines(text, record.options, problem_type, config.template)
+        prompt = Prompt(name, _with_lines(record.messages, added), problem_type, record.gold, record.options,
+                        sys.intern(record.data_source))
+        _check_gold(prompt)
+        unique = self._unique(name)
+        return prompt if unique is name else Prompt(unique, prompt.messages, problem_type, record.gold, record.options,
+                                                    prompt.data_source)
+
+    def _unique(self, name: str) -> str:
+        """The name, or name#2, name#3, ... when it was given before."""
+        unique = name
+        while unique in self._seen:
+            self._seen[name] += 1
+            unique = f"{name}#{self._seen[name]}"
+        self._seen[unique] = 1
+        return unique
+
+    def look_up(self) -> None:
+        """Skip the prompts of a small set whose media are not there."""
+        if len(self.prompts) > LOOKED_UP:
+            return
+        kept: list[Prompt] = []
+        skipped: list[Skipped] = []
+        done = 0
+        for prompt, (before, where, file) in zip(self.prompts, self._order, strict=True):
+            skipped += self.skipped[done:before]
+            done = before
+            gone = next((gone for medium in prompt.media if (gone := missing(medium))), None)
+            if gone is None:
+                kept.append(prompt)
+            else:
+                skipped.append(Skipped(where, gone[0] or file, gone[1]))
+        self.prompts, self.skipped = kept, [*skipped, *self.skipped[done:]]
+
+
+def _type_of(record: Record) -> ProblemType:
+    if record.options:
+        letter = record.declared_type in (None, "choice") and _is_letter(record.gold, record.options)
+        return "choice" if letter else infer_problem_type(record.declared_type, record.gold, record.options)
+    return _type_without_options(record.declared_type, record.gold)
+
+
+_type_without_options = lru_cache(maxsize=1 << 14)(lambda declared, gold: infer_problem_type(declared, gold, ()))
+"""Most golds of a set occur often, and reading one takes 20 us."""
+
+
+def _check_gold(prompt: Prompt) -> None:
+    if prompt.options:
+        if not (prompt.problem_type == "choice" and _is_letter(prompt.gold, prompt.options)):
+            check_gold(prompt)
+    elif not _is_readable(prompt.problem_type, prompt.gold):
+        check_gold(prompt)  # says why, and of which prompt
+
+
+@lru_cache(maxsize=1 << 14)
+def _is_readable(problem_type: ProblemType, gold: str) -> bool:
+    try:
+        check_gold(Prompt("", (), problem_type, gold))
+    except DataError:
+        return False
+    return True
+
+
+def _is_letter(gold: str, options: Sequence[str]) -> bool:
+    return len(gold) == 1 and gold in string.ascii_uppercase[:len(options)]
+
+
+def without(row: Any, keys: frozenset[str]) -> Any:
+    """A record without some keys, wherever they stand in it."""
+    if isinstance(row, dict):
+        return {key: without(value, keys) for key, value in row.items() if key not in keys}
+    return [without(value, keys) for value in row] if isinstance(row, list) else row
+
+
+def _id_of(row: dict[str, Any]) -> str:
+    return f" ({_short_id(row['problem_id'])})" if row.get("problem_id") is not None else ""
+
+
+def _short_id(value: Any) -> str:
+    try:
+        return str(value)[:200]
+    except (ValueError, RecursionError):
+        return "?"
 
 
 def question_text(text: str, options: Sequence[str], problem_type: ProblemType, template: str = "think_answer") -> str:
@@ -95,15 +235,6 @@ def _added_lines(text: str, options: Sequence[str], problem_type: ProblemType, t
     return lines
 
 
-def _prompt(record: Record, where: str, config: DataConfig, seen: dict[str, int]) -> Prompt:
-    problem_type = infer_problem_type(record.declared_type, record.gold, record.options)
-    name = Path(where).name if record.prompt_id is None else record.prompt_id
-    prompt = Prompt(name, record.messages, problem_type, record.gold, record.options, record.data_source)
-    check_gold(prompt)
-    added = _added_lines(prompt.text, record.options, problem_type, config.template)
-    return replace(prompt, prompt_id=_unique(name, seen), messages=_with_lines(record.messages, added))
-
-
 def _with_lines(messages: tuple[Message, ...], lines: list[str]) -> tuple[Message, ...]:
     """The lines put at the end of the last turn."""
     *parts, last = messages[-1].parts
@@ -111,20 +242,16 @@ def _with_lines(messages: tuple[Message, ...], lines: list[str]) -> tuple[Messag
     return (*messages[:-1], Message("user", tuple(parts)))
 
 
-def _unique(name: str, seen: dict[str, int]) -> str:
-    """The name, or name#2, name#3, ... when it was given before."""
-    unique = name
-    while unique in seen:
-        seen[name] += 1
-        unique = f"{name}#{seen[name]}"
-    seen[unique] = 1
-    return unique
-
-
 def _holds_options(text: str, options: Sequence[str]) -> bool:
     """Whether the text names every option with its letter; true without options."""
-    return all(re.search(rf"(?<!\w)\(?{chr(65 + number)}[.):]?\s*{re.escape(option)}", text)
-               for number, option in enumerate(options))
+    if any(option not in text for option in options):
+        return False
+    return all(_named_option(number, option).search(text) for number, option in enumerate(options))
+
+
+@lru_cache(maxsize=4096)
+def _named_option(number: int, option: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w)\(?{chr(65 + number)}[.):]?\s*{re.escape(option)}")
 
 
 def _no_prompts(files: Sequence[str], skipped: list[Skipped]) -> str:
@@ -134,38 +261,14 @@ def _no_prompts(files: Sequence[str], skipped: list[Skipped]) -> str:
     return f"all {len(skipped)} records of {names} were skipped; the first, {skipped[0].record}: {skipped[0].reason}"
 
 
-def _locate(source: str | bytes, base: Path, archive: str, confine: bool) -> str:
-    """Path of an existing file or member of an archive, first that of the record; bytes that a Parquet file embeds are
-    kept in the user's cache by content. `confine`: only inside of `base`."""
-    if isinstance(source, bytes):
-        return _cached(source)
-    if _ANOTHER_SCHEME.match(source):
-        raise RecordError("media must be local files, not URLs", source[:200])
-    source = source.removeprefix("file://")
-    path = (find_member(archive, source) if archive else "") or str(base / source)
-    if confine and not Path(os.path.realpath(path)).is_relative_to(base.resolve()):
-        raise RecordError(f"media file {path} lies outside of {base}, and data.confine keeps media inside", path)
-    try:
-        if locate(path) is None and not Path(path).is_file():
-            raise RecordError(f"media file {path} does not exist", path)
-    except MediaError as error:
-        raise RecordError(str(error), path) from error
-    return path
-
-
-def _cached(content: bytes) -> str:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veripo-fast" / "media"
-    path = root / hashlib.blake2b(content, digest_size=16).hexdigest()
-    if not path.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, content)
-    return str(path)
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-# -- order ------------------------------------------------------------------------------------------------------------
-
-
-# -- what was left out ------------------------------------------------------------------------------------------------
+def _check_some_media(prompts: Sequence[Prompt]) -> None:
+    """Look up some media of a large set. DataError when all of them are missing: their folder is another."""
+    with_media = islice((prompt for prompt in prompts[::max(len(prompts) // SAMPLED, 1)] if prompt.media), SAMPLED)
+    looked = [(prompt, missing(prompt.media[0])) for prompt in with_media]
+    gone = [(prompt, reason) for prompt, reason in looked if reason]
+    if gone and len(gone) == len(looked):
+        raise DataError(f"none of the {len(looked)} media that were looked up is there; the first, of prompt "
+                        f"{gone[0][0].prompt_id}: {gone[0][1][1]}; set data.media_root to the folder of the media")
+    if gone:
+        _LOG.warning("%d of %d media that were looked up are missing; each is skipped when it is loaded; the first, of "
+                     "prompt %s: %s", len(gone), len(looked), gone[0][0].prompt_id, gone[0][1][1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +42,13 @@ def find_sources(data: Sequence[Path]) -> Sources:
     """
     sources = Sources()
     for path in data:
-        if not path.exists():
-            raise DataError(f"{path} does not exist")
-        inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-        for file in inside if path.is_dir() else [path]:
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist") from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        for file in _inside(path, sources) if is_folder else [path]:
             if is_archive(str(file)):
                 _add_archive(str(file), sources, named=file is path)
             elif file.suffix.lower() in VIDEO_SUFFIXES:
@@ -54,6 +59,27 @@ def find_sources(data: Sequence[Path]) -> Sources:
                 sources.other_files += 1
     sources.media = list(dict.fromkeys(sources.media))
     return sources
+
+
+def _inside(folder: Path, sources: Sources) -> list[Path]:
+    """The files of a folder and the folders in it, sorted, hidden ones left out; a folder that may not be read is
+    named among the broken."""
+    def refused(error: OSError) -> None:
+        sources.broken.append(Skipped(str(error.filename), str(error.filename),
+                                      f"the folder {error.filename} cannot be read: {error.strerror or error}"))
+
+    files: list[Path] = []
+    for place, _, names in os.walk(folder, onerror=refused, followlinks=False):
+        for file in (Path(place, name) for name in names if not name.startswith(".")):
+            try:
+                if stat.S_ISREG(file.stat().st_mode):
+                    files.append(file)
+            except FileNotFoundError:  # a link that leads nowhere
+                continue
+            except OSError as error:
+                refused(error)
+                break  # the others of this folder neither
+    return sorted(files)
 
 
 def read_listed_prompts(sources: Sources, config: DataConfig) -> tuple[list[Prompt], list[Skipped]]:

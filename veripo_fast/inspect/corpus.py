@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.data.archives import locate
 from veripo_fast.data.skipped import Skipped
@@ -23,10 +24,11 @@ from veripo_fast.data.sources import check_some, evenly, find_sources, read_list
 from veripo_fast.errors import MediaError
 from veripo_fast.report.frames import data_uri, spread
 from veripo_fast.types import Image, Media, Video
-from veripo_fast.video.contract import TEMPORAL_PATCH, resized_size
+from veripo_fast.video.contract import TEMPORAL_PATCH, contract_of, resized_size
 from veripo_fast.video.deadline import run_with_deadline
 from veripo_fast.video.decode import decode, decode_image, wanted_frames
 from veripo_fast.video.decoders import readers
+from veripo_fast.video.pictures import pictures_of
 from veripo_fast.video.probe import Probe, probe_video
 
 if TYPE_CHECKING:
@@ -201,7 +203,11 @@ Step = tuple[Any, "list[Picture]"]
 
 
 def _inspect_video(video: Video, config: Config, sizes: PolicySizes) -> Iterator[Step]:
-    contract = config.video
+    contract = contract_of(video, config.video)
+    config, video = replace(config, video=contract), replace(video, sampling=None)
+    if pictures_of(video):
+        yield from _inspect_pictures(video, contract, sizes)
+        return
     probe = run_with_deadline(lambda deadline: probe_video(video.path, deadline), video.path, contract.timeout_seconds)
     yield probe.facts, []
     wanted = wanted_frames(video, probe.timeline, config.video)
@@ -217,6 +223,18 @@ def _inspect_video(video: Video, config: Config, sizes: PolicySizes) -> Iterator
     positions = [position for position in frames.indices if position < probe.facts.frames]
     yield Sampled(frames.decoder, len(frames.indices), probe.frames_to_decode(positions, frames.decoder), seconds,
                   _jpeg_bytes(pictures) * len(wanted) // len(pictures)), pictures
+
+
+def _inspect_pictures(video: Video, contract: VideoConfig, sizes: PolicySizes) -> Iterator[Step]:
+    """A list or folder of frames: all that are wanted are read, as each is a file."""
+    started = time.perf_counter()
+    frames = decode(video, contract, sizes.factor)
+    seconds = time.perf_counter() - started
+    count, _, height, width = frames.pixels.shape
+    pictures = [_picture(pixels) for pixels in spread(list(frames.pixels), SAMPLES)]
+    tokens = -(-count // TEMPORAL_PATCH) * (height // sizes.factor) * (width // sizes.factor)
+    yield Plan(count, width, height, tokens, count, frames.pixels.nbytes, tokens * sizes.bytes_per_token), pictures
+    yield Sampled("pillow", count, count, seconds, _jpeg_bytes(pictures) * count // len(pictures)), pictures
 
 
 def _inspect_image(image: Image, config: Config, sizes: PolicySizes) -> Iterator[Step]:

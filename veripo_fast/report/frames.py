@@ -19,7 +19,7 @@ from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.data.archives import locate
 from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.report.run_data import Row, RunData, part
-from veripo_fast.types import Image, Media
+from veripo_fast.types import Image, Media, Video
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,9 @@ class FrameStrips:
     def key(self, media: Media) -> str:
         """What names a medium in the page."""
         if isinstance(media, Image):
-            return media.path
-        return f"{media.path}|{media.start_seconds}|{media.end_seconds}"
+            return media.path if media.sampling is None else f"{media.path}|{media.sampling}"
+        extra = "" if media == Video(media.path, media.start_seconds, media.end_seconds) else f"|{media!r}"
+        return f"{media.path}|{media.start_seconds}|{media.end_seconds}{extra}"
 
     def load(self, media: list[Media]) -> None:
         """Decode in the given order, several at a time."""
@@ -76,6 +77,8 @@ class FrameStrips:
         from veripo_fast.video.decode import decode, decode_image
 
         located = replace(media, path=str(self._path(media.path)))
+        if isinstance(located, Video) and located.frames:
+            located = replace(located, frames=tuple(str(self._path(frame)) for frame in located.frames))
         if isinstance(located, Image):
             return 1, [(None, _picture(decode_image(located, self.contract, self.factor)[0]))]
         frames = decode(located, self.contract, self.factor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -207,6 +207,8 @@ _DECLARED: dict[str, ProblemType] = {
     "math": "math",
     "ocr": "text", "free form": "text", "open ended": "text", "text": "text",
 }
+DECLARED_TYPES: Mapping[str, ProblemType] = _DECLARED
+"""The names of problem_type that are known: in lower case, with blanks between their words."""
 _SINGLE_LETTER = re.compile(r"\s*\(?[A-J]\)?\.?\s*")
 _MATHS = re.compile(r"\\[A-Za-z]+|\^|\$|\d\s*[-+*/=]\s*[\dA-Za-z(]")
 

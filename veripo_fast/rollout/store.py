@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from veripo_fast.errors import DataError
 from veripo_fast.run.atomic import atomic_open
-from veripo_fast.types import Completion, Image, Message, Prompt, RolloutGroup, Video
+from veripo_fast.types import Completion, Image, Message, Prompt, RolloutGroup, Sampling, Video
 
 _SCORES = ("accuracy", "format", "reward", "advantage")
 
@@ -29,9 +29,13 @@ def prompt_to_json(prompt: Prompt) -> str:
     def part(value: str | Video | Image) -> Any:
         if isinstance(value, str):
             return value
+        sampling = {} if value.sampling is None else {"sampling": asdict(value.sampling)}
         if isinstance(value, Image):
-            return {"image": value.path}
-        return {"video": value.path, "start_seconds": value.start_seconds, "end_seconds": value.end_seconds}
+            return {"image": value.path, **sampling}
+        frames = {} if not value.frames else {"frames": list(value.frames)}
+        fps = {} if value.frame_fps is None else {"frame_fps": value.frame_fps}
+        return {"video": value.path, "start_seconds": value.start_seconds, "end_seconds": value.end_seconds,
+                **sampling, **frames, **fps}
 
     record = asdict(prompt)
     record["messages"] = [{"role": m.role, "parts": [part(p) for p in m.parts]} for m in prompt.messages]
@@ -44,8 +48,11 @@ def prompt_from_json(text: str) -> Prompt:
     def part(value: Any) -> str | Video | Image:
         if isinstance(value, str):
             return value
-        return Image(value["image"]) if "image" in value else Video(
-            value["video"], value["start_seconds"], value["end_seconds"])
+        sampling = Sampling(**value["sampling"]) if "sampling" in value else None
+        if "image" in value:
+            return Image(value["image"], sampling)
+        return Video(value["video"], value["start_seconds"], value["end_seconds"], sampling,
+                     tuple(value.get("frames", ())), value.get("frame_fps"))
 
     record = json.loads(text)
     record["messages"] = tuple(

@@ -9,14 +9,53 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 from veripo_fast.config.inputs import VideoConfig
+from veripo_fast.types import Media, Video
 
 TEMPORAL_PATCH = 2
 """Qwen towers read frames in pairs; an odd count is filled by repeating the last frame (see patches.patchify)."""
 MAX_ASPECT_RATIO = 200
 _TIE = 1e-3
 """Share of a frame interval below which two times count as equal: more than rounding of time stamps in float64."""
+
+
+def contract_of(medium: Media, contract: VideoConfig) -> VideoConfig:
+    """The contract with what the record asks for this medium in its place, as qwen-vl-utils has it.
+
+    Where a bound that the record gives contradicts one of the contract, max_frames wins over min_frames, and the
+    record's bound of pixels moves the other one. Bounds of frames also hold a `num_frames` of the contract.
+    """
+    if medium.sampling is None:
+        return contract
+    asked = {name: value for name, value in asdict(medium.sampling).items() if value is not None}
+    if "fps" in asked:
+        asked["num_frames"] = None
+    elif "num_frames" in asked:
+        asked["fps"] = None
+    elif contract.num_frames is not None:
+        least = max(contract.num_frames, asked.get("min_frames", 1))
+        asked["num_frames"] = min(least, asked.get("max_frames", least))
+    most = asked.get("max_frames", contract.max_frames)
+    asked["max_frames"], asked["min_frames"] = most, min(asked.get("min_frames", contract.min_frames), most)
+    if asked.get("min_pixels", 0) > asked.get("max_pixels", contract.max_pixels):
+        asked["max_pixels"] = int(asked["min_pixels"] * 1.05)
+    asked["min_pixels"] = min(asked.get("min_pixels", contract.min_pixels),
+                              asked.get("max_pixels", contract.max_pixels))
+    return replace(contract, **asked)
+
+
+def most_frames(medium: Media, contract: VideoConfig) -> int:
+    """The most frames that are taken of a medium, rounded up to the pairs that the tower reads."""
+    contract = contract_of(medium, contract)
+    count = (contract.num_frames or contract.max_frames) if isinstance(medium, Video) else 1
+    return -(-count // TEMPORAL_PATCH) * TEMPORAL_PATCH
+
+
+def most_pixels(media: Sequence[Media], contract: VideoConfig) -> int:
+    """Bound on the pixels of all frames that are taken of some media."""
+    return sum(most_frames(medium, contract) * contract_of(medium, contract).max_pixels for medium in media)
 
 
 def frame_count(available: int, duration_seconds: float, contract: VideoConfig) -> int:
@@ -75,11 +114,11 @@ def window(pts_seconds: Sequence[float], start_seconds: float | None, end_second
     first, stop = 0, len(pts_seconds)
     tie = _TIE * duration_seconds(pts_seconds) / max(stop, 1)
     if start_seconds is not None:
-        if start_seconds < 0 or 0 < start_seconds >= duration_seconds(pts_seconds):
+        if not start_seconds >= 0 or 0 < start_seconds >= duration_seconds(pts_seconds):  # NaN is no time
             return range(0)
         first = max(bisect_right(pts_seconds, pts_seconds[0] + start_seconds + tie) - 1, 0)
     if end_seconds is not None:
-        if end_seconds <= (start_seconds or 0.0):
+        if not end_seconds > (start_seconds or 0.0):
             return range(0)
         stop = bisect_left(pts_seconds, pts_seconds[0] + end_seconds - tie)
     return range(first, max(stop, first + 1))

@@ -28,11 +28,12 @@ from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.types import Frames, Image, Video
 from veripo_fast.video import dali
 from veripo_fast.video.buffers import room
-from veripo_fast.video.contract import TEMPORAL_PATCH, frame_indices, resized_size, window
+from veripo_fast.video.contract import TEMPORAL_PATCH, contract_of, frame_indices, resized_size, window
 from veripo_fast.video.deadline import run_with_deadline
 from veripo_fast.video.decoders import GPU_DECODERS, readers, refuses
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.packets import KeptPackets, check_file, open_video, read_packets
+from veripo_fast.video.pictures import decode_pictures, pictures_of
 from veripo_fast.video.pool import MediaPool
 from veripo_fast.video.readers import LostFrameError, RefusedError, read_pyav, read_torchcodec
 from veripo_fast.video.timeline import Timeline, check_complete, scan_decoded, timeline_of
@@ -48,7 +49,7 @@ _DIGITS = re.compile(r"\d+(\.\d+)?")
 
 
 def decode(video: Video, contract: VideoConfig, factor: int, device: str = "cuda") -> Frames:
-    """Decode the frames that the contract takes from a video.
+    """Decode the frames that the contract takes from a video; what the record asks for it (`sampling`) goes first.
 
     Args:
         video: the file; `start_seconds` and `end_seconds` count from its first frame.
@@ -61,6 +62,14 @@ def decode(video: Video, contract: VideoConfig, factor: int, device: str = "cuda
     Raises:
         MediaError: the file is missing, damaged, no video, or took longer than `contract.timeout_seconds`.
     """
+    contract = contract_of(video, contract)
+    if pictures := pictures_of(video):
+        return run_with_deadline(
+            lambda deadline: decode_pictures(video, pictures, contract, factor, _load_image, deadline),
+            video.path, contract.timeout_seconds)
+    if video.frame_fps is not None:
+        raise MediaError(f"{video.path} is a video file, and its record gives sample_fps, which frames have: "
+                         "write fps to sample it")
     decoder_class = torchcodec_decoder()  # before the clock starts: first imports take seconds
     if contract.decoder == "dali":
         dali.missing(torch.device(device))
@@ -93,6 +102,7 @@ def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tens
     Raises:
         MediaError: the file is missing, damaged, no image, or took longer than `contract.timeout_seconds`.
     """
+    contract = contract_of(image, contract)
     pixels = run_with_deadline(lambda deadline: _load_image(image.path), image.path, contract.timeout_seconds)
     resized = resize_frames(pixels, *_size(pixels, image.path, contract, factor))
     return resized.expand(TEMPORAL_PATCH, -1, -1, -1).contiguous()
@@ -104,6 +114,7 @@ def wanted_frames(video: Video, timeline: Timeline, contract: VideoConfig) -> li
     Raises:
         MediaError: the part holds no frame.
     """
+    contract = contract_of(video, contract)
     part = window(timeline.seconds, video.start_seconds, video.end_seconds)
     if not part:
         raise MediaError(f"{video.path} has no frame from {video.start_seconds or 0:g} s to "

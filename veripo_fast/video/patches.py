@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from veripo_kernels import frames_to_patches
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.data.archives import locate
 from veripo_fast.errors import MediaError
-from veripo_fast.types import Media, Video
+from veripo_fast.types import Image, Media, Video
 from veripo_fast.video.decoders import GPU_DECODERS
+from veripo_fast.video.pictures import pictures_of
 
 SAMPLING_VERSION = 2
 """Raised whenever the same file under the same contract gives other pixels; part of every fingerprint."""
@@ -64,9 +66,10 @@ def fingerprint(media: Media | Sequence[Media], contract: VideoConfig, **sizes: 
 
     A file is identified by its resolved path, size in bytes and modification time in nanoseconds, so that a hit costs
     one `stat` and no read; a copy elsewhere has another key. A member of a tar archive is its place in the archive and
-    the archive's time. Part times, the fields of the contract that change pixels and `sizes` (patch and merge size,
-    mean, std, whatever the caller's tower depends on) enter as well. CPU decoders give the same bits; a GPU decoder has
-    keys of its own, under which files that it refuses have the CPU's pixels.
+    the archive's time; a folder or list of frames is all of its pictures. Part times, what a record asks for a medium,
+    the fields of the contract that change pixels and `sizes` (patch and merge size, mean, std, whatever the caller's
+    tower depends on) enter as well. CPU decoders give the same bits; a GPU decoder has keys of its own, under which
+    files that it refuses have the CPU's pixels.
 
     Raises:
         MediaError: a file is missing or may not be read.
@@ -84,6 +87,12 @@ def fingerprint(media: Media | Sequence[Media], contract: VideoConfig, **sizes: 
 
 def _identity(item: Media) -> list[object]:
     part: list[object] = [item.start_seconds, item.end_seconds] if isinstance(item, Video) else []
+    if item.sampling is not None:
+        part.append(asdict(item.sampling))
+    if isinstance(item, Video):
+        part += [] if item.frame_fps is None else [item.frame_fps]
+        if pictures := pictures_of(item):
+            return ["pictures", *part, *(_identity(Image(picture)) for picture in pictures)]
     member = locate(item.path)
     if member is not None:
         return [type(item).__name__, member.archive, member.offset, member.size, member.mtime_ns, *part]
