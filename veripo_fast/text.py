@@ -1,8 +1,13 @@
-"""How numbers, sizes, durations and counts are written for people: one definition for every page and message."""
+"""How numbers, sizes, durations, counts, and texts of others are written for people: one definition for every page and
+message."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import unicodedata
+from urllib.parse import quote
 
 
 def number(value: float) -> str:
@@ -48,3 +53,45 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(minutes / 60)
     return f"{hours // 24} days {hours % 24} h"
+
+
+# -- what others wrote ------------------------------------------------------------------------------------------------
+
+_SHORTEST_SECRET = 8
+"""Characters; a shorter key is a placeholder (`none`, `EMPTY`), and hiding it would tear up ordinary words."""
+
+
+def printable(text: str) -> str:
+    r"""A text of others on one line, as a terminal may show it: what is no visible character becomes `\x1b`, `\u202e`.
+
+    File names, servers and checkpoints could otherwise move the cursor, colour the rest, or forge a line of ours.
+    """
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":  # spaces, such as the wide one of CJK
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def hidden(text: str, secret: str) -> str:
+    """`text` with `***` for a secret, also as JSON or a URL would write it."""
+    if len(secret) < _SHORTEST_SECRET:
+        return text
+    as_json = json.dumps(secret)[1:-1]
+    for form in (secret, as_json, as_json.replace("/", r"\/"), quote(secret, safe="")):
+        text = text.replace(form, "***")
+    return text
+
+
+_USER_INFO = re.compile(r"(\w://)[^\s/'\"]+@")
+_QUERY = re.compile(r"(endpoint_url:\s*['\"]?[^\s?#'\"]*)[?#][^\s'\"]*")
+
+
+def without_credentials(yaml: str) -> str:
+    """A configuration's text with `***` for what its addresses hold besides host and path.
+
+    `VerifierConfig` refuses such an address; the config.yaml of an older run may hold one.
+    """
+    return _QUERY.sub(r"\1***", _USER_INFO.sub(r"\1***@", yaml))

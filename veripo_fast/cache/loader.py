@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 
 from veripo_fast.cache.disk import VisionStore
-from veripo_fast.cache.entries import DecodedMedia, read_frames, read_tower, tower_version, write_frames, write_tower
+from veripo_fast.cache.entries import (
+    DecodedMedia,
+    EntryShape,
+    read_frames,
+    read_tower,
+    tower_version,
+    write_frames,
+    write_tower,
+)
 from veripo_fast.cache.memory import Entry, VisionCache
 from veripo_fast.cache.prefetch import MediaSlots
 from veripo_fast.config.inputs import CacheConfig, VideoConfig
@@ -127,10 +135,11 @@ class PromptLoader:
             if entry is not None:
                 return entry
         if self.store is not None:
-            entry = read_tower(self.store, self._version, key) if self.tower.frozen_vision else None
+            shape = EntryShape.of(self.tower, prompt.media)
+            entry = read_tower(self.store, self._version, key, shape) if self.tower.frozen_vision else None
             if entry is not None:
                 return self._keep_in_host(*entry)
-            decoded = read_frames(self.store, key)
+            decoded = read_frames(self.store, key, shape)
             if decoded is not None:
                 return decoded
         factor, device = self.tower.encoder.vision.factor, str(self.tower.device)

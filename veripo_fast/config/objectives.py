@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,7 +122,7 @@ class VerifierConfig:
     length_match: float = 2.0
     """The longer completion of an accuracy or consistency pair has at most this multiple of the shorter's tokens."""
     endpoint_url: str = ""
-    """Base URL of an OpenAI-compatible server (`.../v1`); needed by the endpoint judge."""
+    """Base URL of an OpenAI-compatible server (`.../v1`); needed by the endpoint judge. It holds no credentials."""
     endpoint_model: str = ""
     """Model name sent to the endpoint."""
     endpoint_key_env: str = "OPENAI_API_KEY"
@@ -129,7 +130,7 @@ class VerifierConfig:
     endpoint_concurrency: int = 16
     """Requests in flight."""
     endpoint_timeout_seconds: float = 30.0
-    """Time-out of one request."""
+    """Time-out of one request, from looking up the host to the last byte of the reply."""
     endpoint_retries: int = 4
     """Attempts after the first, with exponential back-off."""
     endpoint_max_failures: float = 0.2
@@ -144,6 +145,9 @@ class VerifierConfig:
         require(self.length_match >= 1, f"length_match must be at least 1, got {self.length_match}")
         require(self.endpoint_retries >= 0, f"endpoint_retries must be 0 or larger, got {self.endpoint_retries}")
         require(len(self.families) > 0, "families must name at least one pair family")
+        require(not re.search(r"[@?#]", self.endpoint_url),
+                "endpoint_url must be a plain address without user, password or ?query, because config.yaml and the "
+                "report show it; put the key into the environment variable that endpoint_key_env names")
         if self.judge == "endpoint":
             require(bool(self.endpoint_url) and bool(self.endpoint_model),
                      "judge `endpoint` needs endpoint_url and endpoint_model")

@@ -22,7 +22,7 @@ from veripo_fast.config.schema import default_stage_name
 from veripo_fast.errors import UserError
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.jsonlines import read_objects
-from veripo_fast.text import plural
+from veripo_fast.text import plural, without_credentials
 
 Row = dict[str, Any]
 
@@ -120,7 +120,7 @@ def _config(path: Path, notes: list[str]) -> tuple[Row, str]:
     if not path.exists():
         notes.append("config.yaml is missing: stages that have not started are unknown.")
         return {}, ""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = without_credentials(path.read_text(encoding="utf-8", errors="replace"))
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
