@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import policies
 import pytest
 import torch
 from safetensors.torch import load, save
 
+from tests.support import policies
 from veripo_fast.cache.disk import VisionStore, _crc32
 from veripo_fast.cache.entries import EntryShape
 from veripo_fast.cache.loader import PromptLoader

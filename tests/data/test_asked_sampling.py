@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from tests import clips
+from bench.video import clips
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.inputs import DataConfig, VideoConfig
 from veripo_fast.config.schema import Config

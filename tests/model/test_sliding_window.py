@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import policies
 import pytest
 import torch
 
+from tests.support import policies
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError
 from veripo_fast.model.policy import Policy, load_policy

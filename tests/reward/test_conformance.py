@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from verifier_groups import prompt, written
 
+from tests.support.verifier_groups import prompt, written
 from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.reward.choice_answers import read_choice
 from veripo_fast.reward.score import score

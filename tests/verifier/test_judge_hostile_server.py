@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from verifier_groups import group, prompt, written
 
-from tests.children import PATIENCE_SECONDS
+from tests.support.children import PATIENCE_SECONDS
+from tests.support.verifier_groups import group, prompt, written
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import ConfigError, JudgeError
 from veripo_fast.verifier.endpoint_client import MAX_REPLY_BYTES, EndpointClient, NoReply

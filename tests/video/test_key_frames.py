@@ -13,8 +13,8 @@ import av
 import pytest
 import torch
 
-from tests import clips
-from tests.children import PATIENCE_SECONDS
+from bench.video import clips
+from tests.support.children import PATIENCE_SECONDS
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video

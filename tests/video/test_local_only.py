@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image as PilImage
 
-from tests import clips
+from bench.video import clips
 from veripo_fast.config.inputs import DataConfig, VideoConfig
 from veripo_fast.data.prompts import read_prompts
 from veripo_fast.errors import MediaError

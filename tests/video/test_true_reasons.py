@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image as PilImage
 
-from tests import clips
+from bench.video import clips
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Image, Video

@@ -14,7 +14,7 @@ from typing import Any
 
 from veripo_fast.data.keys import OPTION_KEYS, KeyPlan
 from veripo_fast.data.records import RecordError, short
-from veripo_fast.reward.answers import read_choice
+from veripo_fast.reward.choice_answers import read_choice
 
 MOST_OPTIONS = 26
 _OWN_LETTER = [re.compile(rf"\(?{letter}[.):]\s*(.+)", re.DOTALL) for letter in string.ascii_uppercase]
