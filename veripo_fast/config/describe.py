@@ -19,6 +19,13 @@ import yaml
 
 from veripo_fast.config.schema import Config
 
+ELSEWHERE = {"num_generations": "rollout.group_size", "beta": "grpo.kl_coef or dpo.dpo_beta",
+             "epsilon": "grpo.clip_low", "epsilon_high": "grpo.clip_high", "output_dir": "run_dir",
+             "max_completion_length": "rollout.max_new_tokens", "max_prompt_length": "data.max_prompt_tokens",
+             "model_name_or_path": "model.path", "per_device_train_batch_size": "optimizer.max_tokens",
+             "lr": "grpo.learning_rate or dpo.learning_rate",
+             "num_iterations": "grpo.updates_per_rollout", "loss_type": "grpo.loss or dpo.loss"}
+"""What options of TRL, verl and others are called here."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -61,6 +68,8 @@ def guesses(word: str, names: Iterable[str]) -> str:
 
 def hint(word: str, choices: Iterable[str]) -> str:
     """What the word most likely meant, as the second half of a message."""
+    if (here := ELSEWHERE.get(word.lstrip("-").replace("-", "_"))) is not None:
+        return f"did you mean {' or '.join(f'--{name}' for name in here.split(' or '))}?"
     found = guesses(word, choices)
     return f"did you mean {found}?" if found else f"there are {', '.join(list(choices)[:12])}"
 

@@ -93,9 +93,13 @@ def cached(content: bytes) -> str:
     """The path of a file in the user's cache that holds the content."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veripo-fast" / "media"
     path = root / hashlib.blake2b(content, digest_size=16).hexdigest()
-    if not path.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, content)
+    try:
+        if not path.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            atomic_write_bytes(path, content)
+    except OSError as error:
+        raise RecordError(f"embeds a medium, and {root} cannot be written ({error.strerror}): let XDG_CACHE_HOME name "
+                          "another folder") from error
     return str(path)
 
 

@@ -31,11 +31,13 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
     """
     if not config.data.eval:
         raise ConfigError("data.eval names no files to evaluate on")
+    folder = eval_folder(config, out)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is not a folder")
     prompts, skipped = load_prompts(config.data.eval, config.data)
     policy = load_policy(config.model)
     loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
                           config.cache)
-    folder = eval_folder(config, out)
     try:
         records = evaluate(make_engine(config, policy), loader, prompts, config, stage="eval",
                            rows=lambda mode: folder / f"{mode}.parquet")

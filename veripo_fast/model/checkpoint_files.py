@@ -11,19 +11,29 @@ from typing import Any
 
 import torch
 
-from veripo_fast.errors import CheckpointError
+from veripo_fast.errors import CheckpointError, ConfigError
 
 TINY_POLICY = Path(__file__).parent.parent / "demo" / "tiny_policy"
 
 
 def resolve_path(path: str) -> Path:
-    """Folder of a checkpoint; `tiny` names the one shipped in the package."""
-    return TINY_POLICY if path == "tiny" else Path(path)
+    """Folder of a checkpoint: `tiny` is the one shipped in the package, RUN/checkpoints/latest the newest of a run."""
+    if path == "tiny":
+        return TINY_POLICY
+    named = Path(path)
+    if named.name == "latest" and named.is_file():
+        return named.with_name(named.read_text("utf-8", errors="replace").strip())
+    return named
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` takes a GPU when there is one."""
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    """`auto` takes a GPU when there is one. Raises ConfigError for `cuda` without one."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError(f"model.device is cuda, but torch {torch.__version__} finds no GPU; auto takes what is there")
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    return torch.device(name)
 
 
 def refuse_windows(folder: Path, config: Any) -> None:

@@ -91,6 +91,6 @@ def read_groups(path: Path) -> list[RolloutGroup]:
                 token_ids=row["token_ids"], text=row["text"], rollout_logprobs=row["rollout_logprobs"],
                 finish_reason=row["finish_reason"], policy_version=row["policy_version"],
                 **{name: row[name] for name in _SCORES}))
-    except (pa.ArrowInvalid, KeyError) as error:
+    except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path} is not a rollout file of veripo: {error}") from error
     return list(groups.values())

@@ -22,7 +22,7 @@ from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.data.skipped import Skipped, SkippedLog
-from veripo_fast.errors import DataError
+from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import Policy, load_policy, save_policy
 from veripo_fast.rollout.engine import make_engine
@@ -245,4 +245,9 @@ def _in_own_memory(policy: Policy) -> Policy:
 def _read_state(checkpoint: Path | None) -> State:
     if checkpoint is None:
         return State()
-    return State(**json.loads((checkpoint / "trainer" / "state.json").read_text()))
+    path = checkpoint / "trainer" / "state.json"
+    try:
+        return State(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); another version of veripo-fast may have written it: "
+                              "inputs.json in the run folder says which") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
@@ -35,6 +36,9 @@ def check_run(config: Config, resume: bool, allow_changes: Collection[str] = ())
         UserError: the folder is taken or holds no run, or the configuration names a file or folder that is not there.
     """
     run = RunDir(config.run_dir)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, as torchrun sets it, but veripo train is one "
+                          "process on one device for now; start it without torchrun")
     if not config.stages:
         raise ConfigError("stages is empty: the configuration says nothing to train")
     for name in allow_changes:
