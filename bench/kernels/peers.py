@@ -122,7 +122,8 @@ def logprobs_step(logprobs_of: LogprobsOf, case: Problem) -> Result:
 def our_policy_loss(case: Problem, impl: str = "auto") -> Result:
     leaves = case.leaves()
     loss, _, logprobs = linear_policy_loss(*leaves, case.token_ids, case.old_logprobs, case.advantages, case.cu_seqlens,
-                                           workspace_bytes=case.workspace_bytes, impl=impl)  # type: ignore[arg-type]
+                                           advantages_per="sequence", workspace_bytes=case.workspace_bytes,
+                                           impl=impl)  # type: ignore[arg-type]
     return {"loss": loss.detach(), "logprobs": logprobs, **_gradients(case, loss, leaves)}
 
 
@@ -130,7 +131,8 @@ def eager_policy_loss(logprobs_of: LogprobsOf, case: Problem) -> Result:
     """A library's log-probs, then the definition of the loss in plain torch."""
     leaves = case.leaves()
     logprobs = logprobs_of(*leaves, case.token_ids)
-    loss, _ = reference.grpo_loss(logprobs, case.old_logprobs, case.advantages, case.cu_seqlens)
+    loss, _ = reference.grpo_loss(logprobs, case.old_logprobs, case.advantages, case.cu_seqlens,
+                                  advantages_per="sequence")
     return {"loss": loss.detach(), "logprobs": logprobs.detach(), **_gradients(case, loss, leaves)}
 
 
@@ -156,7 +158,7 @@ def our_nll(case: Problem) -> Result:
     leaves = case.leaves()
     loss, _, logprobs = linear_policy_loss(
         *leaves, case.token_ids, None, torch.ones_like(case.advantages), case.cu_seqlens, loss=PolicyLoss("bnpo"),
-        workspace_bytes=case.workspace_bytes)
+        advantages_per="sequence", workspace_bytes=case.workspace_bytes)
     return {"nll": -logprobs.mean(), **_gradients(case, loss, leaves)}
 
 

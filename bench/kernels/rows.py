@@ -75,7 +75,8 @@ def _truth(case: Problem, rows: int) -> dict[str, torch.Tensor]:
     logprobs = torch.cat([reference.linear_logprobs(part, exact.head, ids)
                           for part, ids in zip(exact.hidden.split(rows), exact.token_ids.split(rows), strict=True)])
     leaf = logprobs.requires_grad_()
-    loss, _ = reference.grpo_loss(leaf, exact.old_logprobs, exact.advantages, exact.cu_seqlens)
+    loss, _ = reference.grpo_loss(leaf, exact.old_logprobs, exact.advantages, exact.cu_seqlens,
+                                  advantages_per="sequence")
     slopes, = torch.autograd.grad(loss, leaf)
     dhead, dhidden = torch.zeros_like(exact.head), []
     for part, ids, slope in zip(exact.hidden.split(rows), exact.token_ids.split(rows), slopes.split(rows), strict=True):
@@ -146,11 +147,12 @@ def against_eager(op: str, tokens: int, device: torch.device, *, rounds: int, cl
     """A loss of given log-probs with its backward: launches, and time over that of the definition run eagerly."""
     case = cases.rollouts(tokens, device)
     given = (case.old_logprobs, case.advantages) if op == "grpo_loss" else (case.ref_logprobs,)
+    meant = {"advantages_per": "sequence"} if op == "grpo_loss" else {}
     upstream = torch.ones((), device=device)  # made here: it is the caller's, not the op's
 
     def step(loss_of: Callable[..., Any]) -> Callable[[], object]:
         leaf = case.policy_logprobs.detach().requires_grad_()
-        return lambda: torch.autograd.grad(loss_of(leaf, *given, case.cu_seqlens)[0], leaf, upstream)
+        return lambda: torch.autograd.grad(loss_of(leaf, *given, case.cu_seqlens, **meant)[0], leaf, upstream)
 
     fused = step(grpo_loss if op == "grpo_loss" else dpo_loss)
     eager = step(reference.grpo_loss if op == "grpo_loss" else reference.dpo_loss)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from veripo_kernels import reference
+from veripo_kernels.derivatives import refuse_forward_mode
 from veripo_kernels.dispatch import Impl
-from veripo_kernels.grpo import check_counts, check_device, check_packed, implementation, readable, scale_slopes, widen
-from veripo_kernels.options import PreferenceLoss, as_preference_loss
+from veripo_kernels.grpo import check_device, check_packed, implementation, readable, scale_slopes, widen
+from veripo_kernels.options import PreferenceLoss, as_preference_loss, check_counts
 
 _METRICS = ("preference_accuracy", "margin", "chosen_logprobs_mean", "rejected_logprobs_mean", "chosen_drift")
 
@@ -52,6 +53,7 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
     if implementation("dpo_loss", impl, policy_logprobs) == "torch":
         policy, ref = widen(policy_logprobs, ref_logprobs)
         return reference.dpo_loss(policy, ref, cu_seqlens, loss=loss, loss_mask=loss_mask, num_pairs=num_pairs)
+    refuse_forward_mode("dpo_loss", policy_logprobs)
     numbers = [loss.dpo_beta, loss.label_smoothing, loss.tail_weight, loss.nll_coef]
     value, totals, _ = _forward(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, loss.loss, numbers,
                                 loss.length_normalize, num_pairs or pairs)

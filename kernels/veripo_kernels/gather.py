@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from veripo_kernels.derivatives import refuse_forward_mode
 from veripo_kernels.dispatch import Impl, choose
 
 _CHUNK_BYTES = 256 << 20
@@ -49,6 +50,7 @@ def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, temperatur
         ValueError: wrong shape, dtype, device or temperature. RuntimeError: `impl` cannot be used here.
     """
     _check(logits, token_ids, temperature)
+    refuse_forward_mode("gather_logprobs", logits)
     logprobs, entropies, _ = _forward(_rows(logits), token_ids.reshape(-1), temperature, entropy, impl)
     if not entropy:
         return logprobs.view(token_ids.shape)
@@ -70,6 +72,7 @@ def gather_logprobs_fused(logits: torch.Tensor, token_ids: torch.Tensor, coeffic
     """
     _check(logits, token_ids, temperature)
     _check_like("coefficient", coefficient, token_ids)
+    refuse_forward_mode("gather_logprobs_fused", logits, coefficient)
     logprobs, dlogits = _fused(_rows(logits).detach(), token_ids.reshape(-1), coefficient.detach().reshape(-1),
                                temperature, impl)
     return logprobs.view(token_ids.shape), dlogits.view(logits.shape)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from veripo_kernels import reference
+from veripo_kernels.derivatives import refuse_forward_mode
 from veripo_kernels.dispatch import Impl, choose
-from veripo_kernels.options import PolicyLoss, as_policy_loss
+from veripo_kernels.options import AdvantagesPer, PolicyLoss, as_policy_loss, check_counts
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _METRICS = ("clip_low_share", "clip_high_share", "kl", "entropy", "importance", "ratio_max")
@@ -23,7 +24,8 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
               cu_seqlens: torch.Tensor, *, loss: PolicyLoss | str = "grpo", loss_mask: torch.Tensor | None = None,
               ref_logprobs: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None,
               entropy: torch.Tensor | None = None, num_sequences: int | None = None, num_tokens: int | None = None,
-              impl: Impl = "auto") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+              advantages_per: AdvantagesPer | None = None, impl: Impl = "auto",
+              ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Policy loss of packed completions (which one, with its source: `PolicyLoss`).
 
     Computed in float32 (float64 in float64, by the torch implementation only). Completions may be empty; tokens that
@@ -31,11 +33,12 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
 
     Args:
         policy_logprobs: [M] with gradient, any float dtype. old_logprobs: [M], or None when they are the policy's own.
-        advantages: [M] per token or [S] per completion (read as per token where M = S).
+        advantages: [M] per token or [S] per completion.
         cu_seqlens: int32 or int64 [S + 1], from 0 to M. loss_mask: [M] of any dtype, 0 leaves a token out.
         ref_logprobs, rollout_logprobs: [M]; a NaN of the latter (the engine could not score the token) weighs 1.
         entropy: [M] in nats, with gradient where it has one. No other argument gets a gradient.
-        num_sequences, num_tokens: counts of the whole optimizer step when this is a part of it.
+        num_sequences, num_tokens: counts of the whole optimizer step when this is a part of it, at least 1.
+        advantages_per: "token" or "sequence"; needed where M = S, because the shape does not say which they are.
 
     Returns:
         scalar loss, float32, and detached metrics: clip_low_share, clip_high_share, kl, entropy, importance (means
@@ -43,7 +46,7 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
 
     Raises:
         ValueError: wrong shape, dtype or device; a coefficient without its tensor.
-        RuntimeError: `impl` cannot be used here.
+        RuntimeError: `impl` cannot be used here. NotImplementedError: forward-mode derivatives of a kernel.
     """
     loss = as_policy_loss(loss)
     tokens = {"old_logprobs": old_logprobs, "loss_mask": loss_mask, "ref_logprobs": ref_logprobs,
@@ -51,10 +54,8 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
     check_packed(policy_logprobs, cu_seqlens, tokens)
     check_counts(num_sequences=num_sequences, num_tokens=num_tokens)
     sequences = len(cu_seqlens) - 1
-    if advantages.shape not in (policy_logprobs.shape, (sequences,)):
-        raise ValueError(f"advantages must have shape [{len(policy_logprobs)}] or [{sequences}], "
-                         f"got {list(advantages.shape)}")
     check_device("advantages", advantages, policy_logprobs)
+    advantages = reference.told_apart(advantages, cu_seqlens, len(policy_logprobs), advantages_per)
     for name, coefficient, needed, value in (("kl_coef", loss.kl_coef, "ref_logprobs", ref_logprobs),
                                              ("entropy_coef", loss.entropy_coef, "entropy", entropy)):
         if coefficient and value is None:
@@ -65,7 +66,9 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
         policy, old, gains, ref, rollout, bonus = widen(policy_logprobs, old, gains, ref, rollout, entropy)
         return reference.grpo_loss(policy, old, gains, cu_seqlens, loss=loss, loss_mask=mask, ref_logprobs=ref,
                                    rollout_logprobs=rollout, entropy=bonus, num_sequences=num_sequences,
-                                   num_tokens=num_tokens)
+                                   num_tokens=num_tokens,
+                                   advantages_per="token" if gains.shape == policy.shape else "sequence")
+    refuse_forward_mode("grpo_loss", policy_logprobs, entropy)
     slope = entropy is not None and entropy.requires_grad and loss.entropy_coef != 0
     value, totals, _, _ = _forward(policy_logprobs, old, gains, cu_seqlens, mask, ref, rollout, entropy, _kinds(loss),
                                    _numbers(loss), _divisor(loss, sequences, num_sequences, num_tokens), slope)
@@ -207,9 +210,3 @@ def check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
 def check_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {value.device}")
-
-
-def check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")

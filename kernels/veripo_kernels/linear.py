@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import torch
 
 from veripo_kernels import linear_torch
+from veripo_kernels.derivatives import once, refuse_forward_mode
 from veripo_kernels.dispatch import Impl, choose
 from veripo_kernels.linear_torch import Head, Statistics
 
@@ -93,7 +94,7 @@ def _gradients(ctx: Any, slopes: torch.Tensor | None, entropy_slopes: torch.Tens
         if slopes is None:
             return None, None, None, None, *unused
         kept = torch.where(slopes[:, None] != 0, slopes[:, None] * pull, 0)  # a row of an invalid id pulls with NaN
-        return kept.to(ctx.hidden_dtype), None, None, None, *unused
+        return *once("linear_logprobs", (kept.to(ctx.hidden_dtype),)), None, None, None, *unused
     hidden, weight, token_ids, bias, logprobs, row_entropy, logsumexp = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if slopes is None:
@@ -147,6 +148,7 @@ def linear_logprobs(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.T
         raise ValueError(f"bias must have shape [{head.shape[0]}], got {list(bias.shape)}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be above 0, got {softcap}")
+    refuse_forward_mode("linear_logprobs", hidden, head, bias)
     chosen = choose("linear_logprobs", impl, hidden.device)
     frozen = (hidden.requires_grad and not head.requires_grad and not entropy and softcap is None
               and (bias is None or not bias.requires_grad))

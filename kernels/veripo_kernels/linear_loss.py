@@ -21,10 +21,18 @@ from typing import Any, TypeVar
 import torch
 
 from veripo_kernels import reference
+from veripo_kernels.derivatives import once, refuse_forward_mode
 from veripo_kernels.dispatch import Impl, choose
 from veripo_kernels.linear import check_linear, engine
 from veripo_kernels.linear_torch import Head
-from veripo_kernels.options import PolicyLoss, PreferenceLoss, as_policy_loss, as_preference_loss
+from veripo_kernels.options import (
+    AdvantagesPer,
+    PolicyLoss,
+    PreferenceLoss,
+    as_policy_loss,
+    as_preference_loss,
+    check_counts,
+)
 
 WORKSPACE_BYTES = 1 << 30
 """Logits of a run: 1,766 rows of a 151,936 vocabulary in float32, 3,533 in the two bytes a GPU keeps."""
@@ -179,7 +187,7 @@ def _dpo(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, re
         ref_logprobs if ref_logprobs.dim() == 1 else None, slopes, whole=2, entropy=False,
         workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
     value, metrics = reference.dpo_loss(logprobs, ref_logprobs.to(logprobs.dtype), cu_seqlens, loss=loss,
-                                        loss_mask=mask, num_pairs=pairs)
+                                        loss_mask=mask, num_pairs=num_pairs or None)
     empty = hidden.new_empty(0)
     return (value, torch.stack([metrics[name] for name in _PAIR_METRICS]), logprobs,
             empty if dhidden is None else dhidden, empty.clone() if dweight is None else dweight)
@@ -208,8 +216,9 @@ def _scaled(ctx: Any, upstream: torch.Tensor | None, *_: object) -> tuple[torch.
     unused = (None,) * (ctx.arguments - 2)
     if upstream is None:
         return None, None, *unused
-    return ((upstream * dhidden.to(upstream.dtype)).to(dhidden.dtype) if ctx.needs[0] else None,
-            (upstream * dweight).to(ctx.weight_dtype) if ctx.needs[1] else None, *unused)
+    gradients = ((upstream * dhidden.to(upstream.dtype)).to(dhidden.dtype) if ctx.needs[0] else None,
+                 (upstream * dweight).to(ctx.weight_dtype) if ctx.needs[1] else None)
+    return *once("linear_policy_loss or linear_dpo_loss", gradients), *unused
 
 
 for _op, _metrics in ((_policy, len(_POLICY_METRICS)), (_dpo, len(_PAIR_METRICS))):
@@ -222,6 +231,7 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
                        loss: PolicyLoss | str = "grpo", temperature: float = 1.0, loss_mask: torch.Tensor | None = None,
                        ref_logprobs: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None,
                        num_sequences: int | None = None, num_tokens: int | None = None,
+                       advantages_per: AdvantagesPer | None = None,
                        workspace_bytes: int = WORKSPACE_BYTES, impl: Impl = "auto",
                        ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """`grpo_loss` of `linear_logprobs`, both gradients formed on the way: three matrix products, two for a frozen head.
@@ -230,7 +240,7 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
         hidden: [M, D] at the positions that predict the packed completion tokens. head: [V, D]. token_ids: int64 [M].
         workspace_bytes: room for the logits of a run; memory beyond it does not grow with M. A completion that must be
             taken as a whole (gspo, gmpo, sequence importance) and does not fit costs a fourth product.
-        The others: as in `grpo_loss`.
+        The others: as in `grpo_loss`; advantages_per ("sequence" or "token") is needed where M = S.
 
     Returns:
         scalar loss, its metrics, and the policy's log-probs [M] (0 where loss_mask is), both detached.
@@ -242,9 +252,9 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
     loss = as_policy_loss(loss)
     _check_rows(hidden, {"old_logprobs": old_logprobs, "loss_mask": loss_mask, "ref_logprobs": ref_logprobs,
                          "rollout_logprobs": rollout_logprobs})
-    if advantages.shape not in (token_ids.shape, (len(cu_seqlens) - 1,)):
-        raise ValueError(f"advantages must have shape [{len(token_ids)}] or [{len(cu_seqlens) - 1}], "
-                         f"got {list(advantages.shape)}")
+    check_counts(num_sequences=num_sequences, num_tokens=num_tokens)
+    refuse_forward_mode("linear_policy_loss", hidden, head)
+    advantages = reference.told_apart(advantages, cu_seqlens, len(token_ids), advantages_per)
     if loss.kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef {loss.kl_coef} needs ref_logprobs")
     value, metrics, logprobs, _, _ = _policy(
@@ -274,6 +284,8 @@ def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.T
         raise ValueError(f"ref_logprobs must have shape [{len(token_ids)}] or [{pairs}, 2], "
                          f"got {list(ref_logprobs.shape)}")
     _check_rows(hidden, {"loss_mask": loss_mask})
+    check_counts(num_pairs=num_pairs)
+    refuse_forward_mode("linear_dpo_loss", hidden, head)
     value, metrics, logprobs, _, _ = _dpo(
         hidden, head, token_ids, ref_logprobs, cu_seqlens, loss_mask, num_pairs or 0, float(temperature),
         *_encoded(as_preference_loss(loss)), workspace_bytes, _needs(hidden, head),

@@ -11,6 +11,7 @@ Aggregation = Literal["sequence", "token", "constant"]
 PolicyLossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo"]
 PreferenceLossName = Literal["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo"]
 KlKind = Literal["k1", "k2", "k3"]
+AdvantagesPer = Literal["sequence", "token"]
 Importance = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 _AGGREGATION: dict[str, Aggregation] = {
@@ -69,6 +70,7 @@ class PolicyLoss:
             _one_of("aggregation", self.aggregation, get_args(Aggregation))
         if self.weighting == "constant" and not self.constant_length:
             raise ValueError(f"loss '{self.loss}' with aggregation 'constant' needs constant_length")
+        check_counts(constant_length=self.constant_length)
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(f"dual_clip must be above 1 + clip_high = {1 + self.clip_high:g}, got {self.dual_clip}")
         if not 0 <= self.clip_low <= 1:
@@ -144,6 +146,13 @@ def as_policy_loss(loss: PolicyLoss | str) -> PolicyLoss:
 def as_preference_loss(loss: PreferenceLoss | str) -> PreferenceLoss:
     """A name stands for the loss with its defaults."""
     return PreferenceLoss(loss) if isinstance(loss, str) else loss  # type: ignore[arg-type]
+
+
+def check_counts(**counts: int | None) -> None:
+    """Counts that a loss is divided by, None where nobody gives one: a negative one would turn its sign."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from veripo_kernels import formulas
-from veripo_kernels.options import AdvantageKind, PolicyLoss, PreferenceLoss, as_policy_loss, as_preference_loss
+from veripo_kernels.options import (
+    AdvantageKind,
+    AdvantagesPer,
+    PolicyLoss,
+    PreferenceLoss,
+    as_policy_loss,
+    as_preference_loss,
+    check_counts,
+)
 
 
 def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
@@ -94,6 +102,28 @@ def sequence_index(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
     return marks[:tokens].cumsum(0)
 
 
+def told_apart(advantages: torch.Tensor, cu_seqlens: torch.Tensor, tokens: int, per: AdvantagesPer | None
+               ) -> torch.Tensor:
+    """Advantages whose shape says what they are: [M] per token, else [S] per completion.
+
+    Raises:
+        ValueError: another shape, or M = S and nobody says which of the two they are.
+    """
+    sequences = len(cu_seqlens) - 1
+    shapes = {"token": [tokens], "sequence": [sequences]}
+    if per is not None and per not in shapes:
+        raise ValueError(f"advantages_per must be 'sequence' or 'token', got {per!r}")
+    allowed = [shape for name, shape in shapes.items() if per in (None, name)]
+    if list(advantages.shape) not in allowed:
+        raise ValueError(f"advantages must have shape {' or '.join(map(str, allowed))}, got {list(advantages.shape)}")
+    if tokens != sequences or tokens < 2 or per == "token":
+        return advantages
+    if per is None:
+        raise ValueError(f"advantages [{tokens}] may be one per token or one per completion, because there are "
+                         f"{tokens} of both: say advantages_per='sequence' or 'token'")
+    return advantages[sequence_index(cu_seqlens, tokens)]
+
+
 def sequence_sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Sum [S] of values [M] over each completion; an empty one has 0."""
     zeros = torch.zeros(len(cu_seqlens) - 1, dtype=values.dtype, device=values.device)
@@ -106,6 +136,7 @@ def token_weights(cu_seqlens: torch.Tensor, loss_mask: torch.Tensor, loss: Polic
 
     The counts are those of the whole optimizer step when a micro-batch holds a part of it (default: what is here).
     """
+    check_counts(num_sequences=num_sequences, num_tokens=num_tokens)
     sequences = num_sequences or len(cu_seqlens) - 1
     if loss.weighting == "sequence":
         counts = sequence_sums(loss_mask, cu_seqlens).clamp(min=1) * sequences
@@ -187,6 +218,7 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
               cu_seqlens: torch.Tensor, *, loss: PolicyLoss | str = "grpo", loss_mask: torch.Tensor | None = None,
               ref_logprobs: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None,
               entropy: torch.Tensor | None = None, num_sequences: int | None = None, num_tokens: int | None = None,
+              advantages_per: AdvantagesPer | None = None,
               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Policy loss of packed completions (which one, with its source: `PolicyLoss`).
 
@@ -195,12 +227,14 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
         advantages: [M] per token or [S] per completion. cu_seqlens: int [S + 1].
         loss_mask: [M], 0 leaves a token out. ref_logprobs, rollout_logprobs: [M]. entropy: [M], may have a gradient.
         num_sequences, num_tokens: counts of the whole optimizer step when this is a part of it.
+        advantages_per: what the advantages are, which their shape does not say where M = S.
 
     Returns:
         scalar loss, and detached metrics: clip_low_share, clip_high_share, kl, entropy, importance (means under the
         tokens' weights, so that those of micro-batches add up) and ratio_max.
     """
     loss = as_policy_loss(loss)
+    advantages = told_apart(advantages, cu_seqlens, len(policy_logprobs), advantages_per)
     mask = torch.ones_like(policy_logprobs) if loss_mask is None else loss_mask.to(policy_logprobs.dtype)
     terms = policy_terms(policy_logprobs, old_logprobs, advantages, cu_seqlens, mask, loss, ref_logprobs=ref_logprobs,
                          rollout_logprobs=rollout_logprobs, entropy=entropy)
@@ -243,6 +277,7 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
         scalar loss, and detached metrics, means over the pairs: preference_accuracy, margin (dpo_beta times the
         difference of the log-ratios), chosen_logprobs_mean, rejected_logprobs_mean, chosen_drift (per token).
     """
+    check_counts(num_pairs=num_pairs)
     terms = pair_terms(policy_logprobs, ref_logprobs, cu_seqlens, as_preference_loss(loss), loss_mask)
     pairs = num_pairs or len(terms.loss)
     return terms.loss.sum() / pairs, {name: value.sum() / pairs for name, value in terms.metrics.items()}

@@ -74,7 +74,7 @@ class PolicyLossInputs:
         return StepOutput(*linear_policy_loss(
             hidden, head, targets, self.old_logprobs, self.advantages, cu_seqlens, loss=self.loss,
             temperature=self.temperature, ref_logprobs=self.ref_logprobs, num_sequences=self.num_sequences,
-            num_tokens=self.num_tokens))
+            num_tokens=self.num_tokens, advantages_per="sequence"))
 
 
 @dataclass(frozen=True)

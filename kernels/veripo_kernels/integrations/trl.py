@@ -210,7 +210,7 @@ class VeripoGRPOTrainer(GRPOTrainer):
         num_tokens = 1 if self._counts_step_tokens else None
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         loss, _ = grpo_loss(
-            policy, old, advantages, cu_seqlens, loss=options, num_tokens=num_tokens,
+            policy, old, advantages, cu_seqlens, loss=options, num_tokens=num_tokens, advantages_per="token",
             ref_logprobs=ref if options.kl_coef else None,
             rollout_logprobs=pack("sampling_per_token_logps", corrected))
         log_ratio = policy - (policy.detach() if old is None else old)
