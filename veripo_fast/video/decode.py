@@ -208,8 +208,9 @@ def _load_image(path: str) -> torch.Tensor:
     try:
         member = locate(path)
         with PilImage.open(path if member is None else io.BytesIO(member.read())) as file:
-            if file.format in _ANIMATED and getattr(file, "n_frames", 1) > 1:
-                raise MediaError(f"{path} is an animation of {file.n_frames} frames, not an image: make it an mp4 and "
+            shown = getattr(file, "n_frames", 1)
+            if file.format in _ANIMATED and shown > 1:
+                raise MediaError(f"{path} is an animation of {shown} frames, not an image: make it an mp4 and "
                                  "name it as a video, or keep one frame")
             picture = ImageOps.exif_transpose(file)
             if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
