@@ -85,6 +85,6 @@ def test_rollouts_whose_prompt_is_broken(tmp_path: Path) -> None:
 def test_embedded_media_without_a_place_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(RecordError, match="cannot be written .*let XDG_CACHE_HOME name another folder"):
+    with pytest.raises(RecordError, match=r"cannot be written .*let XDG_CACHE_HOME name another folder"):
         cached(b"content")
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
