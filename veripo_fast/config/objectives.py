@@ -51,8 +51,8 @@ class RewardConfig:
     number_tolerance: float = 1e-6
     """Relative tolerance of typed numbers (`number`); estimates use MRA instead."""
     math_seconds_per_batch: float = 60.0
-    """Seconds that comparing mathematics may take for all answers of a rollout batch, or of a stage's verifier, together;
-    an answer for which none are left counts as not equal, and their number is said."""
+    """Seconds for comparing the mathematics of a rollout batch, or of one run of the verifier; an answer that finds no
+    time left counts as not equal, and the number of these is said."""
 
     def __post_init__(self) -> None:
         positive(self, "math_seconds_per_batch")
