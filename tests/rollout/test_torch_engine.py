@@ -175,7 +175,7 @@ def test_a_completion_stops_at_its_first_end_of_turn(family: str, eager_to_stop:
 def test_an_end_of_turn_as_the_last_token_allowed_is_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policies.policy("qwen3_vl")
     third = tokens(generate("qwen3_vl", GREEDY))[0][0][2]
-    monkeypatch.setattr(policy.encoder, "eos_id", third)
+    monkeypatch.setattr(policy.encoder, "end_ids", (third,))
     first = generate("qwen3_vl", replace(GREEDY, max_new_tokens=3), slice(1))[0].completions[0]
     assert (len(first.token_ids), first.token_ids[-1], first.finish_reason) == (3, third, "stop")
 

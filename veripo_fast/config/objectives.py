@@ -51,8 +51,12 @@ class RewardConfig:
     """Weight of the format term."""
     number_tolerance: float = 1e-6
     """Relative tolerance of typed numbers (`number`); estimates use MRA instead."""
+    math_seconds_per_batch: float = 60.0
+    """Seconds for comparing the mathematics of a rollout batch, or of one run of the verifier; an answer that finds no
+    time left counts as not equal, and the number of these is said."""
 
     def __post_init__(self) -> None:
+        positive(self, "math_seconds_per_batch")
         require(self.format_weight >= 0, f"format_weight must be 0 or larger, got {self.format_weight}")
         require(self.number_tolerance >= 0, f"number_tolerance must be 0 or larger, got {self.number_tolerance}")
 

@@ -73,9 +73,12 @@ class PromptEncoder:
         self.pads: dict[str, str] = {
             kind: self.tokenizer.convert_ids_to_tokens(value) for kind, value in self.pad_ids.items()}
         self.eos_id: int = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.banned_ids = sorted({*self.pad_ids.values(), self.config.vision_start_token_id,
-                                  self.config.vision_end_token_id})
-        """Tokens that the policy may never write: they would be read as media."""
+        self.end_ids = _end_ids(self.path, self.eos_id)
+        """Tokens that end a completion: those of generation_config.json, and the end of turn."""
+        media_ids = {*self.pad_ids.values(), self.config.vision_start_token_id, self.config.vision_end_token_id}
+        rows = set(range(self.config.get_text_config().vocab_size))
+        self.banned_ids = sorted(media_ids | (rows - set(self.tokenizer.get_vocab().values())))
+        """Tokens that the policy may never write: they would be read as media, or the tokenizer does not know them."""
 
     # -- text ---------------------------------------------------------------------------------------------------
 
@@ -228,6 +231,16 @@ def _grid_seconds(pts: torch.Tensor, pair: int) -> tuple[float, ...]:
     times = pts.double().tolist()
     times += [times[-1]] * (-len(times) % pair)
     return tuple(sum(times[i:i + pair]) / pair for i in range(0, len(times), pair))
+
+
+def _end_ids(path: Path, eos_id: int) -> tuple[int, ...]:
+    """End tokens of a checkpoint: `eos_token_id` of its generation config is a number, a list of them, or absent."""
+    file = path / "generation_config.json"
+    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = named if isinstance(named, list) else [named]
+    if named is not None and not all(type(value) is int for value in ids):
+        raise CheckpointError(f"{file} has eos_token_id {named!r}; it must be a token id or a list of them")
+    return tuple(sorted({eos_id, *(ids if named is not None else ())}))
 
 
 def _vision_spec(path: Path, config: Any) -> VisionSpec:

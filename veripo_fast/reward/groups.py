@@ -8,6 +8,7 @@ import torch
 from veripo_kernels import group_advantages
 
 from veripo_fast.config.schema import Config
+from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.reward.score import score, scores_of, total
 from veripo_fast.types import RolloutGroup
 
@@ -15,11 +16,9 @@ from veripo_fast.types import RolloutGroup
 def reward_groups(groups: Sequence[RolloutGroup], config: Config) -> None:
     """Fill in accuracy, format, reward and advantage of every completion."""
     completions = [completion for group in groups for completion in group.completions]
-    for group in groups:
-        for completion in group.completions:
-            scored = score(completion.text, group.prompt, config.reward)
-            completion.accuracy, completion.format = scored.accuracy, float(scored.format)
-            completion.reward = total(scored, config.reward)
+    with math_budget(config.reward.math_seconds_per_batch):
+        for group in groups:
+            _score_group(group, config)
     if not completions:
         return
     owners = torch.tensor([number for number, group in enumerate(groups) for _ in group.completions])
@@ -27,6 +26,13 @@ def reward_groups(groups: Sequence[RolloutGroup], config: Config) -> None:
     advantages = group_advantages(rewards, owners, kind=config.grpo.advantage)
     for completion, advantage in zip(completions, advantages.tolist(), strict=True):
         completion.advantage = advantage
+
+
+def _score_group(group: RolloutGroup, config: Config) -> None:
+    for completion in group.completions:
+        scored = score(completion.text, group.prompt, config.reward)
+        completion.accuracy, completion.format = scored.accuracy, scored.format
+        completion.reward = total(scored, config.reward)
 
 
 def has_signal(group: RolloutGroup) -> bool:

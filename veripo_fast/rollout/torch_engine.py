@@ -57,11 +57,12 @@ class TorchEngine:
         logprobs = torch.zeros(tokens.shape, device=logits.device)
         lengths = torch.full((len(logits),), sampling.max_new_tokens, device=logits.device)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        ends = torch.tensor(self.policy.encoder.end_ids, device=logits.device)
         generator = torch.Generator(logits.device).manual_seed(sampling.seed)
         for step in range(sampling.max_new_tokens):
             token, logprob = sample(logits, sampling, self.policy.encoder.banned_ids, generator)
             tokens[rows, step], logprobs[rows, step] = token, logprob
-            stops = (token == self.policy.encoder.eos_id) & ~ended
+            stops = torch.isin(token, ends) & ~ended
             lengths[rows[stops]] = step + 1
             ended |= stops
             done = ended.view(-1, size).all(1) | (step + 1 == sampling.max_new_tokens)
@@ -86,7 +87,7 @@ class TorchEngine:
             completions.append(Completion(
                 token_ids=ids, text=self.policy.encoder.decode_completion(ids),
                 rollout_logprobs=logprobs[row, :length].tolist(),
-                finish_reason="stop" if ids[-1] == self.policy.encoder.eos_id else "length",
+                finish_reason="stop" if ids[-1] in self.policy.encoder.end_ids else "length",
                 policy_version=self.policy.version))
         return RolloutGroup(item.prompt, completions)
 

@@ -25,6 +25,7 @@ from veripo_fast.model.packing import PackedBatch, micro_batches, pack, packed_l
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.scorer import answer_scorer
 from veripo_fast.model.step import PairLossInputs
+from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.rollout.store import write_table
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.optimizer import Optimizer, step_policy
@@ -112,9 +113,10 @@ def verified_pairs(session: Session, stage: StageConfig, config: Config, groups:
         encoder = session.policy.encoder
         judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
                            lambda: answer_scorer(session.policy, session.loader.load_one))
-        result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
-                        encoder.encode_completion, encoder.eos_id, derive_seed(config.seed, stage.name, "pairs"),
-                        check=session.stop_if_asked)
+        with math_budget(config.reward.math_seconds_per_batch):
+            result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
+                            encoder.encode_completion, encoder.eos_id,
+                            derive_seed(config.seed, stage.name, "pairs"), check=session.stop_if_asked)
         write_result(folder, result)
     return read_pairs(folder / "pairs.parquet")
 

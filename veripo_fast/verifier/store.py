@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from veripo_fast.config.schema import Config
 from veripo_fast.errors import DataError
+from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.types import PreferencePair
 from veripo_fast.verifier.judge_likelihood import AnswerLogprobs
@@ -87,8 +88,9 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
     groups = [group for file in files for group in read_groups(file)]
     with ExitStack() as stack:
         judge = make_judge(config.verifier, out / "judge_cache.jsonl", lambda: _scorer(config, stack))
-        result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
-                        encoder.encode_completion, encoder.eos_id, config.seed)
+        with math_budget(config.reward.math_seconds_per_batch):
+            result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
+                            encoder.encode_completion, encoder.eos_id, config.seed)
     write_result(out, result)
     print(f"{result.account.completions} completions, {len(result.pairs)} pairs, in {out}")
     return result
