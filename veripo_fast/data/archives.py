@@ -81,6 +81,12 @@ def is_archive(path: str) -> bool:
     return any(match.end() == len(path) for match in _ARCHIVE.finditer(path))
 
 
+def archive_of(path: str) -> str:
+    """The part of a path up to the first name that ends like an archive; empty where there is none."""
+    match = _ARCHIVE.search(path)
+    return path[:match.end()] if match else ""
+
+
 def locate(path: str) -> Member | None:
     """Where the medium of a path lies inside an archive; None for a path that leads through none.
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeAlias
 from veripo_fast.data.archives import Member, is_archive, locate
 from veripo_fast.data.layouts import names_media
 from veripo_fast.data.records import UNUSABLE, RecordError, reason_of, short
+from veripo_fast.data.remote import is_remote, local_path
 from veripo_fast.data.webdataset import Sample, samples
 from veripo_fast.errors import DataError, MediaError
 
@@ -45,6 +46,14 @@ def read_sources(file: str) -> Iterator[tuple[str, Source]]:
     Raises:
         DataError: the file is missing or unreadable as a whole.
     """
+    if is_remote(file):
+        try:
+            copy = local_path(file)
+        except MediaError as error:
+            raise DataError(f"data file {error}") from error
+        for where, source in read_sources(copy):
+            yield file + where.removeprefix(copy), source
+        return
     path = Path(file)
     try:
         if not path.is_file():

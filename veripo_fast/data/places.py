@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from veripo_fast.config.inputs import DataConfig
 from veripo_fast.data.archives import Index, is_archive, locate, member_of, read_index
 from veripo_fast.data.records import RecordError, short
+from veripo_fast.data.remote import is_remote, local_path
 from veripo_fast.errors import MediaError
 from veripo_fast.run.atomic import atomic_write_bytes
 from veripo_fast.types import Media, Video
@@ -34,10 +35,10 @@ class MediaPlaces:
 
     def __init__(self, file: str, config: DataConfig) -> None:
         base = config.media_root or os.path.dirname(file)  # noqa: PTH120  - pathlib takes 5 us for each record
-        self._base = "" if base in ("", ".") else str(Path(base)).rstrip("/") + "/"
-        self._root = Path(base or ".").resolve() if config.confine else None
+        self._base = "" if base in ("", ".") else (base if is_remote(base) else str(Path(base))).rstrip("/") + "/"
+        self._root = (self._base if is_remote(base) else str(Path(base or ".").resolve())) if config.confine else ""
         self._archive = file if is_archive(file) else ""
-        self._index: Index | None = read_index(Path(file).resolve()) if self._archive else None
+        self._index: Index | None = read_index(Path(local_path(file)).resolve()) if self._archive else None
 
     def __call__(self, source: str | bytes) -> str:
         """The path of a medium; embedded bytes are kept in the user's cache by content.
@@ -52,6 +53,8 @@ class MediaPlaces:
         if ":" in source:
             if match := _DATA_URL.match(source):
                 return cached(_decoded(source[match.end():]))
+            if is_remote(source):
+                return self._confined(source)
             source = _local(source)
         elif len(source) >= _SHORTEST_BASE64 and source.startswith(_BASE64_HEADS) and not source.startswith("/9j/../"):
             return cached(_decoded(source))
@@ -61,12 +64,20 @@ class MediaPlaces:
             source = source[2:]
         if not source.startswith("/"):
             source = self._base + source
+        if is_remote(self._base) and source.startswith(self._base):
+            return self._confined(source)
         clean = "//" not in source and "/./" not in source
         return self._confined(source if clean else str(Path(source)))
 
     def _confined(self, path: str) -> str:
         """The path, unless data.confine is set and it leads out of the data root, by a link or otherwise."""
-        if self._root is not None and not Path(os.path.realpath(path)).is_relative_to(self._root):
+        if not self._root:
+            return path
+        if is_remote(path) or is_remote(self._root):
+            inside = path.startswith(self._root) and "/../" not in path
+        else:
+            inside = Path(os.path.realpath(path)).is_relative_to(self._root)
+        if not inside:
             raise RecordError(f"media file {path} lies outside of {self._root}, and data.confine keeps media inside",
                               path)
         return path
@@ -106,6 +117,8 @@ def cached(content: bytes) -> str:
 def missing(medium: Media) -> tuple[str, str] | None:
     """(path, reason) of the first file of a medium that is not there; None where all are."""
     for path in (medium.frames if isinstance(medium, Video) else ()) or (medium.path,):
+        if is_remote(path):
+            continue  # a request for each; it is named when it is loaded
         try:
             if locate(path) is None and not Path(path).exists():
                 return path, f"media file {path} does not exist"

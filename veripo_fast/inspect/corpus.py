@@ -19,6 +19,7 @@ import pyarrow as pa
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.data.archives import locate
+from veripo_fast.data.remote import local_medium
 from veripo_fast.data.skipped import Skipped
 from veripo_fast.data.sources import check_some, evenly, find_sources, read_listed_prompts
 from veripo_fast.errors import MediaError
@@ -204,7 +205,7 @@ Step = tuple[Any, "list[Picture]"]
 
 def _inspect_video(video: Video, config: Config, sizes: PolicySizes) -> Iterator[Step]:
     contract = contract_of(video, config.video)
-    config, video = replace(config, video=contract), replace(video, sampling=None)
+    config, video = replace(config, video=contract), replace(local_medium(video), sampling=None)
     if pictures_of(video):
         yield from _inspect_pictures(video, contract, sizes)
         return

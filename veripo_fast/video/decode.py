@@ -24,6 +24,7 @@ from veripo_kernels import resize_frames
 
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.data.archives import locate
+from veripo_fast.data.remote import local_medium
 from veripo_fast.errors import ConfigError, MediaError
 from veripo_fast.types import Frames, Image, Video
 from veripo_fast.video import dali
@@ -62,7 +63,7 @@ def decode(video: Video, contract: VideoConfig, factor: int, device: str = "cuda
     Raises:
         MediaError: the file is missing, damaged, no video, or took longer than `contract.timeout_seconds`.
     """
-    contract = contract_of(video, contract)
+    contract, video = contract_of(video, contract), local_medium(video)
     if pictures := pictures_of(video):
         return run_with_deadline(
             lambda deadline: decode_pictures(video, pictures, contract, factor, _load_image, deadline),
@@ -102,7 +103,7 @@ def decode_image(image: Image, contract: VideoConfig, factor: int) -> torch.Tens
     Raises:
         MediaError: the file is missing, damaged, no image, or took longer than `contract.timeout_seconds`.
     """
-    contract = contract_of(image, contract)
+    contract, image = contract_of(image, contract), local_medium(image)
     pixels = run_with_deadline(lambda deadline: _load_image(image.path), image.path, contract.timeout_seconds)
     resized = resize_frames(pixels, *_size(pixels, image.path, contract, factor))
     return resized.expand(TEMPORAL_PATCH, -1, -1, -1).contiguous()

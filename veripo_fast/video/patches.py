@@ -16,6 +16,7 @@ from veripo_kernels import frames_to_patches
 
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.data.archives import locate
+from veripo_fast.data.remote import local_medium
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Image, Media, Video
 from veripo_fast.video.decoders import GPU_DECODERS
@@ -86,6 +87,7 @@ def fingerprint(media: Media | Sequence[Media], contract: VideoConfig, **sizes: 
 
 
 def _identity(item: Media) -> list[object]:
+    item = local_medium(item)
     part: list[object] = [item.start_seconds, item.end_seconds] if isinstance(item, Video) else []
     if item.sampling is not None:
         part.append(asdict(item.sampling))
