@@ -103,9 +103,10 @@ ENDLESS = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% 
     ("{% if %}", ""),
 ])
 def test_a_templates_bounds(template: str, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With less time than users have: the child reads its limit from the file that it runs."""
+    """With less time and memory than users have: the child reads its limits from the file that it runs."""
     child = tmp_path / "child.py"
-    child.write_text(Path(template_check.__file__).read_text().replace("CPU_SECONDS = 5", "CPU_SECONDS = 1"))
+    text = Path(template_check.__file__).read_text()
+    child.write_text(text.replace("CPU_SECONDS = 5", "CPU_SECONDS = 1").replace("= 1 << 30", "= 1 << 28"))
     monkeypatch.setattr(template_check, "__file__", str(child))
     monkeypatch.setattr(template_check, "CPU_SECONDS", 1)
     template_problem.cache_clear()
