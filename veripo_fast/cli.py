@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
 from veripo_fast.errors import Interrupted, UserError
+from veripo_fast.text import OneLine, one_line
 
 if TYPE_CHECKING:
     from veripo_fast.config.schema import Config
@@ -47,7 +48,9 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user error, 130 after Ctrl-C."""
     set_environment()
-    logging.basicConfig(format="veripo: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("veripo_fast").setLevel(logging.INFO)
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
@@ -290,7 +293,7 @@ def _unknown_argument(command: str, token: str, names: list[str]) -> str:
 
 def _complain(sentence: str, code: int = EXIT_USER) -> int:
     label = "error: " if code == EXIT_USER else ""
-    print(f"veripo: {label}{' '.join(sentence.split())}", file=sys.stderr)
+    print(f"veripo: {label}{one_line(sentence)}", file=sys.stderr)
     return code
 
 

@@ -4,9 +4,11 @@ message."""
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import unicodedata
+from typing import Any
 from urllib.parse import quote
 
 
@@ -73,6 +75,21 @@ def _visible(character: str) -> str:
     if character.isprintable() or unicodedata.category(character) == "Zs":  # spaces, such as the wide one of CJK
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def one_line(text: str) -> str:
+    """`printable`, with a space for each line break."""
+    return printable(" ".join(line.strip() for line in text.splitlines()))
+
+
+class OneLine(logging.Formatter):
+    """Log messages on one line that starts with our name, whatever they repeat; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return f"veripo: {one_line(record.message)}"
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
 def hidden(text: str, secret: str) -> str:

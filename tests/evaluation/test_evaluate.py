@@ -85,7 +85,9 @@ def test_scores_by_hand(tmp_path):
     assert record["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert record["inconsistency_rate"] == pytest.approx((0.5 + 0 + 0) / 3)
     assert record["no_verdict_rate"] == pytest.approx(2 / 6)
+    assert record["inconsistency_of_verdicts"] == pytest.approx(1 / 4)
     assert record["accurate_and_consistent_rate"] == pytest.approx(2 / 6)
+    assert record["accurate_without_verdict_rate"] == 0
     assert record["format_rate"] == record["finished_rate"] == pytest.approx(5 / 6)
     assert record["mra"] is None and record["by_type"] == {"number": pytest.approx(0.5)}
     assert "MRA" not in module.summary({"stage": "s", "mode": "greedy", **record})

@@ -24,11 +24,6 @@ def test_width_is_that_of_the_normal_approximation():
     assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.05)
 
 
-@pytest.mark.parametrize("values", [[0.25], [1.0, 1.0, 1.0]])
-def test_no_spread_no_width(values):
-    assert bootstrap_interval(values, resamples=50) == (values[0],) * 3
-
-
 def test_same_seed_same_numbers():
     values = [0.0, 1.0, 0.5, 0.25]
     assert bootstrap_interval(values, 200, seed=3) == bootstrap_interval(values, 200, seed=3)

@@ -22,6 +22,7 @@ from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.store import write_groups
 from veripo_fast.run.seeds import derive_seed
+from veripo_fast.text import printable
 from veripo_fast.types import Prompt, RolloutGroup
 from veripo_fast.verifier.judge_rules import RulesJudge
 from veripo_fast.verifier.judges import no_progress
@@ -70,16 +71,21 @@ def _advance(bar: Any, prompts: int) -> None:
 
 
 def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
-    """Scores over all completions of rewarded groups, with 95 % intervals over prompts."""
+    """Scores over all completions of rewarded groups, with 95 % intervals over prompts.
+
+    A completion without a verdict is neither consistent nor inconsistent. `inconsistency_rate` and `no_verdict_rate`
+    are shares of all completions, so the first also falls when fewer reasonings can be read.
+    `inconsistency_of_verdicts` is the share of those with a verdict, None when there is none. The accuracy over
+    completions is `accurate_and_consistent_rate` + `accurate_without_verdict_rate` + what is accurate and inconsistent.
+    """
     judged = RulesJudge().judge(list(groups), no_progress)
     inconsistent = [_mean([float(j.consistent is False) for j in row]) for row in judged]
     accuracy = [_mean(scores_of(group, "accuracy")) for group in groups]
     rows = [c for group in groups for c in group.completions]
     formats = [value for group in groups for value in scores_of(group, "format")]
-    sound: list[float] = []
-    for group, row in zip(groups, judged, strict=True):
-        for value, judgement in zip(scores_of(group, "accuracy"), row, strict=True):
-            sound.append(value * float(judgement.consistent is not False))
+    accuracies = [value for group in groups for value in scores_of(group, "accuracy")]
+    verdicts = [judgement.consistent for row in judged for judgement in row]
+    read = [verdict for verdict in verdicts if verdict is not None]
     estimates = [value for value, group in zip(accuracy, groups, strict=True)
                  if group.prompt.problem_type == "estimate"]
     by_type: dict[str, list[float]] = defaultdict(list)
@@ -90,8 +96,10 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high,
             "mra": _mean(estimates) if estimates else None, "format_rate": _mean(formats),
             "inconsistency_rate": wrong, "inconsistency_low": wrong_low, "inconsistency_high": wrong_high,
-            "no_verdict_rate": _mean([float(j.consistent is None) for row in judged for j in row]),
-            "accurate_and_consistent_rate": _mean(sound),
+            "inconsistency_of_verdicts": _mean([float(not verdict) for verdict in read]) if read else None,
+            "no_verdict_rate": _mean([float(verdict is None) for verdict in verdicts]),
+            "accurate_and_consistent_rate": _accurate(accuracies, verdicts, True),
+            "accurate_without_verdict_rate": _accurate(accuracies, verdicts, None),
             "length_mean": _mean([float(len(c.token_ids)) for c in rows]),
             "finished_rate": _mean([float(c.finish_reason == "stop") for c in rows]),
             "prompts": len(groups), "completions": len(rows),
@@ -101,9 +109,14 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
 def summary(record: dict[str, Any]) -> str:
     """One line for people."""
     mra = "" if record["mra"] is None else f", MRA {record['mra']:.3f}"
-    return (f"{record['stage']:>8} {record['mode']:>7}: accuracy {record['accuracy']:.3f} "
+    return (f"{printable(record['stage']):>8} {record['mode']:>7}: accuracy {record['accuracy']:.3f} "
             f"[{record['accuracy_low']:.3f}, {record['accuracy_high']:.3f}]{mra}, format {record['format_rate']:.3f}, "
             f"inconsistent {record['inconsistency_rate']:.3f}, {record['length_mean']:.0f} tokens")
+
+
+def _accurate(accuracies: Sequence[float], verdicts: Sequence[bool | None], wanted: bool | None) -> float:
+    """Mean over all completions of the accuracy of those with the wanted verdict."""
+    return _mean([value if verdict is wanted else 0.0 for value, verdict in zip(accuracies, verdicts, strict=True)])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,6 +1,9 @@
 """Intervals around scores. The unit that is resampled is the prompt: completions of one prompt are not independent.
 
-Percentile bootstrap, 95 %. Shape letters: P prompts.
+Percentile bootstrap, 95 %. It has no width when all prompts score alike (0 of 12 right), which would claim certainty.
+There other prompts may score otherwise, and their share is at most Wilson's upper bound for 0 of P, z^2 / (P + z^2)
+(E. B. Wilson, JASA 22, 1927; Brown, Cai and DasGupta, Statistical Science 16, 2001, section 3.1.1). For scores of 0 and
+1 this is Wilson's interval itself. Shape letters: P prompts.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_Z = 1.959963984540054
+"""97.5 % quantile of the normal distribution."""
 _CHUNK_VALUES = 1 << 22
 """Resampled values held at once (32 MiB of float64)."""
 
@@ -22,10 +27,12 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_interval(values_by_prompt: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
+def bootstrap_interval(values_by_prompt: Sequence[float], resamples: int = 2000, seed: int = 0,
+                       bounds: tuple[float, float] = (0.0, 1.0)) -> Interval:
     """Mean over prompts and its interval. values_by_prompt: [P], one score per prompt (the mean of its completions).
 
-    The same input and seed give the same numbers. Raises ValueError when there is no prompt or a value is not finite.
+    `bounds` are the lowest and the highest score that there can be; they matter when all prompts score alike. The same
+    input and seed give the same numbers. Raises ValueError when there is no prompt, or a value is not finite.
     """
     values = np.asarray(values_by_prompt, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:
@@ -34,6 +41,8 @@ def bootstrap_interval(values_by_prompt: Sequence[float], resamples: int = 2000,
         raise ValueError(f"values_by_prompt[{int(np.argmin(np.isfinite(values)))}] is not finite")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
+    if values.min() == values.max():
+        return _alike(float(values[0]), len(values), bounds)
     low, high = np.quantile(_resampled_means(values, resamples, seed), [0.025, 0.975])
     return Interval(float(values.mean()), float(low), float(high))
 
@@ -46,7 +55,15 @@ def paired_difference(before: Sequence[float], after: Sequence[float], resamples
     """
     if len(before) != len(after):
         raise ValueError(f"before and after must hold the same prompts, got {len(before)} and {len(after)}")
-    return bootstrap_interval(np.subtract(after, before, dtype=np.float64).tolist(), resamples, seed)
+    return bootstrap_interval(np.subtract(after, before, dtype=np.float64).tolist(), resamples, seed, (-1.0, 1.0))
+
+
+def _alike(value: float, prompts: int, bounds: tuple[float, float]) -> Interval:
+    """The interval when each of `prompts` scores `value`: others may lie anywhere within the bounds."""
+    if not bounds[0] <= value <= bounds[1]:
+        raise ValueError(f"values_by_prompt must lie within {bounds}, got {value}")
+    others = _Z ** 2 / (prompts + _Z ** 2)
+    return Interval(value, value + others * (bounds[0] - value), value + others * (bounds[1] - value))
 
 
 def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -71,7 +71,7 @@ def from_pretrained(model_class: Any, folder: Path, dtype: str, *, prefix: str =
     """transformers' method, or CheckpointError; weights that `folder` lacks are named with `prefix`."""
     try:
         model, info = model_class.from_pretrained(dtype=getattr(torch, dtype), attn_implementation="sdpa",
-                                                  output_loading_info=True, **options)
+                                                  output_loading_info=True, trust_remote_code=False, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
     if info["missing_keys"]:  # transformers would leave them random, with a warning

@@ -8,6 +8,7 @@ cannot say which frames they took, and time Qwen2.5-VL videos as 24 fps when no 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from transformers import AutoConfig, AutoTokenizer
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.positions import GridSpan, TextSpan, grid_times, mrope_positions, seconds_per_grid
+from veripo_fast.model.template_check import template_problem
 from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Prompt, Video
 from veripo_fast.video.buffers import room
 from veripo_fast.video.decode import decode, decode_image
 from veripo_fast.video.patches import fingerprint, patchify
 
+log = logging.getLogger(__name__)
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -61,13 +64,9 @@ class PromptEncoder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not (self.path / "config.json").is_file():
-            raise CheckpointError(f"{self.path} is not a checkpoint folder: it has no config.json")
-        self.config = AutoConfig.from_pretrained(self.path)
-        if self.config.model_type not in FAMILIES:
-            raise CheckpointError(f"{self.path} is a {self.config.model_type!r} checkpoint; "
-                                  f"veripo trains {' and '.join(FAMILIES)}")
-        self.tokenizer = cast(Any, AutoTokenizer.from_pretrained(self.path))
+        check_family(self.path)
+        self.config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        self.tokenizer = _tokenizer(self.path)
         self.vision = _vision_spec(self.path, self.config)
         self.pad_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         self.pads: dict[str, str] = {
@@ -204,6 +203,42 @@ class PromptEncoder:
         spec = self.vision
         return fingerprint(prompt.media, contract, family=self.config.model_type, patch_size=spec.patch_size,
                            merge_size=spec.merge_size, mean=spec.mean, std=spec.std)
+
+
+def check_family(folder: Path) -> None:
+    """Whether veripo trains a checkpoint, before any library reads it: some ask the terminal whether to run its code.
+
+    Raises:
+        CheckpointError: no checkpoint, or one of another family.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint folder: it has no config.json")
+    try:
+        stored = json.loads((folder / "config.json").read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    family = stored.get("model_type") if isinstance(stored, dict) else None
+    if family not in FAMILIES:
+        raise CheckpointError(f"{folder} is a {family!r} checkpoint; veripo trains {' and '.join(FAMILIES)}")
+    if stored.get("auto_map"):
+        log.warning("the checkpoint %s names code of its own (auto_map); it is not run", folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint, none of whose code is run, and whose chat template ends."""
+    try:
+        tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError, ImportError) as error:
+        raise CheckpointError(f"the tokenizer of {folder} cannot be loaded: {error or type(error).__name__}") from error
+    if tokenizer.init_kwargs.get("auto_map"):
+        log.warning("the tokenizer of %s names code of its own (auto_map); it is not run", folder)
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        problem = template_problem(template) if isinstance(template, str) else ""
+        if problem:
+            raise CheckpointError(f"the chat template of {folder} {problem}; correct chat_template.jinja or "
+                                  "tokenizer_config.json there")
+    return tokenizer
 
 
 def decode_frames(media: Sequence[Media], contract: VideoConfig, factor: int, device: str = "cuda"

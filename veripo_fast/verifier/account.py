@@ -28,6 +28,9 @@ class Account:
     """Possible pairs by family."""
     kept: Counter[str] = field(default_factory=Counter)
     """Pairs by family."""
+    kept_without_verdict: Counter[str] = field(default_factory=Counter)
+    """Of these, pairs whose chosen reasoning was found neither consistent nor inconsistent: only `repetition` takes
+    one, because its two sides differ in length and not in what they conclude."""
     groups_without: Counter[str] = field(default_factory=Counter)
     """Groups in which a family found no candidate."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -47,7 +50,7 @@ class Account:
         account.flags.update(flag for verdict in flat for flag in verdict.flags)
         account.verdicts.update(dict.fromkeys(names.values(), 0))
         account.verdicts.update(names[verdict.consistent] for verdict in flat)
-        for counter in (account.candidates, account.kept):
+        for counter in (account.candidates, account.kept, account.kept_without_verdict):
             counter.update(dict.fromkeys(families, 0))
         return account
 
@@ -66,4 +69,5 @@ class Account:
         return {"groups": self.groups, "completions": self.completions, "pairs": self.kept.total(), "used": self.used,
                 "flags": dict(self.flags), "flag_rates": {flag: n / total for flag, n in self.flags.items()},
                 "verdicts": dict(self.verdicts), "candidates": dict(self.candidates), "kept": dict(self.kept),
-                "groups_without": dict(self.groups_without), "dropped": dict(self.dropped), "unused": dict(self.unused)}
+                "kept_without_verdict": dict(self.kept_without_verdict), "groups_without": dict(self.groups_without),
+                "dropped": dict(self.dropped), "unused": dict(self.unused)}

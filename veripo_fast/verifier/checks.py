@@ -85,5 +85,8 @@ def is_well_formed(verdict: Verdict) -> bool:
 
 
 def is_clean(verdict: Verdict) -> bool:
-    """No check failed: right, well formed, neither repetitive nor of odd length, and not found inconsistent."""
+    """No check failed: right, well formed, neither repetitive nor of odd length, and not found inconsistent.
+
+    One without a verdict is clean; `GroupView.right` are those that were found consistent.
+    """
     return not verdict.flags

@@ -93,6 +93,7 @@ class _Builder:
             self._existing.add(identity)
             self._per_prompt[view.group.prompt] += 1
             self._account.kept[candidate.family] += 1
+            self._account.kept_without_verdict[candidate.family] += view.verdicts[candidate.chosen].consistent is None
             uses.update((candidate.chosen, candidate.rejected))
             return pair, {candidate.chosen, candidate.rejected}
         return None, set()
