@@ -279,6 +279,8 @@ def test_a_judge_that_is_down_and_then_mended(veripo_train, tmp_path):
     metrics = run.metrics.read_text()
     assert len(before) == 2 and not (run.verifier("dpo-1") / "pairs.parquet").exists()
     code, said = veripo_train("--resume", **options)
+    assert code == 2 and "begun with another config: verifier.judge was 'endpoint', is 'rules'" in said
+    code, said = veripo_train("--resume", "--allow-changes", "config", **options)
     assert code == 0
     assert {path: path.stat().st_mtime_ns for path in run.rollout_files("grpo-1")} == before
     assert run.metrics.read_text().startswith(metrics)

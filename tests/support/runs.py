@@ -77,7 +77,7 @@ def corpus() -> Path:
                 for record in ({"problem_id": "picture", "problem": "How many shapes?", "path": "picture.png",
                                 "data_type": "image", "problem_type": "numerical", "solution": "2"},
                                {"problem_id": "text", "problem": "Which is up?", "problem_type": "multiple choice",
-                                "options": ["A. top", "B. left"], "solution": "A"}):
+                                "data_type": "text", "options": ["A. top", "B. left"], "solution": "A"}):
                     file.write(json.dumps(record) + "\n")
     return path
 

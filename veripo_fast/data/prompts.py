@@ -116,8 +116,8 @@ class _Reading:
                 places = places or MediaPlaces(file, self.config)
                 row = self._row(source)
                 plan = plan_of(row)
-                prompt = self._prompt(read_record(row, plan, places, self.config), where)
                 self.unknown.update(plan.unknown)
+                prompt = self._prompt(read_record(row, plan, places, self.config), where)
             except (*UNUSABLE, DataError, MediaError) as error:
                 name = "" if row is None else _id_of(row)
                 self.skipped.append(Skipped(where + name, getattr(error, "path", "") or file, reason_of(error)))
