@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +23,7 @@ from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.positions import GridSpan, TextSpan, grid_times, mrope_positions, seconds_per_grid
 from veripo_fast.model.template_check import template_problem
-from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Prompt, Video
+from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Message, Prompt, Video
 from veripo_fast.video.buffers import room
 from veripo_fast.video.decode import decode, decode_image
 from veripo_fast.video.patches import fingerprint, patchify
@@ -95,6 +96,12 @@ class PromptEncoder:
         messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in prompt.messages]
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text
+
+    @cached_property
+    def opens_think(self) -> bool:
+        """Whether the chat template itself writes `<think>` at the end of a prompt."""
+        text = self.chat_text(Prompt("", (Message("user", ("?",)),), "text", ""))
+        return text.rstrip().endswith("<think>")
 
     def encode(self, prompt: Prompt, media: MediaInputs | None) -> EncodedPrompt:
         """Token ids and positions; `media` None for a text-only prompt."""
