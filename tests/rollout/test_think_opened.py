@@ -59,7 +59,8 @@ def test_a_tag_counts_once_whoever_wrote_it() -> None:
 
 
 def test_the_store_keeps_it_and_older_files_lack_it(tmp_path: Path) -> None:
-    groups = [RolloutGroup(policies.prompt_of("?"), [BARE, BARE], True), RolloutGroup(policies.prompt_of("?"), [TAGGED])]
+    prompt = policies.prompt_of("?")
+    groups = [RolloutGroup(prompt, [BARE, BARE], True), RolloutGroup(prompt, [TAGGED])]
     write_groups(tmp_path / "a.parquet", groups, "grpo", 1)
     assert read_groups(tmp_path / "a.parquet") == groups
     pq.write_table(pq.read_table(tmp_path / "a.parquet").drop_columns(["think_opened"]), tmp_path / "old.parquet")
