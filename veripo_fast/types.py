@@ -153,6 +153,8 @@ class RolloutGroup:
 
     prompt: Prompt
     completions: list[Completion]
+    think_opened: bool = False
+    """Whether the prompt ended with `<think>`, so that the completions begin inside their think span."""
 
 
 @dataclass(frozen=True)

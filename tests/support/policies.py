@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -95,3 +96,14 @@ def plain_logits(policy: Policy, prompt: EncodedPrompt, completion: list[int]) -
     finally:
         language_model.set_attn_implementation(shared_prefix.NAME)
     return policy.head(out.last_hidden_state[0, len(prompt.token_ids) - 1:])
+
+
+def thinking_checkpoint(folder: Path, start: Path, opening: str = "<think>\n") -> Path:
+    """A copy of the checkpoint `start` whose chat template ends every prompt with `opening`."""
+    shutil.copytree(start, folder)
+    template = folder / "chat_template.jinja"
+    turn = "<|im_start|>assistant\\n"
+    text = template.read_text()
+    assert text.count(turn) == 1
+    template.write_text(text.replace(turn, turn + opening.replace("\n", "\\n")))
+    return folder

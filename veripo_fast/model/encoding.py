@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,9 +21,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import CheckpointError, DataError
+from veripo_fast.model.control_tokens import check_no_control_tokens, control_pattern
 from veripo_fast.model.positions import GridSpan, TextSpan, grid_times, mrope_positions, seconds_per_grid
 from veripo_fast.model.template_check import template_problem
-from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Prompt, Video
+from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Message, Prompt, Video
 from veripo_fast.video.buffers import room
 from veripo_fast.video.decode import decode, decode_image
 from veripo_fast.video.patches import fingerprint, patchify
@@ -79,6 +81,8 @@ class PromptEncoder:
         self.banned_ids = sorted(media_ids | (rows - set(self.tokenizer.get_vocab().values())))
         """Tokens that the policy may never write: they would be read as media, or the tokenizer does not know them."""
 
+        self._control = control_pattern(self.tokenizer, {*media_ids, *self.end_ids})
+
     # -- text ---------------------------------------------------------------------------------------------------
 
     def chat_text(self, prompt: Prompt) -> str:
@@ -89,12 +93,16 @@ class PromptEncoder:
                 return {"type": "text", "text": value}
             return {"type": "video" if isinstance(value, Video) else "image"}
 
-        for pad in self.pads.values():
-            if pad in prompt.text:
-                raise DataError(f"prompt {prompt.prompt_id!r} holds the special token {pad} in its text")
+        check_no_control_tokens(prompt, self._control)
         messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in prompt.messages]
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text
+
+    @cached_property
+    def opens_think(self) -> bool:
+        """Whether the chat template itself writes `<think>` at the end of a prompt."""
+        text = self.chat_text(Prompt("", (Message("user", ("?",)),), "text", ""))
+        return text.rstrip().endswith("<think>")
 
     def encode(self, prompt: Prompt, media: MediaInputs | None) -> EncodedPrompt:
         """Token ids and positions; `media` None for a text-only prompt."""
@@ -114,8 +122,8 @@ class PromptEncoder:
         return EncodedPrompt(torch.tensor(ids), positions, following, media)
 
     def encode_completion(self, text: str) -> list[int]:
-        """Token ids of a completion text, without the end of turn."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of a completion text, without the end of turn; a special token that it spells is plain text."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
     def decode_completion(self, token_ids: list[int]) -> str:

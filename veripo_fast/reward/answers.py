@@ -10,6 +10,8 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from veripo_fast.types import RolloutGroup
+
 LONGEST_ANSWER = 2000
 """Characters; a longer answer names no choice and no number."""
 _DEEPEST_NESTING = 4
@@ -27,13 +29,19 @@ class Parsed:
     """Whether the whole completion has the one accepted form."""
 
 
-def parse_completion(text: str) -> Parsed:
-    """Read `<think>...</think> <answer>...</answer>`.
+def parse_group(group: RolloutGroup) -> list[Parsed]:
+    """The parsed completions of a group."""
+    return [parse_completion(completion.text, group.think_opened) for completion in group.completions]
+
+
+def parse_completion(text: str, think_opened: bool = False) -> Parsed:
+    """Read `<think>...</think> <answer>...</answer>`; with `think_opened` the prompt wrote the first tag already.
 
     format_ok: each of the four tags occurs exactly once, the think span is not empty, only white space lies between
     </think> and <answer>, and the answer is not empty. New lines are allowed everywhere, and so is text before <think>
     and after </answer> (it is never scored). Two answer spans are no answer at all: hedging does not pay.
     """
+    text = "<think>\n" + text if think_opened else text
     think, answer = _span(text, "<think>", "</think>"), _span(text, "<answer>", "</answer>")
     if think is None or answer is None:
         return Parsed(think, answer, False)
@@ -49,7 +57,10 @@ def _span(text: str, opening: str, closing: str) -> str | None:
 
 
 def answer_prefix(text: str) -> str | None:
-    """The completion up to the first character of its answer, or None when `parse_completion` finds no answer."""
+    """The completion up to the first character of its answer, or None when `parse_completion` finds no answer.
+
+    It holds what the policy wrote and nothing of the prompt, whichever of the two opened the think span.
+    """
     if parse_completion(text).answer is None:
         return None
     start = text.index("<answer>") + len("<answer>")

@@ -30,7 +30,7 @@ def reward_groups(groups: Sequence[RolloutGroup], config: Config) -> None:
 
 def _score_group(group: RolloutGroup, config: Config) -> None:
     for completion in group.completions:
-        scored = score(completion.text, group.prompt, config.reward)
+        scored = score(completion.text, group.prompt, config.reward, group.think_opened)
         completion.accuracy, completion.format = scored.accuracy, scored.format
         completion.reward = total(scored, config.reward)
 

@@ -37,9 +37,12 @@ class Score:
     """0 or 1."""
 
 
-def score(text: str, prompt: Prompt, config: RewardConfig) -> Score:
-    """Score a completion text against the prompt's gold answer; without an <answer> span accuracy is 0."""
-    parsed = parse_completion(text)
+def score(text: str, prompt: Prompt, config: RewardConfig, think_opened: bool = False) -> Score:
+    """Score a completion text against the prompt's gold answer; without an <answer> span accuracy is 0.
+
+    `think_opened` is that of the completion's `RolloutGroup`.
+    """
+    parsed = parse_completion(text, think_opened)
     accuracy = 0.0 if parsed.answer is None else answer_accuracy(parsed.answer, prompt, config.number_tolerance)
     return Score(accuracy, float(parsed.format_ok))
 

@@ -1,8 +1,8 @@
 """Rollouts on disk: one Parquet file per GRPO step, one row per completion, written atomically.
 
 Columns: stage, step, policy_version, prompt_id, problem_type, gold, group (index in the step), index (in the group),
-prompt (JSON of the whole Prompt), token_ids, text, rollout_logprobs, finish_reason, accuracy, format, reward,
-advantage.
+prompt (JSON of the whole Prompt), think_opened, token_ids, text, rollout_logprobs, finish_reason, accuracy, format,
+reward, advantage. Files without think_opened were written before it existed; there it means false.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def write_groups(path: Path, groups: Iterable[RolloutGroup], stage: str, step: i
         for index, completion in enumerate(group.completions):
             rows.append({"stage": stage, "step": step, "prompt_id": group.prompt.prompt_id,
                          "problem_type": group.prompt.problem_type, "gold": group.prompt.gold,
-                         "group": number, "index": index, "prompt": prompt, **asdict(completion)})
+                         "group": number, "index": index, "prompt": prompt,
+                         "think_opened": group.think_opened, **asdict(completion)})
     write_table(pa.Table.from_pylist(rows), path)
 
 
@@ -86,7 +87,8 @@ def read_groups(path: Path) -> list[RolloutGroup]:
         rows = pq.read_table(path).to_pylist()
         groups: dict[int, RolloutGroup] = {}
         for row in rows:
-            group = groups.setdefault(row["group"], RolloutGroup(prompt_from_json(row["prompt"]), []))
+            group = groups.setdefault(row["group"], RolloutGroup(
+                prompt_from_json(row["prompt"]), [], row.get("think_opened", False)))
             group.completions.append(Completion(
                 token_ids=row["token_ids"], text=row["text"], rollout_logprobs=row["rollout_logprobs"],
                 finish_reason=row["finish_reason"], policy_version=row["policy_version"],

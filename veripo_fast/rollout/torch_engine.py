@@ -89,7 +89,7 @@ class TorchEngine:
                 rollout_logprobs=logprobs[row, :length].tolist(),
                 finish_reason="stop" if ids[-1] in self.policy.encoder.end_ids else "length",
                 policy_version=self.policy.version))
-        return RolloutGroup(item.prompt, completions)
+        return RolloutGroup(item.prompt, completions, self.policy.encoder.opens_think)
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, banned_ids: Sequence[int],

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Literal
 
 from veripo_fast.config.objectives import VerifierConfig
-from veripo_fast.reward.answers import parse_completion
+from veripo_fast.reward.answers import parse_group
 from veripo_fast.reward.score import answers_equal
 from veripo_fast.types import PairFamily, RolloutGroup, Verdict
 from veripo_fast.verifier.checks import is_clean, is_well_formed
@@ -108,9 +108,9 @@ def _reflection(view: GroupView) -> Found:
     if not view.right or not wrong:
         return _lacking("no right, consistent and clean completion" if not view.right
                         else "no well-formed wrong completion that is consistent with its reasoning")
-    given = given_answers(view.group)
+    given, parsed = given_answers(view.group), parse_group(view.group)
     reflective = [verdict for verdict in view.right if reflectiveness(
-        parse_completion(view.group.completions[verdict.index].text).think or "", view.group.prompt, given).reflective]
+        parsed[verdict.index].think or "", view.group.prompt, given).reflective]
     found = _combine(view, "reflection", reflective, wrong, gap=ACCURACY_GAP, match=False)
     assembled = _combine(view, "reflection", view.right, wrong, gap=ACCURACY_GAP, match=False)
     found.candidates += [Candidate("reflection", c.chosen, c.rejected, "assembled") for c in assembled.candidates]

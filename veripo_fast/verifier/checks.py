@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from veripo_fast.config.objectives import VerifierConfig
-from veripo_fast.reward.answers import words
+from veripo_fast.reward.answers import parse_group, words
 from veripo_fast.reward.score import scores_of
 from veripo_fast.types import RolloutGroup, Verdict
-from veripo_fast.verifier.judges import Judgement, spans
+from veripo_fast.verifier.judges import Judgement
 
 ACCURATE = 0.7
 """From this accuracy on a completion counts as right. Choices, numbers and maths score 0 or 1; an estimate reaches 0.7
@@ -50,7 +50,7 @@ def check_group(group: RolloutGroup, judgements: Sequence[Judgement], config: Ve
     The length check compares a think span with the median of the group's think spans and passes by a completion
     without one (that is a matter of format). `accuracy` is taken from the completions as they were scored.
     """
-    parsed = spans(group)
+    parsed = parse_group(group)
     lengths = [length_tokens(item.think, count_tokens) for item in parsed]
     typical = median([length for length in lengths if length] or [0])
     verdicts = []

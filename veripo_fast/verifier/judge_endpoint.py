@@ -16,12 +16,13 @@ from typing import Any, TypeAlias
 
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
+from veripo_fast.reward.answers import parse_group
 from veripo_fast.reward.choice_answers import letters, read_choice
 from veripo_fast.reward.number_answers import read_number
 from veripo_fast.run.jsonlines import append_objects, read_objects
 from veripo_fast.types import Prompt, RolloutGroup
 from veripo_fast.verifier.endpoint_client import EndpointClient, NoReply
-from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, compare, spans
+from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, compare
 
 Item: TypeAlias = tuple[Prompt, str]
 """A prompt and a think span."""
@@ -139,13 +140,13 @@ class EndpointJudge:
         """Raises JudgeError when the server cannot be used, or when too many items stay without a verdict."""
         items: Counter[Item] = Counter()
         for group in groups:
-            thinks = [parsed.think for parsed in spans(group)]
+            thinks = [parsed.think for parsed in parse_group(group)]
             items.update((group.prompt, think) for think in thinks if think is not None)
             progress(thinks.count(None))
         supported = self._supported(items, progress)
         return [[NO_JUDGEMENT if parsed.think is None
                  else compare(supported.get((group.prompt, parsed.think)), parsed.answer, group.prompt)
-                 for parsed in spans(group)] for group in groups]
+                 for parsed in parse_group(group)] for group in groups]
 
     def _supported(self, items: Counter[Item], progress: Progress) -> dict[Item, str | None]:
         """The supported answer of each (prompt, think); items without a verdict are absent."""

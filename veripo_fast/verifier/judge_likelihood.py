@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
-from veripo_fast.reward.answers import Parsed, answer_prefix
+from veripo_fast.reward.answers import Parsed, answer_prefix, parse_group
 from veripo_fast.reward.score import answers_equal
 from veripo_fast.types import Prompt, RolloutGroup
-from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, given_answers, spans
+from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, given_answers
 
 AnswerLogprobs: TypeAlias = Callable[[Prompt, list[str], list[str]], list[float]]
 """(prompt, prefixes, continuations), equally long -> mean log-probability of each continuation's tokens, in nats."""
@@ -40,7 +40,7 @@ class LikelihoodJudge:
 
     def _group(self, group: RolloutGroup) -> list[Judgement]:
         candidates = given_answers(group)
-        parsed = spans(group)
+        parsed = parse_group(group)
         judged = [index for index, item in enumerate(parsed) if item.format_ok]
         if len(candidates) < 2 or not judged:
             return [NO_JUDGEMENT] * len(parsed)

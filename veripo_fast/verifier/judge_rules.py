@@ -5,9 +5,10 @@ It needs no model. It is blind to conclusions without a marker word, and says so
 
 from __future__ import annotations
 
+from veripo_fast.reward.answers import parse_group
 from veripo_fast.types import RolloutGroup
 from veripo_fast.verifier.conclusions import supported_answer
-from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, compare, given_answers, spans
+from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, compare, given_answers
 
 
 class RulesJudge:
@@ -21,6 +22,6 @@ class RulesJudge:
         judgements = [
             NO_JUDGEMENT if parsed.think is None
             else compare(supported_answer(parsed.think, group.prompt, given), parsed.answer, group.prompt)
-            for parsed in spans(group)]
+            for parsed in parse_group(group)]
         progress(len(judgements))
         return judgements

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from veripo_fast.reward.answers import Parsed, parse_completion
+from veripo_fast.reward.answers import parse_group
 from veripo_fast.reward.choice_answers import letters, read_choice
 from veripo_fast.reward.score import answers_equal
 from veripo_fast.types import Prompt, RolloutGroup
@@ -55,7 +55,7 @@ def compare(supported: str | None, answer: str | None, prompt: Prompt, score: fl
 def given_answers(group: RolloutGroup) -> list[str]:
     """The distinct answers inside a group, in order, equal ones once; for choices the letters of all options."""
     prompt = group.prompt
-    answers = [parsed.answer for parsed in spans(group) if parsed.answer is not None]
+    answers = [parsed.answer for parsed in parse_group(group) if parsed.answer is not None]
     if prompt.problem_type == "choice":
         named = {read_choice(answer, prompt.options) for answer in answers}
         return [letter for letter in letters(prompt.options) if prompt.options or letter in named]
@@ -77,9 +77,9 @@ def distinct_groups(groups: list[RolloutGroup]) -> tuple[list[RolloutGroup], lis
     seen: dict[tuple[int, str], int] = {}
     where: list[list[tuple[int, int]]] = []
     for group in groups:
-        number = places.setdefault(group.prompt, len(reduced))
+        number = places.setdefault((group.prompt, group.think_opened), len(reduced))
         if number == len(reduced):
-            reduced.append(RolloutGroup(group.prompt, []))
+            reduced.append(RolloutGroup(group.prompt, [], group.think_opened))
         unique = reduced[number].completions
         where.append([])
         for completion in group.completions:
@@ -96,8 +96,3 @@ def judge_distinct(judge: Judge, groups: list[RolloutGroup], progress: Progress)
     judged = judge.judge(reduced, progress)
     progress(sum(map(len, where)) - sum(len(group.completions) for group in reduced))
     return [[judged[number][index] for number, index in places] for places in where]
-
-
-def spans(group: RolloutGroup) -> list[Parsed]:
-    """The parsed completions of a group."""
-    return [parse_completion(completion.text) for completion in group.completions]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from veripo_fast.config.objectives import VerifierConfig
-from veripo_fast.reward.answers import answer_prefix, parse_completion
+from veripo_fast.reward.answers import Parsed, answer_prefix, parse_group
 from veripo_fast.types import Completion, PairFamily, PreferencePair, Prompt, RolloutGroup, Verdict
 from veripo_fast.verifier.account import Account
 from veripo_fast.verifier.candidates import Candidate, GroupView, find_candidates
@@ -103,29 +103,30 @@ class _Builder:
             self._account.dropped[f"{family}: {reason}"] += count
 
     def _pair(self, view: GroupView, candidate: Candidate, rng: random.Random) -> PreferencePair:
-        completions = view.group.completions
+        completions, parsed = view.group.completions, parse_group(view.group)
         better, worse = completions[candidate.chosen], completions[candidate.rejected]
         chosen, rejected = _whole(better, candidate.chosen), _whole(worse, candidate.rejected)
         if candidate.kind == "assembled":
-            chosen = self._corrected(worse, better, rng.choice(_TURNS))
+            chosen = self._corrected(worse, better, parsed[candidate.chosen], rng.choice(_TURNS))
         elif candidate.kind == "answer":
-            chosen, rejected = self._swapped(worse, view.verdicts[candidate.rejected])
+            chosen, rejected = self._swapped(worse, parsed[candidate.rejected], view.verdicts[candidate.rejected])
         return PreferencePair(
             view.group.prompt.prompt_id, candidate.family, chosen[0], rejected[0], chosen[1], rejected[1],
             chosen[2], rejected[2], chosen[3], rejected[3], _reason(candidate, view.verdicts))
 
-    def _corrected(self, wrong: Completion, right: Completion, turn: str) -> _Side:
+    def _corrected(self, wrong: Completion, right: Completion, read: Parsed, turn: str) -> _Side:
         """Wrong reasoning (masked: the policy must not learn to err first), a turn, right reasoning and answer."""
         before = wrong.text[:wrong.text.index("</think>")].rstrip()
         tail = right.text[right.text.index("</think>"):right.text.index("</answer>") + len("</answer>")]
-        after = f" {turn} {parse_completion(right.text).think}{tail}"
+        after = f" {turn} {read.think}{tail}"
         masked, learned = self._encode(before), [*self._encode(after), self._eos_id]
         return (*masked, *learned), (0,) * len(masked) + (1,) * len(learned), before + after, -1
 
-    def _swapped(self, completion: Completion, verdict: Verdict) -> tuple[_Side, _Side]:
+    def _swapped(self, completion: Completion, read: Parsed, verdict: Verdict) -> tuple[_Side, _Side]:
         """The same reasoning with the answer it supports, and with the one given; the loss starts where they differ."""
-        prefix, given = answer_prefix(completion.text), parse_completion(completion.text).answer
-        chosen_text, rejected_text = (f"{prefix}{answer}</answer>" for answer in (verdict.supported_answer, given))
+        prefix = answer_prefix(completion.text)
+        chosen_text, rejected_text = (
+            f"{prefix}{answer}</answer>" for answer in (verdict.supported_answer, read.answer))
         chosen, rejected = ((*self._encode(text), self._eos_id) for text in (chosen_text, rejected_text))
         shared = next((place for place, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
                       min(len(chosen), len(rejected)))
