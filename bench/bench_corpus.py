@@ -1,6 +1,6 @@
 """CPU seconds and memory that it takes to start training on a corpus of many lines.
 
-    python -m bench.bench_corpus --lines 1000000
+    python bench/bench_corpus.py --lines 1000000
 
 A child trains nothing: it imports what training imports, reads the lines and draws the first prompts.
 """
@@ -16,6 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
 
 from bench.recipe import append
 
@@ -61,7 +64,7 @@ def measure(path: Path, runs: int) -> list[dict[str, float]]:
     """One row per run of a child."""
     rows = []
     for _ in range(runs):
-        out = subprocess.run([sys.executable, "-m", "bench.bench_corpus", "--child", str(path)], check=True,
+        out = subprocess.run([sys.executable, __file__, "--child", str(path)], check=True,
                              capture_output=True, text=True)
         rows.append(json.loads(out.stdout.splitlines()[-1]))
     return rows

@@ -117,8 +117,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     config = _configuration(options, overrides)
     from veripo_fast.trainer import train
 
-    allowed = [name for name in options.allow_changes.split(",") if name]
-    train(config, resume=options.resume, allow_changes=allowed)
+    train(config, resume=options.resume, allow_changes=[*filter(None, options.allow_changes.split(","))])
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
