@@ -21,6 +21,7 @@ if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernel
     sys.path[0] = __file__.rpartition("/bench/")[0]
 
 from bench.recipe import append
+from bench.tied import tied
 
 QUESTIONS = ("What does the person do after opening the door?", "How many red cubes are on the table at the end?",
              "Which of the objects is the farthest from the camera in the last frame?", "What is written on the sign?")
@@ -64,8 +65,8 @@ def measure(path: Path, runs: int) -> list[dict[str, float]]:
     """One row per run of a child."""
     rows = []
     for _ in range(runs):
-        out = subprocess.run([sys.executable, __file__, "--child", str(path)], check=True,
-                             capture_output=True, text=True)
+        out = subprocess.run(tied(sys.executable, __file__, "--child", path), check=True, capture_output=True,
+                             text=True)
         rows.append(json.loads(out.stdout.splitlines()[-1]))
     return rows
 
