@@ -66,6 +66,6 @@ def test_skipped_log_lists_every_item_once_also_after_a_kill(tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:-5])  # killed while writing the second
     assert SkippedLog(path).add(*items) == 1
     lines = path.read_text().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 2, "the torn line was cut"
     assert json.loads(lines[0]) == {"record": "d.jsonl:1", "path": "a.mp4", "reason": "is empty"}
-    assert json.loads(lines[2])["path"] == "b.mp4"
+    assert json.loads(lines[1])["path"] == "b.mp4"
