@@ -297,7 +297,8 @@ def test_easy_prompts_are_left_out_at_a_rate(explored):
 def test_an_easy_prompt_is_another_one_under_the_same_id_elsewhere(explored):
     one, prompts = explored()
     other = runs.corpus().parent / "other.jsonl"
-    other.write_text(json.dumps({"problem_id": prompts[0].prompt_id, "problem": "What?", "answer": "yes"}) + "\n")
+    other.write_text(json.dumps({"problem_id": prompts[0].prompt_id, "problem": "What?", "answer": "yes",
+                                 "data_type": "text"}) + "\n")
     stage = runs.config(one.run.root, stages=[{"kind": "grpo", "data": [str(other)]}]).stages[0]
     assert len(grpo.stage_prompts(one, stage, runs.config(one.run.root, grpo__drop_easy=1.0))) == 1
 
