@@ -181,7 +181,7 @@ def bad_file(folder: Path, kind: str, path: Path) -> str:
         return "is a web page (HTML or XML), not a media file; its download probably failed"
     if kind == "directory":
         path.mkdir()
-        return "is a directory, not a media file"
+        return "is a directory without a picture, neither a video nor a folder of frames"
     if kind == "audio":
         clips.make_audio(path)
         return "has no video stream (it holds audio)"

@@ -85,7 +85,12 @@ def test_packets_that_are_kept_are_those_of_the_file(made: dict[str, clips.Clip]
     """The same frames, whether the file is read once or, being too large to keep, a second time for decoding."""
     opened: list[str] = []
     opener = module.av.open
-    monkeypatch.setattr(module.av, "open", lambda *arguments: opened.append(name) or opener(*arguments))
+
+    def counted(*arguments: object, **options: object) -> object:
+        opened.append(name)
+        return opener(*arguments, **options)
+
+    monkeypatch.setattr(module.av, "open", counted)
     contract = VideoConfig(fps=None, num_frames=9, min_pixels=784, max_pixels=10**6, decoder="pyav")
     once = decode(Video(str(made[name].path)), contract, 28)
     times = len(opened)

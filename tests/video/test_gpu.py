@@ -118,6 +118,7 @@ class FellBack:
     def __init__(self, path: str, *, device: str, **options: Any) -> None:
         assert device == "cuda:0"
         self.inner = torchcodec_decoder()(path, device="cpu", **options)
+        self.metadata = self.inner.metadata
 
     def get_frames_at(self, positions: list[int]) -> Any:
         return self.inner.get_frames_at(positions)

@@ -16,7 +16,7 @@ from veripo_fast.errors import MediaError
 from veripo_fast.types import Frames, Image, Video
 from veripo_fast.video import decode as module
 from veripo_fast.video.deadline import run_with_deadline
-from veripo_fast.video.decode import decode
+from veripo_fast.video.decode import decode, decode_image
 from veripo_fast.video.pool import MediaPool
 
 
@@ -24,8 +24,13 @@ def test_results_keep_their_order_and_errors_their_place(tmp_path: Path) -> None
     clips.make_clip(tmp_path / "a.mp4", frames=12)
     PilImage.fromarray(clips.frame_pixels(7, 56, 56)).save(tmp_path / "b.png")
     media = [Video(str(tmp_path / "a.mp4")), Image(str(tmp_path / "b.png")), Video(str(tmp_path / "gone.mp4"))] * 4
-    with MediaPool(VideoConfig(workers=3)) as pool:
-        results = list(pool.decode_all(media, 28))
+    contract = VideoConfig(workers=3)
+
+    def one(medium: Video | Image) -> Frames | torch.Tensor:
+        return decode(medium, contract, 28) if isinstance(medium, Video) else decode_image(medium, contract, 28)
+
+    with MediaPool(contract) as pool:
+        results = list(pool.map(one, media))
     kinds = [Frames, torch.Tensor, MediaError] * 4
     assert [type(result) for result in results] == kinds
     assert "gone.mp4 does not exist" in str(results[2])
