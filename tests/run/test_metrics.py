@@ -59,7 +59,7 @@ def test_torn_line_is_left_out_and_said(tmp_path, caplog):
     path = tmp_path / "m.jsonl"
     path.write_text('{"global_step": 1}\n{"glob')
     assert read_records(path) == [{"global_step": 1}]
-    assert "line 2 is not JSON" in caplog.text
+    assert "line 2 is not a JSON object" in caplog.text
     assert MetricsLog(path).truncate_after(1) == 0
     assert path.read_text() == '{"global_step": 1}\n'
 

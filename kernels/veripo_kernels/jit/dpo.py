@@ -83,6 +83,7 @@ def forward_kernel(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes,
     start = tl.load(cu_seqlens + 2 * pair).to(tl.int64)
     middle = tl.load(cu_seqlens + 2 * pair + 1).to(tl.int64)
     end = tl.load(cu_seqlens + 2 * pair + 2).to(tl.int64)
+    clear_outside(slopes, start, end, pair, pairs, tokens, BLOCK)  # first: behind the sums it spills registers
     chosen_count = _count(loss_mask, start, middle, BLOCK)
     rejected_count = _count(loss_mask, middle, end, BLOCK)
     shorter = tl.minimum(chosen_count, rejected_count)
@@ -109,7 +110,6 @@ def forward_kernel(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes,
     _write_slopes(slopes, loss_mask, start, middle, shorter, tail_weight, chosen_slope, -nll_coef * chosen_share, LD,
                   BLOCK)
     _write_slopes(slopes, loss_mask, middle, end, shorter, tail_weight, rejected_slope, 0.0, LD, BLOCK)
-    clear_outside(slopes, start, end, pair, pairs, tokens, BLOCK)
 
     margin = dpo_beta * (up - down)
     column = sums + pair

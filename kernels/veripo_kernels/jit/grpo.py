@@ -168,7 +168,6 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
         advantage = _load_advantages(advantages, number, at, kept, TOKEN_ADVANTAGES)
         loss, slope, low, high = _surrogate(policy, log_ratio, mean, advantage, clip_low, clip_high, dual_clip, log_low,
                                             log_high, temperature_pos, temperature_neg, SURROGATE)
-        weight = tl.full([BLOCK], 1.0, tl.float32)
         if rollout_logprobs is not None:
             gap = sequence_gap + tl.zeros([BLOCK], tl.float32)
             if LEVEL == "token":
@@ -176,6 +175,7 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
             weight = importance_weight(gap, floor, cap, WEIGHT)
             loss *= weight
             slope *= weight
+            weights += mask * tl.where(kept, weight, 0.0)
         if COUPLED:
             coupling += mask * slope
             slope = tl.zeros([BLOCK], tl.float32)
@@ -191,7 +191,6 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
         losses += mask * tl.where(kept, loss, 0.0)
         lows += tl.where(low, mask, 0.0)
         highs += tl.where(high, mask, 0.0)
-        weights += mask * tl.where(kept, weight, 0.0)
         peaks = tl.maximum(peaks, tl.where(kept, log_ratio, float("-inf")))
         if not COUPLED:
             tl.store(slopes + at, tl.where(kept, mask * share * slope, 0.0), mask=inside)
@@ -227,7 +226,10 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
     tl.store(column + 2 * stride, share * tl.sum(highs, 0))
     tl.store(column + 3 * stride, share * tl.sum(kls, 0))
     tl.store(column + 4 * stride, share * tl.sum(entropies, 0))
-    tl.store(column + 5 * stride, share * tl.sum(weights, 0))
+    if rollout_logprobs is not None:
+        tl.store(column + 5 * stride, share * tl.sum(weights, 0))
+    else:
+        tl.store(column + 5 * stride, share * count)  # every weight is 1
     tl.store(column + _COUNT_ROW * stride, count)
     tl.store(column + _MAX_ROW * stride, tl.max(peaks, 0))
 

@@ -1,4 +1,4 @@
-"""Repair of the Triton 3.6 interpreter, which keeps bfloat16 as 16-bit integers and then computes with the integers.
+"""Repair of the interpreter of Triton 3.6 and 3.7, which keeps bfloat16 as 16-bit integers and computes with those.
 
 Also repaired: libdevice functions (return None), `range` over a kernel argument with numpy >= 2.4 (raises), and float
 arguments (stay Python floats, so that `.to()` fails and they never round to float32). tests/conftest.py installs it.
