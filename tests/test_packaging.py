@@ -117,8 +117,8 @@ def test_every_dependency_is_pinned_within_its_range():
 
 
 def test_extras():
-    assert set(PROJECT["optional-dependencies"]) == {"vllm", "dali", "deepspeed", "flash", "trl", "liger", "bench",
-                                                     "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {"vllm", "dali", "deepspeed", "flash", "trl", "liger", "remote",
+                                                     "bench", "dev"}
 
 
 @pytest.mark.parametrize(("python", "words"), [

@@ -30,7 +30,15 @@ from tests.support.linear_cases import (
     relative_rms,
     use_small_blocks,
 )
-from tests.support.loss_cases import POLICY_LOSSES, PREFERENCE_LOSSES, cu_seqlens, pairwise_cases, policy, preference
+from tests.support.loss_cases import (
+    POLICY_LOSSES,
+    PREFERENCE_LOSSES,
+    advantages_per,
+    cu_seqlens,
+    pairwise_cases,
+    policy,
+    preference,
+)
 
 IMPLS = ("torch", "triton")
 SINGLE, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -374,7 +382,10 @@ def test_order_and_micro_batches_change_nothing(name: str, seed: int, shuffle: A
     want, units = data.run("torch"), len(data.cu_seqlens) // unit - (unit == 1)
     order = list(range(units))
     shuffle.shuffle(order)
-    counts = ({"num_sequences": units, "num_tokens": int(data.mask.sum())} if unit == 1 else {"num_pairs": units})
+    counts = {"num_pairs": units}
+    if unit == 1:
+        counts = {"num_sequences": units, "num_tokens": int(data.mask.sum()),
+                  "advantages_per": advantages_per(data.advantages, data.cu_seqlens)}
     borders = [0, *sorted(cut for cut in cuts if cut < units), units]
     got = {key: torch.zeros_like(value) for key, value in want.items()}
     for start, end in pairwise(borders):

@@ -24,7 +24,7 @@ from veripo_kernels.linear import linear_logprobs
 from veripo_kernels.linear_loss import linear_dpo_loss, linear_policy_loss
 from veripo_kernels.options import PolicyLoss, PreferenceLoss
 
-from tests.support.loss_cases import cu_seqlens, rand
+from tests.support.loss_cases import advantages_per, cu_seqlens, rand
 
 Results = dict[str, torch.Tensor]
 """Outputs and gradients by name."""
@@ -174,7 +174,13 @@ class Packed:
         if isinstance(self.loss, PreferenceLoss):
             return linear_dpo_loss(hidden, head, self.token_ids, self.ref, self.cu_seqlens, **options)
         return linear_policy_loss(hidden, head, self.token_ids, self.old, self.advantages, self.cu_seqlens,
-                                  ref_logprobs=self.ref, rollout_logprobs=self.rollout, **options)
+                                  ref_logprobs=self.ref, rollout_logprobs=self.rollout, **self._per(), **options)
+
+    def _per(self) -> dict[str, str]:
+        """What the advantages are, unless `counts` says it: a part of a batch cannot always tell."""
+        if "advantages_per" in self.counts:
+            return {}
+        return {"advantages_per": advantages_per(self.advantages, self.cu_seqlens)}
 
     def run(self, impl: str, workspace_bytes: int = 1 << 20) -> Results:
         """The op."""
@@ -198,7 +204,8 @@ class Packed:
             entropy = reference.entropy(logits, temperature=self.temperature)
             value, metrics = reference.grpo_loss(
                 logprobs, at(self.old), at(self.advantages), self.cu_seqlens, entropy=entropy,
-                ref_logprobs=at(self.ref), rollout_logprobs=at(self.rollout), **options)
+                ref_logprobs=at(self.ref), rollout_logprobs=at(self.rollout), **self._per(),
+                **options)
         shown = logprobs if self.mask is None else torch.where(self.mask != 0, logprobs, 0)
         return value, metrics, shown.detach()
 

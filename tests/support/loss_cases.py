@@ -65,8 +65,8 @@ class Batch:
             named["entropy"] = named["entropy"].requires_grad_()
             leaves.append(named["entropy"])
         old = None if self.old is None else self.old.to(dtype)
-        value, metrics = grpo_loss(leaf, old, self.advantages.to(dtype), self.cu_seqlens, loss=loss, impl=impl, **named,
-                                   **counts)
+        value, metrics = grpo_loss(leaf, old, self.advantages.to(dtype), self.cu_seqlens, loss=loss, impl=impl,
+                                   advantages_per=advantages_per(self.advantages, self.cu_seqlens), **named, **counts)
         return value, metrics, list(torch.autograd.grad(value, leaves, allow_unused=True))
 
 
@@ -95,6 +95,11 @@ def batch(lengths: Iterable[int] = LENGTHS, *, seed: int = 0, token_advantages: 
         named["entropy"] = rounded(rand(tokens, seed=seed + 5).abs())
     advantages = rounded(rand(tokens if token_advantages else sequences, seed=seed + 6))
     return Batch(drift[0], base if old else None, advantages, bounds, named)
+
+
+def advantages_per(advantages: torch.Tensor, cu_seqlens: torch.Tensor) -> str:
+    """What the advantages of these batches are: one per completion where there are as many."""
+    return "sequence" if len(advantages) == len(cu_seqlens) - 1 else "token"
 
 
 def run_pairs(inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], loss: PreferenceLoss | str, dtype: torch.dtype,
