@@ -385,7 +385,7 @@ def test_order_and_micro_batches_change_nothing(name: str, seed: int, shuffle: A
     counts = {"num_pairs": units}
     if unit == 1:
         counts = {"num_sequences": units, "num_tokens": int(data.mask.sum()),
-                  "advantages_per": advantages_per(data.advantages, data.cu_seqlens)}
+                  "advantages_per": advantages_per(data.advantages, data.cu_seqlens) or "token"}
     borders = [0, *sorted(cut for cut in cuts if cut < units), units]
     got = {key: torch.zeros_like(value) for key, value in want.items()}
     for start, end in pairwise(borders):

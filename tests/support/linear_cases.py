@@ -176,7 +176,7 @@ class Packed:
         return linear_policy_loss(hidden, head, self.token_ids, self.old, self.advantages, self.cu_seqlens,
                                   ref_logprobs=self.ref, rollout_logprobs=self.rollout, **self._per(), **options)
 
-    def _per(self) -> dict[str, str]:
+    def _per(self) -> dict[str, str | None]:
         """What the advantages are, unless `counts` says it: a part of a batch cannot always tell."""
         if "advantages_per" in self.counts:
             return {}

@@ -97,9 +97,9 @@ def batch(lengths: Iterable[int] = LENGTHS, *, seed: int = 0, token_advantages: 
     return Batch(drift[0], base if old else None, advantages, bounds, named)
 
 
-def advantages_per(advantages: torch.Tensor, cu_seqlens: torch.Tensor) -> str:
-    """What the advantages of these batches are: one per completion where there are as many."""
-    return "sequence" if len(advantages) == len(cu_seqlens) - 1 else "token"
+def advantages_per(advantages: torch.Tensor, cu_seqlens: torch.Tensor) -> str | None:
+    """What the advantages of these batches are: one per completion where there are as many; None: their shape says."""
+    return "sequence" if len(advantages) == len(cu_seqlens) - 1 else None
 
 
 def run_pairs(inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], loss: PreferenceLoss | str, dtype: torch.dtype,
