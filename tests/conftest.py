@@ -8,6 +8,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # xdist workers share the 
     os.environ.setdefault(_name, "1")
 
 import importlib.util
+import logging
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,12 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 def veripo() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command line in a subprocess: `veripo("train", "--config", path)`."""
     return lambda *arguments, **options: run_python("-m", "veripo_fast.cli", *map(str, arguments), **options)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> None:
+    """Commands run in this process set the level of the package's log; every test begins with Python's own."""
+    logging.getLogger("veripo_fast").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

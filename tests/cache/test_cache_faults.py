@@ -6,10 +6,7 @@ import json
 import logging
 import os
 import resource
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ import torch
 from safetensors.torch import load, save
 
 from tests.support import policies
+from tests.support.users import as_somebody, shared_folder
 from veripo_fast.cache.disk import VisionStore, _crc32
 from veripo_fast.cache.entries import EntryShape
 from veripo_fast.cache.loader import PromptLoader
@@ -27,31 +25,13 @@ from veripo_fast.types import Prompt, Video
 
 CONTRACT = VideoConfig(fps=None, num_frames=4, min_pixels=32 * 32, max_pixels=64 * 64)
 KEYS = [f"{number:032x}" for number in range(8)]
-NOBODY = 65534
-
-
-@contextmanager
-def as_somebody() -> Iterator[None]:
-    """Without the rights of root, which reads and writes everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A cache that every user may reach."""
-    top = Path(tempfile.mkdtemp(prefix="veripo-cache-"))
-    top.chmod(0o755)
-    (top / "cache").mkdir()
-    yield top / "cache"
-    (top / "cache").chmod(0o755)
-    shutil.rmtree(top)
+    with shared_folder() as top:
+        (top / "cache").mkdir()
+        yield top / "cache"
 
 
 def fill(store: VisionStore, *keys: str) -> None:

@@ -8,7 +8,6 @@ import os
 import resource
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.users import as_somebody, shared_folder
 from veripo_fast.config.inputs import DataConfig
 from veripo_fast.data import archives, files, prompts
 from veripo_fast.data.archives import read_index
@@ -80,36 +80,21 @@ def test_a_line_that_fills_the_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(found) == 2 and skipped.reason == "is longer than 1 MiB" and skipped.record.endswith(":2")
 
 
-@contextmanager
-def as_another_user() -> Iterator[None]:
-    """Root may read everything."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 @pytest.fixture
-def closed(tmp_path: Path) -> Iterator[Path]:
-    """A folder that may not be entered, in one that may."""
-    for folder in [tmp_path, *tmp_path.parents[:2]]:
-        folder.chmod(0o755)
-    (tmp_path / "closed").mkdir()
-    (tmp_path / "closed" / "a.mp4").touch()
-    (tmp_path / "open.mp4").touch()
-    (tmp_path / "closed").chmod(0)
-    yield tmp_path
-    (tmp_path / "closed").chmod(0o755)
+def closed() -> Iterator[Path]:
+    """A folder that may be entered, with one in it that may not."""
+    with shared_folder() as folder:
+        (folder / "closed").mkdir()
+        (folder / "closed" / "a.mp4").touch()
+        (folder / "open.mp4").touch()
+        (folder / "closed").chmod(0)
+        yield folder
 
 
 def test_a_folder_without_permission(closed: Path) -> None:
     rows = [GOOD | {"path": "closed/a.mp4"}, GOOD | {"path": "open.mp4"}]
     (closed / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with as_another_user():
+    with as_somebody():
         found, (skipped,) = load_prompts([str(closed / "d.jsonl")], CONFIG)
         assert len(found) == 1 and "Permission denied" in skipped.reason
         sources = find_sources([closed])
