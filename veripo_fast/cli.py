@@ -110,7 +110,7 @@ def _configuration(options: argparse.Namespace, overrides: list[str]) -> Config:
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.demo.run import run_demo
 
-    run_demo(options.out, options.seed, options.quick)
+    run_demo(options.out, options.seed, options.quick, overrides)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -192,7 +192,7 @@ COMMANDS: dict[str, Command] = {
         ("--out", {"type": Path, "default": Path("demo"), "metavar": "DIR", "help": "folder (default demo)"}),
         _SEED,
         ("--quick", {"action": "store_true", "help": "shows that it runs in a minute, not that it learns"}),
-    )),
+    ), takes_overrides=True),
     "train": Command(_train, "run the stages of a configuration", (
         _CONFIG_NEEDED,
         ("--resume", {"action": "store_true", "help": "continue from the newest complete checkpoint of the run"}),

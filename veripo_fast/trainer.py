@@ -85,6 +85,7 @@ def evaluate_stage(session: Session) -> None:
     session.media.check(prompts)
     records = evaluate(session.engine, session.loader, prompts, config, stage=names[-1],
                        rows=partial(run.eval_rows, names[-1]), check=session.stop_if_asked)
+    session.engine.sleep()
     atomic_write_text(run.evals, dump_objects([*done, *records]))
     for record in records:
         tqdm.write(summary(record))

@@ -35,6 +35,9 @@ from veripo_fast.errors import ConfigError
 STAGE_SECTIONS = {"grpo": ("grpo", "rollout", "reward", "optimizer"), "dpo": ("dpo", "verifier", "optimizer")}
 """Sections that `set` of a stage of each kind may change; everything else holds for the whole run."""
 
+SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
+"""Of `rollout`, what a stage may change; the engine is built once for the whole run."""
+
 Reader: TypeAlias = Callable[[Any, str], object]
 """(declared type, dotted name) -> the plain value to put there."""
 
@@ -48,7 +51,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     `overrides` are tokens as typed: `["--grpo.clip-high", "0.28", "--model.device=cpu"]`. Every `set` of a stage is
     checked and its values converted. Raises ConfigError: one sentence that names the file and line or the dotted field.
     """
-    tree = {} if path is None else _read_yaml(Path(path))
+    return _with_options({} if path is None else _read_yaml(Path(path)), overrides)
+
+
+def with_options(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with command-line options on top, as in `load_config`."""
+    return _with_options(to_tree(config), overrides)
+
+
+def _with_options(tree: Any, overrides: Sequence[str]) -> Config:
     for name, text in split_overrides(overrides):
         tree = _place(Config, tree, name.split("."), _text_reader(text), "")
     return check_stages(_build(Config, tree, ""))
@@ -172,6 +183,9 @@ def _checked_stage(config: Config, index: int, stage: StageConfig) -> StageConfi
         if section in kinds(Config) and section not in allowed:
             raise ConfigError(f"{where}: {name} cannot be set for one {stage.kind} stage, "
                               f"only options of {', '.join(allowed)} can")
+        if section == "rollout" and name.partition(".")[2] not in SAMPLING:
+            raise ConfigError(f"{where}: {name} holds for the whole run; of rollout a stage can set "
+                              f"{', '.join(SAMPLING)}")
     try:
         changed = to_tree(apply_overrides(config, changes))
     except ConfigError as error:

@@ -23,8 +23,8 @@ from veripo_fast.config.checks import as_config_error, positive, require, unit_i
 class RolloutConfig:
     """How completions are sampled."""
 
-    engine: Literal["torch"] = "torch"
-    """The engine that samples."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """What samples: plain torch, which runs anywhere, or vLLM in this process (`pip install veripo-fast[vllm]`)."""
     group_size: int = 8
     """G, completions per prompt."""
     temperature: float = 1.0
@@ -35,8 +35,27 @@ class RolloutConfig:
     """Keep the k most likely tokens; 0 keeps all."""
     max_new_tokens: int = 1024
     """Longest completion; one that reaches it is marked unfinished."""
+    weights: Literal["alias", "copy"] = "alias"
+    """Of vllm: the engine samples from the trainer's own weights wherever the layouts allow it (`alias`), or from a
+    second copy that is brought up to date after each update (`copy`)."""
+    vision: Literal["output", "pixels"] = "output"
+    """What vllm gets of a video: the tower's output, so that nothing is encoded twice, or, where the tower is trained,
+    pixels that a tower of its own encodes."""
+    kv_cache_gb: float = 0.0
+    """GiB of vllm's key/value cache; 0: a quarter of the GPU's memory, 1 GiB on a CPU."""
+    max_sequences: int = 256
+    """Completions that vllm samples together."""
+    parity_every: int = 50
+    """vllm's log-probs are compared with the trainer's at the start and every so many steps."""
+    parity_tolerance: float = 0.0
+    """Largest difference of a log-prob that passes; 0: 5e-5 for float32 weights, 1.0 for bfloat16."""
+    stall_seconds: float = 600.0
+    """A vllm engine that computes nothing for so long ends the process, which can then be resumed."""
 
     def __post_init__(self) -> None:
+        positive(self, "max_sequences", "parity_every", "stall_seconds")
+        require(self.kv_cache_gb >= 0, f"kv_cache_gb must be 0 or larger, got {self.kv_cache_gb}")
+        require(self.parity_tolerance >= 0, f"parity_tolerance must be 0 or larger, got {self.parity_tolerance}")
         require(self.group_size >= 2, f"group_size must be at least 2, got {self.group_size}")
         positive(self, "temperature", "max_new_tokens")
         require(0.0 < self.top_p <= 1.0, f"top_p must be above 0 and at most 1, got {self.top_p}")

@@ -7,11 +7,12 @@ before and after every stage.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
-from veripo_fast.config.load import check_stages, load_config
+from veripo_fast.config.load import check_stages, load_config, with_options
 from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig, VerifierConfig
 from veripo_fast.config.schema import CheckpointConfig, Config, EvalConfig, OptimizerConfig, StageConfig
 from veripo_fast.errors import ConfigError
@@ -46,16 +47,17 @@ def demo_config(out: Path, seed: int, quick: bool) -> Config:
                                          "grpo.steps": 2 if quick else 20}))))
 
 
-def run_demo(out: Path, seed: int, quick: bool) -> None:
+def run_demo(out: Path, seed: int, quick: bool, options: Sequence[str] = ()) -> None:
     """Make the corpus, run the loop, write the report, and say how accuracy and consistency moved.
 
-    A run that was stopped goes on where it was. Raises ConfigError when `out` holds another demo.
+    A run that was stopped goes on where it was. `options` are those of `veripo train`, as typed. Raises
+    ConfigError when `out` holds another demo.
     """
     from veripo_fast.demo.corpus import write_corpus
     from veripo_fast.trainer import train
 
     started = time.monotonic()
-    config = demo_config(out, seed, quick)
+    config = with_options(demo_config(out, seed, quick), options)
     _check_same(RunDir(config.run_dir), config)
     corpus = out / "corpus"
     if not (corpus / "heldout.jsonl").is_file() or not RunDir(config.run_dir).config.is_file():
@@ -70,7 +72,7 @@ def run_demo(out: Path, seed: int, quick: bool) -> None:
 
 def _check_same(run: RunDir, config: Config) -> None:
     if run.config.is_file() and load_config(run.config) != config:
-        raise ConfigError(f"{run.root} holds a demo with another seed or size; name another folder with --out")
+        raise ConfigError(f"{run.root} holds a demo with another seed, size or options; name another folder with --out")
 
 
 def _remove_unfinished(corpus: Path) -> None:

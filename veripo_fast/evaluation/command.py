@@ -38,11 +38,13 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
     policy = load_policy(config.model)
     loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
                           config.cache)
+    engine = make_engine(config, policy)
     try:
-        records = evaluate(make_engine(config, policy), loader, prompts, config, stage="eval",
+        records = evaluate(engine, loader, prompts, config, stage="eval",
                            rows=lambda mode: folder / f"{mode}.parquet")
     finally:
         loader.close()
+        engine.close()
     counts = {"skipped_records": len(skipped), "skipped_prompts": len(loader.bad)}
     records = [record | counts for record in records]
     atomic_write_text(folder / "evals.jsonl", dump_objects(records))

@@ -9,6 +9,18 @@ from veripo_fast.rollout.torch_engine import TorchEngine
 
 
 def make_engine(config: Config, policy: Policy) -> RolloutEngine:
-    """The engine that the configuration names, sampling from the weights of `policy`."""
-    engines = {"torch": TorchEngine}
-    return engines[config.rollout.engine](policy)
+    """The engine that the configuration names, sampling from the weights of `policy`.
+
+    Raises:
+        ConfigError: vLLM is asked for and cannot be used, or does not fit into the memory.
+    """
+    if config.rollout.engine == "torch":
+        return TorchEngine(policy)
+    from veripo_fast.rollout.limits import limits_of
+    from veripo_fast.rollout.vllm_engine import VllmEngine
+    from veripo_fast.rollout.vllm_library import check_version
+
+    check_version()
+    rollout = config.rollout
+    return VllmEngine(policy, limits_of(config, policy), vision=rollout.vision, weights=rollout.weights,
+                      stall_seconds=rollout.stall_seconds)

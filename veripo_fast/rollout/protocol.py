@@ -5,10 +5,11 @@ An engine is anything with this protocol; `torch_engine` is the one that defines
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from veripo_fast.errors import TrainingError
 from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 
@@ -31,7 +32,36 @@ class Sampling:
 class RolloutEngine(Protocol):
     """What the trainer asks of an engine that shares its process."""
 
+    rebuilds: int
+    """Times that it was built again after a failure."""
+
     def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
-                 on_progress: Callable[[int], None] | None = None) -> list[RolloutGroup]:
-        """Complete every prompt `sampling.group_size` times; `on_progress` gets the number of prompts just finished."""
+                 on_progress: Callable[[int], None] | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
+        """Complete every prompt `sampling.group_size` times; `on_progress` gets the number of prompts just finished.
+
+        The completions are those of the policy's weights as they are now: an engine that keeps its own syncs first.
+        `keep_caches` leaves what the engine has kept of earlier calls, to find out whether it is stale.
+        """
         ...
+
+    def sync(self) -> dict[str, float]:
+        """Bring the engine to the policy's weights, if they moved; returns metrics of the hand-over."""
+        ...
+
+    def remedies(self) -> Iterable[tuple[str, Callable[[], None]]]:
+        """What of this engine may be stale, each with what mends it; each is tried after those before it."""
+        ...
+
+    def sleep(self) -> None:
+        """Give back the memory that only sampling needs; `generate` and `sync` wake the engine."""
+        ...
+
+    def close(self) -> None:
+        """End the engine; it is not used again."""
+        ...
+
+
+def not_finite(version: int) -> TrainingError:
+    """The error of weights that give NaN or infinity; `version` counts the optimizer steps behind them."""
+    return TrainingError(f"the policy after {version} optimizer steps gives logits that are not finite: its weights "
+                         "hold NaN or infinity; go back to an earlier checkpoint and lower the learning rate")

@@ -6,15 +6,14 @@ leave the batch when all their completions have ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from veripo_fast.errors import TrainingError
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import PromptCache
-from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.rollout.protocol import Sampling, not_finite
 from veripo_fast.types import Completion, LoadedPrompt, RolloutGroup
 
 EngineOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -23,13 +22,15 @@ EngineOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class TorchEngine:
     """Samples from the trainer's own weights: nothing to sync, nothing to wake."""
 
+    rebuilds = 0
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
-                 on_progress: Callable[[int], None] | None = None) -> list[RolloutGroup]:
-        """See `RolloutEngine`."""
+                 on_progress: Callable[[int], None] | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
+        """See `RolloutEngine`; nothing is kept between calls."""
         if not prompts:
             return []
         batch = pack([(item.encoded, []) for item in prompts])
@@ -40,12 +41,24 @@ class TorchEngine:
         following = torch.tensor([item.encoded.next_position for item in prompts], device=hidden.device)
         logits = self.policy.head(hidden[ends])
         if not logits.isfinite().all():
-            raise TrainingError(f"the policy after {self.policy.version} optimizer steps gives logits that are not "
-                                "finite: its weights hold NaN or infinity; go back to an earlier checkpoint and lower "
-                                "the learning rate")
+            raise not_finite(self.policy.version)
         tokens, logprobs, lengths = self._decode(logits, following, cache, sampling, on_progress)
         return [self._group(item, tokens[rows], logprobs[rows], lengths[rows])
                 for item, rows in zip(prompts, torch.arange(len(tokens)).split(sampling.group_size), strict=True)]
+
+    def sync(self) -> dict[str, float]:
+        """Nothing: the weights are the trainer's own."""
+        return {}
+
+    def remedies(self) -> Iterable[tuple[str, Callable[[], None]]]:
+        """Nothing: nothing is kept."""
+        return ()
+
+    def sleep(self) -> None:
+        """Nothing: no memory is kept between calls."""
+
+    def close(self) -> None:
+        """Nothing."""
 
     def _decode(self, logits: torch.Tensor, following: torch.Tensor, cache: PromptCache, sampling: Sampling,
                 on_progress: Callable[[int], None] | None) -> EngineOutput:

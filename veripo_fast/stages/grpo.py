@@ -51,8 +51,7 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         if not loaded and all(prompt in session.loader.bad for prompt in prompts):
             raise DataError(f"none of the {len(prompts)} prompts of stage {stage.name} could be loaded; "
                             f"{session.run.skipped} says why for each")
-        with session.phase("rollout"):
-            groups = session.engine.generate(loaded, sampling(stage, config, step))
+        groups = session.generate(loaded, sampling(stage, config, step))
         with session.phase("reward"):
             reward_groups(groups, config)
             session.keep(groups)

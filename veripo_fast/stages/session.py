@@ -26,6 +26,8 @@ from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import Policy, load_policy, save_policy
 from veripo_fast.rollout.engine import make_engine
+from veripo_fast.rollout.parity import ParityGate
+from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.run.checkpoint import latest_checkpoint, save_checkpoint
 from veripo_fast.run.folder import RunDir
@@ -82,18 +84,22 @@ class Session:
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
         self.policy.encoder.path = resolve_path(config.model.path)
         self.engine = make_engine(config, self.policy)
+        self.gate = ParityGate(self.policy, self.engine, config.rollout.parity_tolerance)
+        self._checked_parity = config.rollout.engine == "torch"  # it runs the trainer's own forward
         self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self._skip_prompt,
                                    config.cache)
         self.high_water = HighWater(self.policy.device)
         self._seconds: dict[str, float] = {}
         self._video_counts: dict[str, float] = {}
+        self._engine_values: dict[str, float] = {}
         self._stage: StageConfig
         self._optimizer: Optimizer
         self._bar: Any = None
 
     def close(self) -> None:
-        """Stop the decoding threads, and finish writing to the cache."""
+        """Stop the decoding threads, finish writing to the cache, and end the engine."""
         self.loader.close()
+        self.engine.close()
 
     # -- steps and phases -----------------------------------------------------------------------------------------
 
@@ -125,6 +131,28 @@ class Session:
                                       "cache_hits": done.cache_hits, "decoder_fallbacks": done.decoder_fallbacks}
             self._add_seconds(name, seconds)
 
+    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling) -> list[RolloutGroup]:
+        """Sample groups from the policy as it is, and check the engine's log-probs when it is time.
+
+        Raises:
+            TrainingError: the engine failed twice, or its log-probs are not the trainer's.
+        """
+        with self.phase("sync"):
+            self._engine_values |= self.engine.sync()
+        with self.phase("rollout"):
+            groups = self.engine.generate(prompts, sampling)
+        due = self.config.rollout.engine != "torch" and self.state.global_step % self.config.rollout.parity_every == 0
+        if due or not self._checked_parity:
+            with self.phase("parity"):
+                parity = self.gate.check(prompts, groups, sampling)
+            self._checked_parity = True
+            if due:
+                self._engine_values["engine_parity_max"] = parity.largest
+        if self.engine.rebuilds:
+            self._engine_values["engine_rebuilds"] = float(self.engine.rebuilds)
+        self.engine.sleep()
+        return groups
+
     def _add_seconds(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
@@ -138,8 +166,9 @@ class Session:
         self.state.global_step += 1
         stage = self._stage
         self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
-                          "step": self.state.step - 1, **values, **self._video_counts, "seconds": self._seconds})
-        self._seconds, self._video_counts = {}, {}
+                          "step": self.state.step - 1, **values, **self._video_counts, **self._engine_values,
+                          "seconds": self._seconds})
+        self._seconds, self._video_counts, self._engine_values = {}, {}, {}
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
         if self.state.step == self._bar.total:

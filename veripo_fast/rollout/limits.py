@@ -1,0 +1,86 @@
+"""How large an engine may be: context, batch, and the memory of its key/value cache, checked before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from veripo_fast.config.load import apply_overrides
+from veripo_fast.config.schema import Config
+from veripo_fast.errors import ConfigError
+from veripo_fast.model.policy import Policy
+from veripo_fast.text import memory
+
+_BYTES = {torch.float32: 4, torch.bfloat16: 2}
+_SMALLEST_BATCH = 8192
+"""Tokens per forward pass of an engine, unless a prompt is longer."""
+_BLOCK = 128
+"""Tokens in a block of the key/value cache on a CPU, the largest there are."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine is built for."""
+
+    context_tokens: int
+    """Longest prompt with its completion."""
+    batched_tokens: int
+    """Most tokens of one forward pass; also what the media of one prompt may have."""
+    sequences: int
+    """Completions that are sampled together."""
+    kv_cache_bytes: int
+
+
+def limits_of(config: Config, policy: Policy) -> EngineLimits:
+    """Limits that every stage and evaluation of a run fit into.
+
+    Raises:
+        ConfigError: the memory is too small, with the number and the option to change.
+    """
+    rollouts = [config.rollout, *(apply_overrides(config, stage.set).rollout for stage in config.stages)]
+    context = min(config.data.max_prompt_tokens + max(rollout.max_new_tokens for rollout in rollouts),
+                  policy.model.config.get_text_config().max_position_embeddings)
+    least = kv_bytes_per_token(policy) * (-(-context // _BLOCK) + 1) * _BLOCK
+    wanted = int(config.rollout.kv_cache_gb * 2 ** 30) or max(_default_bytes(policy.device), least)
+    if wanted < least:
+        raise ConfigError(
+            f"rollout.kv_cache_gb {config.rollout.kv_cache_gb:g} is too small: one prompt of {context} tokens "
+            f"(data.max_prompt_tokens + rollout.max_new_tokens) takes {least / 2 ** 30:.2f} GiB; raise it, or lower "
+            "data.max_prompt_tokens")
+    free = free_bytes(policy.device)
+    needed = wanted + engine_weight_bytes(policy)
+    if needed > free:
+        raise ConfigError(
+            f"rollout.engine vllm needs {memory(needed)} of memory ({memory(needed - wanted)} of weights while it "
+            f"starts, {memory(wanted)} of key/value cache) and {memory(free)} are free on {policy.device}; lower "
+            "rollout.kv_cache_gb or data.max_prompt_tokens, or take a smaller model")
+    return EngineLimits(context, max(_SMALLEST_BATCH, context), config.rollout.max_sequences, wanted)
+
+
+def kv_bytes_per_token(policy: Policy) -> int:
+    """Keys and values of one token in all layers, in the dtype of the weights."""
+    text = policy.model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * text.num_key_value_heads * head * _BYTES[policy.model.dtype])
+
+
+def engine_weight_bytes(policy: Policy) -> int:
+    """Weights of the engine, its tower included, which it allocates while it starts."""
+    return sum(parameter.nbytes for parameter in policy.model.parameters())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 (no path of a user)
+        sizes = dict(line.split(":") for line in file)
+    return int(sizes["MemAvailable"].split()[0]) * 1024
+
+
+def _default_bytes(device: torch.device) -> int:
+    """A quarter of a GPU's memory, which sleep gives back while the trainer works; 1 GiB on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1]) // 4
+    return 2 ** 30

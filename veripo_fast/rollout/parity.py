@@ -1,0 +1,199 @@
+"""The parity gate: an engine's log-probs against the trainer's, on prompts of the run.
+
+An engine that reads a prompt otherwise than the trainer, or samples from other weights, still gives fluent text; only
+the log-probs tell. Where they differ by more than rounding, the run stops. The message shows the first token that
+differs and, where it is known, the kind of fault: each known one is tried, on the trainer's side by reading the prompt
+as the fault would, on the engine's by mending what may be stale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from veripo_fast.errors import TrainingError
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import Policy
+from veripo_fast.rollout.protocol import RolloutEngine, Sampling
+from veripo_fast.types import Completion, LoadedPrompt, MediaInputs, RolloutGroup
+
+TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 1.0}
+"""Largest difference of a log-prob, in nats, that rounding explains. The one of bfloat16 is a bound on single tokens
+(0.5 was seen); faults move some token by 1 to 17 nats."""
+PROMPTS = 4
+"""Prompts of a check."""
+_CONTEXT = 8
+"""Tokens shown on each side of the first difference."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first token whose log-probs differ by more than the tolerance."""
+
+    prompt_id: str
+    index: int
+    """Of the token in its completion."""
+    before: str
+    token: str
+    after: str
+    engine_logprob: float
+    trainer_logprob: float
+
+    def __str__(self) -> str:
+        return (f"prompt {self.prompt_id!r}, completion token {self.index}, ...{self.before!r} [{self.token!r}] "
+                f"{self.after!r}...: engine {self.engine_logprob:.5f}, trainer {self.trainer_logprob:.5f}")
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an engine's log-probs lie from the trainer's."""
+
+    largest: float
+    """Largest absolute difference of a token, in nats; infinite where either is not finite."""
+    tokens: int
+    first: Difference | None
+    """None: all are within the tolerance."""
+
+
+class ParityGate:
+    """Checks an engine against the policy that it samples from.
+
+    Args:
+        tolerance: in nats; 0 takes that of the weights' dtype.
+    """
+
+    def __init__(self, policy: Policy, engine: RolloutEngine, tolerance: float = 0.0) -> None:
+        self.policy = policy
+        self.engine = engine
+        self.tolerance = tolerance or TOLERANCES[policy.model.dtype]
+
+    def check(self, prompts: Sequence[LoadedPrompt], groups: Sequence[RolloutGroup], sampling: Sampling) -> Parity:
+        """Compare what was just sampled, the first prompts with media and without.
+
+        Raises:
+            TrainingError: the log-probs differ; names the token and the fault.
+        """
+        rows = _some(list(zip(prompts, groups, strict=True)))
+        parity = self.measure(rows, sampling)
+        if parity.first is not None:
+            raise TrainingError(
+                f"the rollout engine's log-probs differ from the trainer's by {parity.largest:.2g} nats, and rounding "
+                f"explains {self.tolerance:.0e} (rollout.parity_tolerance): {parity.first}. "
+                f"{self._diagnosis(rows, sampling)}")
+        return parity
+
+    def measure(self, rows: Sequence[tuple[LoadedPrompt, RolloutGroup]], sampling: Sampling) -> Parity:
+        """Difference over the completions of `rows`."""
+        largest, tokens, first = 0.0, 0, None
+        for prompt, group in rows:
+            trained = trainer_logprobs(self.policy, prompt, group.completions, sampling.temperature)
+            for completion, own in zip(group.completions, trained, strict=True):
+                gaps = logprob_gaps(own, completion.rollout_logprobs)
+                largest, tokens = max(largest, *gaps), tokens + len(gaps)
+                if first is None and max(gaps) > self.tolerance:
+                    index = next(i for i, gap in enumerate(gaps) if gap > self.tolerance)
+                    first = self._difference(prompt, completion, own, index)
+        return Parity(largest, tokens, first)
+
+    def _difference(self, prompt: LoadedPrompt, completion: Completion, own: Sequence[float], index: int) -> Difference:
+        ids, decode = completion.token_ids, self.policy.encoder.tokenizer.decode
+        return Difference(prompt.prompt.prompt_id, index, decode(ids[max(index - _CONTEXT, 0):index]),
+                          decode(ids[index:index + 1]), decode(ids[index + 1:index + 1 + _CONTEXT]),
+                          completion.rollout_logprobs[index], own[index])
+
+    # -- the kind of fault --------------------------------------------------------------------------------------------
+
+    def _diagnosis(self, rows: Sequence[tuple[LoadedPrompt, RolloutGroup]], sampling: Sampling) -> str:
+        for fault, reading in FAULTS.items():
+            if self._explains(reading, rows, sampling):
+                return f"The fault is known: {fault}."
+        for fault, mend in self.engine.remedies():
+            mend()
+            prompts = [prompt for prompt, _ in rows]
+            again = self.engine.generate(prompts, sampling, keep_caches=True)
+            if self.measure(list(zip(prompts, again, strict=True)), sampling).first is None:
+                return f"The fault is known: {fault}."
+        return "The fault is none of those that are known"
+
+    def _explains(self, reading: Callable[[Policy, LoadedPrompt], LoadedPrompt | None],
+                  rows: Sequence[tuple[LoadedPrompt, RolloutGroup]], sampling: Sampling) -> bool:
+        """Whether the trainer agrees with the engine once it reads the prompts with this fault."""
+        changed = [(reading(self.policy, prompt), group) for prompt, group in rows]
+        read = [(prompt, group) for prompt, group in changed if prompt is not None]
+        rest = [row for row, (prompt, _) in zip(rows, changed, strict=True) if prompt is None]
+        return bool(read) and self.measure(read + rest, sampling).first is None
+
+
+def trainer_logprobs(policy: Policy, prompt: LoadedPrompt, completions: Sequence[Completion], temperature: float
+                     ) -> list[list[float]]:
+    """The policy's log-probs of the tokens of each completion; temperature 0 counts as 1, as in sampling."""
+    with torch.no_grad():
+        batch = pack([(prompt.encoded, [completion.token_ids for completion in completions])])
+        logprobs = policy.completion_logprobs(batch, [prompt.features], temperature=temperature or 1.0)
+    return [row.tolist() for row in logprobs.split([len(completion.token_ids) for completion in completions])]
+
+
+def logprob_gaps(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """Absolute differences; infinite where either is not finite, because NaN would pass every comparison."""
+    return [abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf for a, b in zip(one, other, strict=True)]
+
+
+def _some(rows: Sequence[tuple[LoadedPrompt, RolloutGroup]]) -> list[tuple[LoadedPrompt, RolloutGroup]]:
+    """At most `PROMPTS` rows, those with media first: more can go wrong with them."""
+    ordered = sorted(rows, key=lambda row: row[0].encoded.media is None)
+    return ordered[:PROMPTS]
+
+
+# -- faults that a trainer can imitate -------------------------------------------------------------------------------
+
+
+def _transformers_positions(policy: Policy, prompt: LoadedPrompt) -> LoadedPrompt | None:
+    """With the positions of the installed transformers, whose text after a Qwen2.5-VL video begins too early."""
+    media = prompt.encoded.media
+    if media is None or "video" not in media.kinds or policy.encoder.config.model_type != "qwen2_5_vl":
+        return None
+    ids = prompt.encoded.token_ids[None]
+    kinds = sum((ids == policy.encoder.pad_ids[kind]) * number for number, kind in ((1, "image"), (2, "video")))
+    grids = {f"{kind}_grid_thw": media.grid_thw[[name == kind for name in media.kinds]] for kind in set(media.kinds)}
+    seconds = [(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
+               for times, kind in zip(media.grid_seconds, media.kinds, strict=True) if kind == "video"]
+    positions, delta = policy.model.model.get_rope_index(
+        ids, kinds, second_per_grid_ts=torch.tensor(seconds), **grids)
+    encoded = replace(prompt.encoded, positions=positions[:, 0].cpu(),
+                      next_position=int(delta.item()) + ids.shape[1])
+    return replace(prompt, encoded=encoded)
+
+
+def _at_24_fps(policy: Policy, prompt: LoadedPrompt) -> LoadedPrompt | None:
+    """As if every Qwen2.5-VL video had 24 frames a second, which Hugging Face's processor takes without metadata."""
+    media = prompt.encoded.media
+    if media is None or "video" not in media.kinds or policy.encoder.config.model_type != "qwen2_5_vl":
+        return None
+    spacing = policy.encoder.vision.temporal_patch_size / 24
+    seconds = tuple(tuple(spacing * index for index in range(len(times))) for times in media.grid_seconds)
+    return replace(prompt, encoded=policy.encoder.encode(prompt.prompt, replace(media, grid_seconds=seconds)))
+
+
+def _normalised_twice(policy: Policy, prompt: LoadedPrompt) -> LoadedPrompt | None:
+    """With mean and standard deviation taken off pixel values that they were taken off before."""
+    media = prompt.encoded.media
+    if media is None or media.pixel_values is None:
+        return None
+    spec = policy.encoder.vision
+    pixels = media.pixel_values.float().view(len(media.pixel_values), 3, -1)
+    mean, std = (torch.tensor(values)[None, :, None] for values in (spec.mean, spec.std))
+    twice: MediaInputs = replace(media, pixel_values=((pixels - mean) / std).view_as(media.pixel_values))
+    with torch.no_grad():
+        return replace(prompt, features=policy.vision_features(twice))
+
+
+FAULTS: dict[str, Callable[[Policy, LoadedPrompt], LoadedPrompt | None]] = {
+    "the engine places the text after a video as transformers does, at max(height, width) and not past the video":
+        _transformers_positions,
+    "the engine times videos as if they had 24 frames a second": _at_24_fps,
+    "the engine normalises pixel values a second time": _normalised_twice,
+}
+"""What is wrong -> the prompt as the trainer would read it with that fault; None where it changes nothing."""

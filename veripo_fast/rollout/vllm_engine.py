@@ -1,0 +1,360 @@
+"""Samples with vLLM, in the trainer's process and from the trainer's weights.
+
+Prompts are rendered here: token ids with expanded pads, media keys, and the tower's output, so that no tokenizer,
+template, processor or decoder of vLLM runs. Two methods of its model are replaced; both of its model runners call them.
+`compute_logits` divides by the temperature, because no `logprobs_mode` gives log softmax(logits / T) before bans, top-k
+and top-p; `get_mrope_input_positions` gives the trainer's positions. Noise comes from a seed per completion, and no
+cache outlives a call, so completions depend on weights, prompts and sampling alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from veripo_fast.errors import ConfigError, TrainingError, UserError
+from veripo_fast.model.policy import Policy
+from veripo_fast.rollout import vllm_library as library
+from veripo_fast.rollout.engine_input import PositionTable, Vision, media_of
+from veripo_fast.rollout.limits import EngineLimits
+from veripo_fast.rollout.protocol import Sampling, not_finite
+from veripo_fast.rollout.watchdog import Watchdog
+from veripo_fast.run.seeds import derive_seed
+from veripo_fast.types import Completion, LoadedPrompt, Message, Prompt, RolloutGroup
+from veripo_fast.weights.layouts import Geometry
+from veripo_fast.weights.sync import WeightSync
+
+log = logging.getLogger(__name__)
+_IDLE_STEPS = 1000
+"""Engine steps in a row that compute nothing while requests wait."""
+
+
+class EngineFailure(RuntimeError):
+    """The engine stopped working in the middle of a batch."""
+
+
+class VllmEngine:
+    """Samples with vLLM from weights that are the policy's own, or follow it.
+
+    Args:
+        policy: whose weights are sampled; its encoder renders the prompts.
+        limits: what the engine is built for.
+        vision: what the engine gets of a medium.
+        weights: `alias` shares the trainer's weights wherever it can, `copy` keeps a second copy.
+        stall_seconds: an engine that computes nothing for so long ends the process.
+
+    Raises:
+        ConfigError: vLLM is not installed, or in a version that was not tested or does not call what is replaced.
+    """
+
+    def __init__(self, policy: Policy, limits: EngineLimits, *, vision: Vision = "output",
+                 weights: Literal["alias", "copy"] = "alias", stall_seconds: float = 600.0) -> None:
+        self.library_version = library.check_version()
+        self.policy = policy
+        self.limits = limits
+        self.vision: Vision = vision
+        self.weights: Literal["alias", "copy"] = weights
+        self.watchdog = Watchdog(stall_seconds)
+        self.rebuilds = 0
+        self.temperature = 1.0
+        self.positions = PositionTable()
+        self._calls = {"compute_logits": 0, "get_mrope_input_positions": 0}
+        self._requests = 0
+        self._asleep: set[str] = set()
+        self._version: int | None = None
+        self._gpu = policy.device.type == "cuda"
+        self._foreign_group = torch.distributed.is_initialized()
+        self._start()
+
+    # -- protocol -----------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
+                 on_progress: Callable[[int], None] | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
+        """See `RolloutEngine`.
+
+        Raises:
+            TrainingError: a prompt is too long, the weights are not finite, or the engine failed twice.
+        """
+        if not prompts:
+            return []
+        self._check_lengths(prompts, sampling)
+        try:
+            outputs = self._attempt(prompts, sampling, on_progress, keep_caches)
+        except EngineFailure as error:
+            self._rebuild(error)
+            try:
+                outputs = self._attempt(prompts, sampling)
+            except EngineFailure as again:
+                raise TrainingError("the engine failed again after it was built anew for the same batch: "
+                                    f"{again}") from again
+        return [self._group(item, output, sampling) for item, output in zip(prompts, outputs, strict=True)]
+
+    def sync(self) -> dict[str, float]:
+        """See `RolloutEngine`: `sync_bytes` and `sync_seconds`."""
+        if self._version == self.policy.version:
+            return {}
+        self._wake("weights")
+        report = self._sync.sync(self.policy.version, everything=self._version is None)
+        self._version = self.policy.version
+        return {"sync_bytes": float(report.bytes), "sync_seconds": report.seconds}
+
+    def sleep(self) -> None:
+        """See `RolloutEngine`. Shared weights stay; on a CPU the same calls are made and free nothing."""
+        if self._asleep:
+            return
+        if self.weights == "copy":
+            self.engine.sleep(level=2)
+            self._version, self._asleep = None, {"weights", "kv_cache"}
+        elif self._gpu:
+            self.engine.sleep(level=0)
+            self.engine.release_kv_cache_memory()
+            self._asleep = {"kv_cache"}
+
+    def close(self) -> None:
+        """See `RolloutEngine`."""
+        self.watchdog.close()
+        self._shut_down()
+
+    # -- one batch ----------------------------------------------------------------------------------------------------
+
+    def _attempt(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
+                 on_progress: Callable[[int], None] | None = None, keep_caches: bool = False) -> list[Any]:
+        """vLLM's output of every prompt."""
+        self.sync()
+        self._wake("kv_cache")
+        if not keep_caches:
+            self.reset_caches()
+        self.positions.clear()
+        self.temperature = sampling.temperature or 1.0
+        numbers: dict[str, int] = {}
+        outputs: list[Any] = [None] * len(prompts)
+        with self.watchdog.watching(), self._failures(), self._abort_on_error(numbers):
+            for number, item in enumerate(prompts):
+                numbers[self._add(item, sampling, number)] = number
+            for output in self._steps():
+                outputs[numbers[output.request_id]] = output
+                if on_progress is not None:
+                    on_progress(1)
+        return outputs
+
+    def _add(self, item: LoadedPrompt, sampling: Sampling, number: int) -> str:
+        """Hand over the prompt with this number in the batch; returns the name of its request.
+
+        vLLM gives the completions of a prompt the seeds s, s + 1, ..., so prompts get seeds far from each other. A
+        greedy completion is made once and repeated.
+        """
+        encoder, greedy = self.policy.encoder, sampling.temperature == 0
+        parameters = library.sampling_parameters(
+            completions=1 if greedy else sampling.group_size, greedy=greedy, top_p=sampling.top_p, top_k=sampling.top_k,
+            seed=derive_seed(sampling.seed, number), max_tokens=sampling.max_new_tokens, end_ids=encoder.end_ids,
+            banned_ids=encoder.banned_ids)
+        media = media_of(encoder, item, self.vision)
+        self.positions.add(item.encoded, [medium.key for medium in media])
+        name = f"veripo-{self._requests}"
+        self._requests += 1
+        self.engine.add_request(name, library.rendered(item.encoded.token_ids.tolist(), media), parameters)
+        return name
+
+    def _steps(self) -> Iterator[Any]:
+        """Finished requests as they come. Raises EngineFailure when the engine computes nothing any more."""
+        idle, calls = 0, self._calls["compute_logits"]
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    yield output
+            idle = idle + 1 if self._calls["compute_logits"] == calls else 0
+            if idle == 0:
+                calls = self._calls["compute_logits"]
+                self.watchdog.progress()
+            elif idle == _IDLE_STEPS:
+                raise EngineFailure(f"it computed nothing in {idle} steps while requests were waiting")
+
+    def _group(self, item: LoadedPrompt, output: Any, sampling: Sampling) -> RolloutGroup:
+        encoder = self.policy.encoder
+        completions = []
+        for row in sorted(output.outputs, key=lambda row: row.index):
+            ids = list(row.token_ids)
+            logprobs = [float(step[token].logprob) for token, step in zip(ids, row.logprobs, strict=True)]
+            if not all(map(math.isfinite, logprobs)):
+                raise not_finite(self.policy.version)
+            if not set(ids).isdisjoint(encoder.banned_ids):
+                raise TrainingError(f"the engine wrote a token that may not be written; its logit is {-library.BAN:g} "
+                                    "above all others, so the policy has collapsed: go back to an earlier checkpoint")
+            completions.append(Completion(
+                token_ids=ids, text=encoder.decode_completion(ids), rollout_logprobs=logprobs,
+                finish_reason="stop" if ids[-1] in encoder.end_ids else "length", policy_version=self.policy.version))
+        if sampling.temperature == 0:
+            completions = [replace(completions[0], token_ids=list(completions[0].token_ids),
+                                   rollout_logprobs=list(completions[0].rollout_logprobs))
+                           for _ in range(sampling.group_size)]
+        return RolloutGroup(item.prompt, completions, encoder.opens_think)
+
+    def _check_lengths(self, prompts: Sequence[LoadedPrompt], sampling: Sampling) -> None:
+        longest = max(len(item.encoded.token_ids) for item in prompts)
+        if longest + sampling.max_new_tokens > self.limits.context_tokens:
+            raise TrainingError(
+                f"a prompt of {longest} tokens with a completion of {sampling.max_new_tokens} does not fit into the "
+                f"engine's context of {self.limits.context_tokens}; raise data.max_prompt_tokens, or lower "
+                "rollout.max_new_tokens, video.max_frames or video.max_pixels")
+
+    # -- what is kept -------------------------------------------------------------------------------------------------
+
+    def reset_caches(self) -> None:
+        """Forget prefixes and tower outputs: they may come from other weights, and a resumed run, which does not have
+        them, would round otherwise.
+
+        Raises:
+            TrainingError: the engine refuses.
+        """
+        self._reset_prefix_cache()
+        self._reset_tower_outputs()
+
+    def remedies(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """See `RolloutEngine`."""
+        yield "the engine's prefix cache holds keys and values of earlier weights", self._reset_prefix_cache
+        yield "the engine's encoder cache holds tower outputs of earlier weights", self.reset_caches
+        yield "the engine's weights are older than the trainer's", self._sync_again
+
+    def _reset_prefix_cache(self) -> None:
+        if not self.engine.reset_prefix_cache():
+            raise TrainingError("the engine refused to reset its prefix cache, so stale keys and values would be used; "
+                                "a request of an earlier batch must still be running")
+
+    def _reset_tower_outputs(self) -> None:
+        self.engine.reset_encoder_cache()
+        self.engine.reset_mm_cache()
+
+    def _sync_again(self) -> None:
+        self._sync.sync(self.policy.version, everything=True)
+        self.reset_caches()
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Whatever vLLM raises becomes an EngineFailure; what the user or this file raises passes."""
+        try:
+            yield
+        except (UserError, EngineFailure):
+            raise
+        except Exception as error:  # any of its layers may fail in any way, and one new try is cheap
+            raise EngineFailure(f"{type(error).__name__}: {error}") from error
+
+    @contextmanager
+    def _abort_on_error(self, requests: dict[str, int]) -> Iterator[None]:
+        """Requests of a batch that ends early, by Ctrl-C too, do not stay in the engine."""
+        try:
+            yield
+        except BaseException:
+            self.engine.abort_request(list(requests))
+            raise
+
+    # -- life of the engine -------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Build the engine, hook its model, and let its weights follow the trainer's."""
+        started = time.perf_counter()
+        self.engine = library.build(str(self.policy.encoder.path), self.policy.model.dtype, self.limits, gpu=self._gpu)
+        runner = library.runner_of(self.engine)
+        self.model = runner.model
+        if not self._gpu:
+            library.let_seeds_work_on_cpu(runner)
+        if self.vision == "output":
+            self.model.visual = library.TowerStub(self.model.visual)
+        self._hook()
+        self._sync = WeightSync(self.policy.model.named_parameters(), self.model.named_parameters(),
+                                Geometry.of(self.policy.model.config), mode=self.weights,
+                                tower=self.vision == "pixels")
+        self._sync.self_test(self._reload)
+        aliasing, report = self._sync.start(self.policy.version)
+        self._version = self.policy.version
+        self._probe(type(runner).__name__)
+        log.info("%s (%s) is ready after %.1f s; of %d parameters %d are the trainer's own, %d are copied: %s",
+                 self.library_version, type(runner).__name__, time.perf_counter() - started,
+                 len(aliasing.aliased) + len(aliasing.copied), len(aliasing.aliased), len(aliasing.copied), report)
+
+    def _hook(self) -> None:
+        """Put our temperature and positions in place of the model's."""
+        plain = self.model.compute_logits
+
+        def compute_logits(*arguments: Any, **named: Any) -> torch.Tensor | None:
+            self._calls["compute_logits"] += 1
+            logits = plain(*arguments, **named)
+            if logits is None:  # another tensor-parallel rank has them
+                return None
+            return logits.float() if self.temperature == 1 else logits.float().div_(self.temperature)
+
+        def get_mrope_input_positions(input_tokens: Sequence[int], mm_features: Sequence[Any]
+                                      ) -> tuple[torch.Tensor, int]:
+            self._calls["get_mrope_input_positions"] += 1
+            media = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+            found = self.positions.find(list(input_tokens), [feature.identifier for feature in media])
+            if found is None:
+                raise EngineFailure(f"it asks for positions of {len(input_tokens)} tokens that it was not given")
+            return found
+
+        self.model.compute_logits = compute_logits
+        self.model.get_mrope_input_positions = get_mrope_input_positions
+
+    def _probe(self, runner: str) -> None:
+        """One token of one text prompt: whether this version calls what was replaced.
+
+        Raises:
+            ConfigError: it does not, so its log-probs or positions would be others.
+        """
+        prompt = Prompt("probe", (Message("user", ("?",)),), "text", "")
+        before = dict(self._calls)
+        self._attempt([LoadedPrompt(prompt, self.policy.encoder.encode(prompt, None), None)], Sampling(1, 0.5, 1, 0))
+        unused = [name for name, count in self._calls.items() if count == before[name]]
+        if unused:
+            raise ConfigError(f"{self.library_version} with its {runner} does not call {' and '.join(unused)} of its "
+                              f"model; take version {library.TESTED[-1]}")
+
+    def _rebuild(self, error: EngineFailure) -> None:
+        """Build the engine again after a failure; the weights are the trainer's."""
+        log.warning("the rollout engine failed (%s); it is built again, and the batch is sampled again with the same "
+                    "seeds", error)
+        self.rebuilds += 1
+        self._shut_down()
+        self._start()
+
+    def _shut_down(self) -> None:
+        library.shut_down(self.engine, keep_process_group=self._foreign_group)
+        del self.engine, self.model, self._sync
+        self._version, self._asleep = None, set()
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """vLLM's own way to new weights, from Hugging Face's names."""
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def _wake(self, kind: str) -> None:
+        """Take back the memory of `weights` or `kv_cache` where it was given away.
+
+        Raises:
+            TrainingError: there is not enough, also after what the trainer does not use was given back.
+        """
+        if kind not in self._asleep:
+            return
+        try:
+            self.engine.wake_up([kind])
+        except RuntimeError as error:  # out of memory
+            log.warning("the engine could not take back the memory of its %s (%s); tried once more", kind, error)
+            self._wake_again(kind)
+        self._asleep.discard(kind)
+
+    def _wake_again(self, kind: str) -> None:
+        torch.cuda.empty_cache()
+        try:
+            self.engine.wake_up([kind])
+        except RuntimeError as error:
+            free, total = torch.cuda.mem_get_info()
+            raise TrainingError(
+                f"the engine cannot take back the memory of its {kind}: {free / 2 ** 30:.1f} of {total / 2 ** 30:.1f} "
+                "GiB are free while it needs more; lower rollout.kv_cache_gb or optimizer.max_tokens") from error

@@ -1,0 +1,211 @@
+"""What the trainer uses of vLLM, and what it has to change: the only file that imports it.
+
+| | 0.31, 0.32 |
+|---|---|
+| rendered prompts | `vllm.inputs.engine.mm_input`, `tokens_input` |
+| tower output as input | `enable_mm_embeds`; hidden states and deepstack side by side |
+| pixels as input | `mm_device_do_normalize=False`, or the tower normalises a second time |
+| the worker of this process | `model_executor.driver_worker.worker` |
+| caches to reset | prefix, encoder, multimodal |
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from veripo_fast.errors import ConfigError
+from veripo_fast.rollout.engine_input import MediumInput
+from veripo_fast.rollout.limits import EngineLimits
+
+TESTED = ("0.31", "0.32")
+"""Minor versions that the tests ran with."""
+BAN = -100.0
+"""What is added to the logits of tokens that may not be written, the lowest bias that vLLM takes."""
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+_MEDIA_PER_PROMPT = 1000
+
+
+def check_version() -> str:
+    """The version of vLLM, as `vllm 0.32.0`.
+
+    Raises:
+        ConfigError: it is not installed, or was not tested.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if ".".join(version.split(".")[:2]) not in TESTED:
+            raise ConfigError(f"rollout.engine vllm works with {name} {TESTED[0]} to {TESTED[-1]}, and {version} is "
+                              f"installed; pip install '{name}~={TESTED[-1]}.0'")
+        return f"{name} {version}"
+    raise ConfigError("rollout.engine vllm needs vLLM, which is not installed: pip install 'veripo-fast[vllm]' on a "
+                      "machine with a GPU, or `make engines` for an environment that has it for CPUs")
+
+
+def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool) -> Any:
+    """An engine of this process with the shapes of a checkpoint and random weights, asleep to nothing.
+
+    Random numbers, thread count and default dtype of the process stay what they were.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the trainer reads and writes its weights
+    for name, value in (_ENVIRONMENT if gpu else _ENVIRONMENT | _CPU_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
+    if not gpu:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(limits.kv_cache_bytes >> 30, 1))
+    with _process_kept():
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        if not gpu:
+            _keep_linear_weights()
+        return LLMEngine.from_engine_args(EngineArgs(
+            model=folder, load_format="dummy", dtype=str(dtype).removeprefix("torch."),
+            generation_config="vllm", seed=0, enforce_eager=not gpu, enable_sleep_mode=gpu,
+            max_model_len=limits.context_tokens, max_num_batched_tokens=limits.batched_tokens,
+            max_num_seqs=limits.sequences, kv_cache_memory_bytes=limits.kv_cache_bytes, enable_prefix_caching=True,
+            limit_mm_per_prompt={"image": _MEDIA_PER_PROMPT, "video": _MEDIA_PER_PROMPT}, mm_processor_cache_gb=0,
+            enable_mm_embeds=True, mm_device_do_normalize=False, skip_mm_profiling=True,
+            logprobs_mode="raw_logprobs", disable_log_stats=True))
+
+
+def runner_of(engine: Any) -> Any:
+    """The model runner of an engine of this process; `model` is its model."""
+    return engine.model_executor.driver_worker.worker.model_runner
+
+
+def let_seeds_work_on_cpu(runner: Any) -> None:
+    """Let a prompt with a seed be prefilled in several steps.
+
+    Each step draws a token that is thrown away, and the V1 runner then moves the generator back by its offset, which a
+    generator of a CPU does not have. It looks generators up with `get` for that alone. The draws stay in the sequence;
+    how many there are depends on prompts and limits only.
+    """
+    runner.input_batch.generators = _Generators()
+
+
+class _Generators(dict[int, torch.Generator]):
+    def get(self, key: Any, default: Any = None) -> Any:
+        return None
+
+
+def rendered(token_ids: list[int], media: Sequence[MediumInput]) -> Any:
+    """A prompt as the engine takes it when nothing is left to tokenise, to expand or to process."""
+    from vllm.inputs.engine import mm_input, tokens_input
+    from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+
+    if not media:
+        return tokens_input(token_ids)
+    places: dict[str, list[Any]] = {}
+    keys: dict[str, list[str]] = {}
+    for medium in media:
+        place = None if medium.is_pad.all() else medium.is_pad
+        places.setdefault(medium.kind, []).append(PlaceholderRange(medium.first, len(medium.is_pad), place))
+        keys.setdefault(medium.kind, []).append(medium.key)
+    values: dict[str, torch.Tensor] = {}
+    fields: dict[str, Any] = {}
+    for kind in places:
+        _add_fields([medium for medium in media if medium.kind == kind], kind, values, fields)
+    return mm_input(token_ids, MultiModalKwargsItems.from_hf_inputs(values, fields), keys, places)
+
+
+def _add_fields(media: Sequence[MediumInput], kind: str, values: dict[str, torch.Tensor], fields: dict[str, Any]
+                ) -> None:
+    """The tensors of all media of one kind, under the names of Hugging Face's processors."""
+    from vllm.multimodal.inputs import MultiModalFieldConfig
+
+    sizes = torch.tensor([len(medium.values) for medium in media])
+    if media[0].vision == "output":
+        name = f"{kind}_embeds"
+    else:
+        name = "pixel_values_videos" if kind == "video" else "pixel_values"
+    values[name] = torch.cat([medium.values for medium in media])
+    fields[name] = MultiModalFieldConfig.flat_from_sizes(kind, sizes)
+    values[f"{kind}_grid_thw"] = torch.stack([medium.grid_thw for medium in media])
+    fields[f"{kind}_grid_thw"] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
+    seconds = [medium.seconds_per_grid for medium in media if medium.seconds_per_grid is not None]
+    if seconds:
+        values["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64)
+        fields["second_per_grid_ts"] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
+
+
+def sampling_parameters(*, completions: int, greedy: bool, top_p: float, top_k: int, seed: int, max_tokens: int,
+                        end_ids: Sequence[int], banned_ids: Sequence[int]) -> Any:
+    """vLLM's sampling parameters of one prompt, at temperature 1: `compute_logits` has divided by ours.
+
+    The end tokens are those given and no others. Only whole completions are reported.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    drawn: dict[str, Any] = {"temperature": 0.0} if greedy else {"top_p": top_p, "top_k": top_k, "seed": seed}
+    return SamplingParams(
+        n=completions, max_tokens=max_tokens, stop_token_ids=list(end_ids), ignore_eos=True,
+        logit_bias=dict.fromkeys(banned_ids, BAN), logprobs=0, detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY, **drawn)
+
+
+class TowerStub(torch.nn.Module):
+    """In place of a tower whose output is given: what the model asks it for, without its weights."""
+
+    def __init__(self, tower: torch.nn.Module) -> None:
+        super().__init__()
+        parameter = next(tower.parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
+        for name, value in vars(tower).items():
+            if isinstance(value, (int, float, str)) and not name.startswith("_"):
+                setattr(self, name, value)
+
+    def forward(self, *arguments: object, **named: object) -> torch.Tensor:
+        raise RuntimeError("the engine was asked to run a vision tower that it does not have")
+
+
+def shut_down(engine: Any, *, keep_process_group: bool) -> None:
+    """End an engine and what it holds of the process; `keep_process_group`: it is not the engine's own."""
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    engine.engine_core.shutdown()
+    destroy_model_parallel()
+    if not keep_process_group:
+        destroy_distributed_environment()
+    gc.collect()
+
+
+def _keep_linear_weights() -> None:
+    """On a CPU vLLM packs the weights of linear layers and empties the parameters, which could not be written then."""
+    from vllm.model_executor.layers import utils
+
+    linear: Any = torch.nn.functional.linear
+
+    def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = linear
+
+    utils.dispatch_cpu_unquantized_gemm = keep
+
+
+@contextmanager
+def _process_kept() -> Iterator[None]:
+    """vLLM seeds every generator, binds threads, and on a CPU replaces `torch.set_num_threads`."""
+    set_threads = torch.set_num_threads
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
