@@ -3,13 +3,15 @@
 PYTHON ?= python3
 PINS := pyproject.toml setup.py .ci/constraints-cpu.txt .ci/install.sh $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test engines test-engines lint clean
 
 help:
 	@echo "make demo    install into .venv, then the whole loop on rendered clips; ARGS=\"--quick --seed 1\" are its options"
 	@echo "make test    install the test tools too, then ruff, mypy and pytest"
+	@echo "make engines       an environment beside it with vLLM, in .venv-engines (3.9 GB without a GPU)"
+	@echo "make test-engines  the tests on the real engine, in that environment"
 	@echo "make lint    ruff and mypy alone"
-	@echo "make clean   remove what builds and tools leave behind, the compiled op too (not .venv, not runs)"
+	@echo "make clean   remove what builds and tools leave behind, the compiled op too (not the environments, not runs)"
 
 demo: .venv/.base
 	.venv/bin/veripo demo $(ARGS)
@@ -19,6 +21,12 @@ test: .venv/.dev .venv/.oracle
 	@sh .ci/install.sh browser
 	@$(MAKE) --no-print-directory lint
 	.venv/bin/python -m pytest -n 2
+
+engines: .venv-engines/.installed
+	@echo "to use it: source .venv-engines/bin/activate, then veripo train --config FILE --rollout.engine vllm"
+
+test-engines: .venv-engines/.installed
+	.venv-engines/bin/python -m pytest tests/engines
 
 lint: .venv/.dev
 	.venv/bin/ruff check .
@@ -32,11 +40,15 @@ lint: .venv/.dev
 	@sh .ci/install.sh dev
 	@touch $@
 
+.venv-engines/.installed: $(PINS) .ci/engines-cpu.txt
+	@sh .ci/install.sh engines "$(PYTHON)"
+	@touch $@
+
 .venv/.oracle: .venv/.base
 	@sh .ci/install.sh oracle
 	@touch $@
 
 clean:
-	rm -rf .venv/.base build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv/.base .venv-engines/.installed build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find veripo_fast kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f kernels/veripo_kernels/*.so

@@ -1,4 +1,4 @@
-"""Lets torchvision's build for CUDA be imported beside torch's build for CPUs; there is no torchvision for CPUs on PyPI.
+"""Lets torchvision's build for CUDA be imported beside torch's build for CPUs; PyPI has no torchvision for CPUs.
 
 Its compiled operators cannot load there, and its Python part then fails because two of them were never declared. This
 appends their declarations to `torchvision/extension.py`. Image transforms, which is what transformers uses, are plain

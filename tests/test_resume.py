@@ -3,56 +3,19 @@
 The moment of a kill is the moment before a named change in the run folder, so it is the same one in every test run.
 """
 
-import json
 import shutil
 import signal
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from tests.support import runs
-from veripo_fast.config.describe import to_yaml
+from tests.support.run_compare import assert_same, records, tree, written
 from veripo_fast.run.folder import RunDir
 
 
 @pytest.fixture(scope="module")
 def forks():
     return runs.forks()
-
-
-def written(config, folder):
-    """The configuration as a file; its run folder is `folder`/run."""
-    path = Path(folder) / "run.yaml"
-    path.write_text(to_yaml(config))
-    return path
-
-
-def records(path):
-    """Without wall times and what a new process has to decode again; none when there is no file."""
-    if not path.exists():
-        return []
-    left_out = ("seconds", "video_decodes", "tower_runs", "cache_hits", "decoder_fallbacks")
-    return [{k: v for k, v in json.loads(line).items() if k not in left_out} for line in path.read_text().splitlines()]
-
-
-def tree(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def assert_same(run, other):
-    """Everything that a run leaves, bitwise, but wall times and TensorBoard's files."""
-    run, other = RunDir(run), RunDir(other)
-    assert records(run.metrics) == records(other.metrics)
-    assert records(run.evals) == records(other.evals)
-    for folder in ("rollouts", "verifier", "eval"):
-        assert tree(run.root / folder) == tree(other.root / folder)
-        for path in (run.root / folder).rglob("*.parquet"):
-            same = pq.read_table(path).equals(pq.read_table(other.root / path.relative_to(run.root)))
-            assert same, path
-    assert tree(run.checkpoints) == tree(other.checkpoints)
-    for weights in run.checkpoints.glob("*/model.safetensors"):
-        assert weights.read_bytes() == (other.checkpoints / weights.relative_to(run.checkpoints)).read_bytes()
 
 
 @pytest.fixture(scope="module")

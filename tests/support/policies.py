@@ -27,6 +27,21 @@ def checkpoint(family: str) -> Path:
 
 
 @cache
+def untied_checkpoint(family: str) -> Path:
+    """The same with a head that is not the embedding."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder = Path(mkdtemp(prefix=f"veripo-untied-{family}-"))
+    shutil.copytree(checkpoint(family), folder, dirs_exist_ok=True)
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    model = AutoModelForImageTextToText.from_pretrained(folder, config=config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.08, generator=torch.Generator().manual_seed(2))
+    model.save_pretrained(folder)
+    return folder
+
+
+@cache
 def policy(family: str, freeze_vision: bool = False) -> Policy:
     """A float32 policy on the CPU; tests must not change its weights."""
     from veripo_fast.config.inputs import ModelConfig
@@ -52,12 +67,17 @@ def random_media(encoder: PromptEncoder, sizes: list[tuple[str, int, int, int]],
     return encoder.media_inputs(frames, f"random-{seed}-{sizes}")
 
 
-def encoded(encoder: PromptEncoder, sizes: list[tuple[str, int, int, int]], seed: int = 0) -> EncodedPrompt:
-    """A prompt whose text surrounds random media of `sizes`."""
+def prompt_around(sizes: list[tuple[str, int, int, int]], **fields: object) -> Prompt:
+    """A prompt whose text surrounds media of `sizes`."""
     parts: list[str | Media] = ["Look:"]
     for number, (kind, *_) in enumerate(sizes):
         parts += [Video("") if kind == "video" else Image(""), f" this is number {number}."]
-    return encoder.encode(prompt_of(*parts, " What moves?"), random_media(encoder, sizes, seed) if sizes else None)
+    return prompt_of(*parts, " What moves?", **fields)
+
+
+def encoded(encoder: PromptEncoder, sizes: list[tuple[str, int, int, int]], seed: int = 0) -> EncodedPrompt:
+    """`prompt_around`, encoded with random media."""
+    return encoder.encode(prompt_around(sizes), random_media(encoder, sizes, seed) if sizes else None)
 
 
 def random_completions(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -71,7 +91,7 @@ def loaded(policy: Policy, sizes: list[tuple[str, int, int, int]], seed: int = 0
     prompt = encoded(policy.encoder, sizes, seed)
     with torch.no_grad():
         features = None if prompt.media is None else policy.vision_features(prompt.media)
-    return LoadedPrompt(prompt_of("", prompt_id=f"p{seed}"), prompt, features)
+    return LoadedPrompt(prompt_around(sizes, prompt_id=f"p{seed}"), prompt, features)
 
 
 def plain_logits(policy: Policy, prompt: EncodedPrompt, completion: list[int]) -> torch.Tensor:

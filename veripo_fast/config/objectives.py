@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from veripo_kernels.options import (
@@ -17,6 +17,10 @@ from veripo_kernels.options import (
 )
 
 from veripo_fast.config.checks import as_config_error, positive, require, unit_interval
+
+VLLM_OPTIONS = ("weights", "vision", "kv_cache_gb", "max_sequences", "parity_every", "parity_tolerance",
+                "stall_seconds")
+"""Fields of `RolloutConfig` that only the engine vllm reads."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,9 @@ class RolloutConfig:
     """A vllm engine that computes nothing for so long ends the process, which can then be resumed."""
 
     def __post_init__(self) -> None:
+        changed = [field.name for field in fields(self)
+                   if field.name in VLLM_OPTIONS and getattr(self, field.name) != field.default]
+        require(self.engine == "vllm" or not changed, f"{', '.join(changed)} changes nothing while engine is torch")
         positive(self, "max_sequences", "parity_every", "stall_seconds")
         require(self.kv_cache_gb >= 0, f"kv_cache_gb must be 0 or larger, got {self.kv_cache_gb}")
         require(self.parity_tolerance >= 0, f"parity_tolerance must be 0 or larger, got {self.parity_tolerance}")

@@ -130,6 +130,9 @@ class Config:
     def __post_init__(self) -> None:
         positive(self, "threads")
         require(bool(self.run_dir), "run_dir must name a folder")
+        require(self.rollout.vision == "output" or not self.model.freeze_vision,
+                "rollout.vision pixels needs a tower that is trained (model.freeze_vision false); of a frozen one the "
+                "output is at hand")
         object.__setattr__(self, "stages", _named(self.stages))
 
 

