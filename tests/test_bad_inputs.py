@@ -209,6 +209,25 @@ def test_a_checkpoint_folder_with_a_missing_shard(veripo_train, sharded):
     assert (code, said) == (2, f"veripo: error: {sharded} lacks the weight file {shards[1].name}")
 
 
+@pytest.mark.parametrize(("name", "content", "sentence"), [
+    ("config.json", b'{"model_type": "qwen3_vl", "quantization_config": {"quant_method": "awq"}}',
+     "{file} describes quantised weights (quantization_config, awq)"),
+    ("config.json", b'{"model_type": "qwen3_vl", "text_config": 3}', "{file} cannot be used: Validation error"),
+    ("generation_config.json", b"{", "{file} cannot be read"),
+    ("preprocessor_config.json", b"[]", "{file} must hold a JSON object, not []"),
+    ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE", "vocab": 3}}',
+     "the tokenizer of {folder} cannot be loaded from tokenizer.json"),
+    ("model.safetensors.index.json", b'{"weight_map": []}', "{file} has no weight_map"),
+    ("chat_template.jinja", b"", "{folder} has no chat template")])
+def test_a_broken_checkpoint_is_one_sentence(veripo_train, tmp_path, name, content, sentence):
+    shutil.copytree(runs.model(), tmp_path / "model")
+    file = tmp_path / "model" / name
+    file.write_bytes(content)
+    code, said = veripo_train(model__path=str(tmp_path / "model"), **GRPO_ONLY)
+    assert code == 2
+    assert said.startswith("veripo: error: " + sentence.format(file=file, folder=tmp_path / "model"))
+
+
 def test_weights_that_are_not_finite(veripo_train, tmp_path):
     shutil.copytree(runs.model(), tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"

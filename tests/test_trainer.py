@@ -30,7 +30,8 @@ STATE = {"global_step", "stage", "kind", "step", "seconds", "video_decodes", "to
          "decoder_fallbacks"}
 GRPO = STATE | {"reward_mean", "accuracy_mean", "format_mean", "length_mean", "finished_share", "zero_variance_share",
                 "prompts", "updates", "loss", "kl", "clip_share", "ratio_max", "parity_max", "grad_norm",
-                "learning_rate", "skipped_updates", "packed_tokens"}
+                "learning_rate", "skipped_updates", "packed_tokens", "zero_reward_steps", "steps_without_signal",
+                "collapsed_steps"}
 DPO = STATE | {"loss", "preference_accuracy", "margin", "chosen_logprobs_mean", "rejected_logprobs_mean",
                "chosen_drift", "grad_norm", "learning_rate", "skipped_updates", "pairs"}
 

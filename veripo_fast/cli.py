@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error))
     except Interrupted as error:
-        return _complain(f"{error}; --resume goes on", error.exit_code)
+        return _complain(f"{error}; {error.remedy}", error.exit_code)
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away; Python would complain once more while closing

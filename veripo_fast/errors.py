@@ -8,9 +8,11 @@ class UserError(Exception):
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, by a signal or by its limit of time; what was done is saved."""
 
-    def __init__(self, reason: str, exit_code: int) -> None:
+    def __init__(self, reason: str, exit_code: int, remedy: str = "--resume goes on") -> None:
         super().__init__(reason)
         self.exit_code = exit_code
+        self.remedy = remedy
+        """What goes on from there."""
 
 
 class ConfigError(UserError, ValueError):

@@ -31,6 +31,7 @@ from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.inspect import command, corpus
 from veripo_fast.inspect.corpus import PolicySizes, Target, find_media, inspect_medium, policy_sizes
+from veripo_fast.inspect.journal import NAME, Journal
 from veripo_fast.inspect.page import duration, histogram
 from veripo_fast.text import memory
 from veripo_fast.types import Video
@@ -380,22 +381,96 @@ def test_page_says_what_the_rows_say(result: tuple[Path, str]) -> None:
     assert not re.search(r"https?://|@import|url\(|<script", html) and len(html) < 2_000_000
 
 
-def test_control_c_leaves_nothing(tmp_path: Path, folder: Path) -> None:
-    many = tmp_path / "many"
-    many.mkdir()
-    for number in range(400):
-        (many / f"{number}.mp4").symlink_to(folder / "long.mp4")
-    process = start(sys.executable, "-m", "veripo_fast.cli", "inspect", many, "--out", tmp_path / "out", "--workers",
-                    "1", stderr=subprocess.PIPE, env=ENVIRONMENT)
-    assert process.stderr
-    seen = ""
-    while not re.search(r" [1-9]\d*/400 ", seen):  # the first medium is done
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
+# --- a call that is stopped -------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def many(tmp_path: Path, folder: Path) -> Path:
+    """A corpus of 30 clips, small and large, good and bad."""
+    made = tmp_path / "many"
+    made.mkdir()
+    for number in range(30):
+        shutil.copy(folder / ("bad/noise.mkv" if number % 5 == 4 else "long.mp4"), made / f"{number:02}.mp4")
+    return made
+
+
+def stopped(many: Path, out: Path, signal_number: int) -> tuple[int, str]:
+    """Exit code and messages of a call that gets a signal when it has written three findings."""
+    process = start(sys.executable, "-m", "veripo_fast.cli", "inspect", many, "--out", out, "--workers", "2",
+                    stderr=subprocess.PIPE, env=ENVIRONMENT)
+    journal = out / NAME
+    wait_until(lambda: process.poll() is not None or (journal.exists() and journal.read_bytes().count(b"\n") >= 3),
+               "three findings")
+    process.send_signal(signal_number)
     output, errors = process.communicate(timeout=PATIENCE_SECONDS)
-    assert (process.returncode, output) == (130, ""), errors
-    assert errors.splitlines()[-1] == "veripo: interrupted" and "Traceback" not in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["many"]
+    assert output == "" and [path.name for path in out.iterdir()] == [NAME], errors
+    return process.returncode, errors
+
+
+def inspect(many: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[list[str], list[dict]]:
+    """(names of the media that were inspected, rows of the result without times) of a whole call."""
+    inspected: list[str] = []
+
+    def noted(target: Target, *arguments: Any, **keywords: Any) -> Any:
+        inspected.append(Path(target.media.path).name)
+        return inspect_medium(target, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "inspect_medium", noted)
+        assert main(["inspect", str(many), "--out", str(out), "--workers", "2", *options]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["inspect.html", "media.parquet", "skipped.jsonl"]
+    rows = pq.read_table(out / "media.parquet").to_pylist()
+    return inspected, [{key: value for key, value in one.items() if key != "sampled_seconds"} for one in rows]
+
+
+def test_a_killed_call_goes_on_where_it_stopped(tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert stopped(many, out, signal.SIGKILL)[0] == -signal.SIGKILL
+    with (out / NAME).open("a") as file:
+        file.write('{"key": "torn')
+    keys = [json.loads(line) for line in (out / NAME).read_text().splitlines()[:-1]]
+    done = {Path(one["row"]["path"]).name for one in keys}
+    inspected, rows = inspect(many, out, monkeypatch)
+    assert sorted(inspected) == sorted({path.name for path in many.iterdir()} - done) and len(done) >= 3
+    everything, whole = inspect(many, tmp_path / "whole", monkeypatch)
+    assert len(everything) == 30 and rows == whole
+    pages = [(tmp_path / name / "inspect.html").read_text().count("data:image") for name in ("out", "whole")]
+    assert pages == [24 * 3, 24 * 3]
+
+
+def test_control_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, many: Path) -> None:
+    code, errors = stopped(many, tmp_path / "out", signal.SIGINT)
+    kept = (tmp_path / "out" / NAME).read_bytes().count(b"\n")
+    assert code == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == (f"veripo: interrupted; {tmp_path / 'out' / NAME} keeps {kept} of 30 media; "
+                                       "the same command goes on")
+
+
+def test_what_changed_is_inspected_again(tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    stopped(many, out, signal.SIGKILL)
+    journal = (out / NAME).read_bytes()
+    first, second, *_ = (Path(json.loads(line)["row"]["path"]) for line in journal.splitlines())
+    done = journal.count(b"\n")
+    os.utime(first, ns=(1, 1))
+    shutil.copystat(many / "04.mp4", second)
+    second.write_bytes((many / "04.mp4").read_bytes())
+    inspected, rows = inspect(many, out, monkeypatch)
+    assert {first.name, second.name} <= set(inspected) and len(inspected) == 30 - done + 2
+    assert {one["path"]: one["status"] for one in rows}[str(second)] == "skipped"
+    (out / NAME).write_bytes(journal)
+    assert len(inspect(many, out, monkeypatch, "--video.fps", "1")[0]) == 30
+
+
+def test_findings_are_told_apart(tmp_path: Path, folder: Path) -> None:
+    """Part of the video, number of prompts, pictures for the page, order of frames: each has a finding of its own."""
+    clip, still = str(folder / "plain.mp4"), str(tmp_path / "still.png")
+    PilImage.new("RGB", (64, 64)).save(still)
+    journal = Journal(tmp_path, EIGHT, SIZES)
+    targets = [Target(Video(clip), 1), Target(Video(clip), 2), Target(Video(clip, 0.5), 1),
+               Target(Video(still, frames=(still, still)), 1), Target(Video(still, frames=(still,)), 1)]
+    keys = {journal.key(target, thumbnails) for target in targets for thumbnails in (True, False)}
+    assert len(keys) == 10 and "" not in keys
+    assert journal.key(Target(Video(str(tmp_path / "gone.mp4")), 1), False) == ""
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

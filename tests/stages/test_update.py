@@ -280,13 +280,25 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     groups[0].completions[2].advantage = math.nan
     config = config_of()
     update = GrpoUpdate(policy, optimizer_of(policy, config, Optimizer), config, None)
-    assert update.run(prompts, groups) == {"skipped_updates": 1.0, "updates": 0}
+    metrics = update.run(prompts, groups)
+    assert metrics.pop("parity_max") < 1e-5 and metrics == {"skipped_updates": 1.0, "updates": 0}
     assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
     groups[0].completions[2].advantage = 0.5
     metrics = update.run(prompts, groups)
     assert metrics["updates"] == policy.version == 1 and metrics["skipped_updates"] == 0
     moved = {name for name, value in policy.model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved and not any("visual" in name for name in moved)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("max_tokens", [1, WHOLE])
+def test_parity_with_log_probs_that_are_not_finite_is_infinite(
+        policy: Policy, value: float, max_tokens: int) -> None:
+    prompts, groups = groups_of(policy)
+    groups[0].completions[2].rollout_logprobs[-1] = value
+    config = config_of(max_tokens)
+    metrics = GrpoUpdate(policy, optimizer_of(policy, config), config, None).run(prompts, groups)
+    assert metrics["parity_max"] == math.inf
 
 
 def test_rewards_become_advantages_group_by_group() -> None:

@@ -1,12 +1,17 @@
-"""`veripo inspect DATA`: probe a corpus, then write media.parquet, skipped.jsonl and inspect.html together."""
+"""`veripo inspect DATA`: probe a corpus, then write media.parquet, skipped.jsonl and inspect.html together.
+
+What is found is kept as it comes in unfinished.jsonl, so that a call that was stopped goes on.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -16,7 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from veripo_fast.config.schema import Config
-from veripo_fast.errors import ConfigError
+from veripo_fast.errors import ConfigError, Interrupted
 from veripo_fast.inspect.corpus import (
     MAX_SHOWN,
     Finding,
@@ -30,6 +35,7 @@ from veripo_fast.inspect.corpus import (
     policy_sizes,
     skipped_media,
 )
+from veripo_fast.inspect.journal import Journal
 from veripo_fast.inspect.page import render
 from veripo_fast.report.frames import spread
 from veripo_fast.run.atomic import atomic_write_bytes
@@ -37,8 +43,11 @@ from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.pool import MediaPool
 from veripo_fast.video.probe import VideoFacts
 
+log = logging.getLogger(__name__)
 _BATCH = 1024
 """Rows that wait as Python objects before they go into Arrow's columns."""
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 def inspect_command(data: Sequence[Path], config: Config, out: Path, workers: int | None, limit: int | None) -> None:
@@ -51,6 +60,7 @@ def inspect_command(data: Sequence[Path], config: Config, out: Path, workers: in
 
     Raises:
         UserError: DATA holds no medium, an option cannot be used, or `out` cannot be written.
+        Interrupted: Ctrl-C; what was inspected is kept.
     """
     for name, value in (("--workers", workers), ("--limit", limit)):
         if value is not None and value < 1:
@@ -59,7 +69,11 @@ def inspect_command(data: Sequence[Path], config: Config, out: Path, workers: in
     corpus = find_media(data, config, limit)
     sizes = policy_sizes(config)
     workers = workers or len(os.sched_getaffinity(0))
-    table, thumbnails = _inspect_all(corpus.targets, config, sizes, workers)
+    journal = Journal(out, config, sizes)
+    if journal.known():
+        log.info("%s holds %d media from a call that was stopped; those that have not changed are not inspected again",
+                 journal.path, journal.known())
+    table, thumbnails = _inspect_all(corpus.targets, config, sizes, workers, journal)
     page = render(table, thumbnails, corpus, config, sizes, workers, [str(path) for path in data])
     skipped = [*corpus.records, *skipped_media(table)]
     out.mkdir(parents=True, exist_ok=True)
@@ -68,6 +82,7 @@ def inspect_command(data: Sequence[Path], config: Config, out: Path, workers: in
     atomic_write_bytes(out / "media.parquet", buffer.getvalue())
     atomic_write_bytes(out / "skipped.jsonl", b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in skipped))
     atomic_write_bytes(out / "inspect.html", page.encode(errors="replace"))
+    journal.remove()
     counts = Counter(table["status"].to_pylist())
     said = f", {len(corpus.records)} records skipped" if corpus.records else ""
     print(f"{len(table)} media: {counts['ok']} ok, {counts['skipped']} skipped{said}; "
@@ -83,8 +98,8 @@ def _check_writable(out: Path) -> None:
         raise ConfigError(f"--out {out} cannot be written: {nearest} is not a folder that this user may write to")
 
 
-def _inspect_all(targets: Sequence[Target], config: Config, sizes: PolicySizes,
-                 workers: int) -> tuple[pa.Table, dict[int, tuple[str, ...]]]:
+def _inspect_all(targets: Sequence[Target], config: Config, sizes: PolicySizes, workers: int,
+                 journal: Journal) -> tuple[pa.Table, dict[int, tuple[str, ...]]]:
     """The table of all rows, and the thumbnails of some by row number. Rows wait in Arrow's columns: 0.5 KB each."""
     torchcodec_decoder()  # its import takes seconds, which are no part of the first video's
     shown = set(spread(list(range(len(targets))), MAX_SHOWN))
@@ -94,9 +109,15 @@ def _inspect_all(targets: Sequence[Target], config: Config, sizes: PolicySizes,
     skipped = 0
 
     def one(number: int) -> Finding:
-        return inspect_medium(targets[number], config, sizes, thumbnails=number in shown)
+        target, thumbnails = targets[number], number in shown
+        key = journal.key(target, thumbnails)
+        finding = journal.get(key)
+        if finding is None:
+            finding = inspect_medium(target, config, sizes, thumbnails=thumbnails)
+            journal.add(key, finding)
+        return finding
 
-    with (MediaPool(replace(config.video, workers=workers)) as pool,
+    with (_saying_how_to_go_on(journal, len(targets)), MediaPool(replace(config.video, workers=workers)) as pool,
           tqdm(total=len(targets), desc="inspect", unit="medium") as bar):
         for number, finding in enumerate(pool.map(one, range(len(targets)))):
             assert isinstance(finding, Finding)
@@ -111,6 +132,17 @@ def _inspect_all(targets: Sequence[Target], config: Config, sizes: PolicySizes,
             bar.update()
     batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
     return pa.Table.from_batches(batches, SCHEMA), thumbnails
+
+
+@contextmanager
+def _saying_how_to_go_on(journal: Journal, total: int) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not journal.known():
+            raise
+        raise Interrupted(f"interrupted; {journal.path} keeps {journal.known()} of {total} media", EXIT_INTERRUPTED,
+                          "the same command goes on") from error
 
 
 def _schema(*parts: type) -> pa.Schema:

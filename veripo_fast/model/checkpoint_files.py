@@ -13,6 +13,13 @@ import torch
 
 from veripo_fast.errors import CheckpointError, ConfigError
 
+UNUSABLE = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+            ImportError)
+"""What libraries raise for a configuration that is JSON and still makes no sense."""
+JSON_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+              "processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "vocab.json", "chat_template.json", "model.safetensors.index.json")
+"""Files of a checkpoint that hold a JSON object each. Those that veripo does not read go into its own checkpoints."""
 TINY_POLICY = Path(__file__).parent.parent / "demo" / "tiny_policy"
 
 
@@ -24,6 +31,41 @@ def resolve_path(path: str) -> Path:
     if named.name == "latest" and named.is_file():
         return named.with_name(named.read_text("utf-8", errors="replace").strip())
     return named
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {json.dumps(value)[:40]}")
+    return value
+
+
+def check_files(folder: Path) -> None:
+    """CheckpointError when a file of a checkpoint that is text is broken, or its weights are quantised."""
+    for name in JSON_FILES:
+        if (folder / name).exists():
+            stored = read_json(folder / name)
+            if name == "config.json":
+                _refuse_quantised(folder / name, stored)
+    template = folder / "chat_template.jinja"
+    try:
+        if template.exists():
+            template.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{template} cannot be read: {error}") from error
+
+
+def _refuse_quantised(path: Path, stored: dict[str, Any]) -> None:
+    for part in (stored, stored.get("text_config"), stored.get("vision_config")):
+        settings = part.get("quantization_config") if isinstance(part, dict) else None
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            raise CheckpointError(f"{path} describes quantised weights (quantization_config, {method or 'no method'}), "
+                                  "which have no gradients; take the checkpoint that they were made from")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -72,8 +114,9 @@ def from_pretrained(model_class: Any, folder: Path, dtype: str, *, prefix: str =
     try:
         model, info = model_class.from_pretrained(dtype=getattr(torch, dtype), attn_implementation="sdpa",
                                                   output_loading_info=True, trust_remote_code=False, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
+    except UNUSABLE as error:
+        raise CheckpointError(f"the weights in {folder} cannot be loaded as its config.json describes them: "
+                              f"{error or type(error).__name__}") from error
     if info["missing_keys"]:  # transformers would leave them random, with a warning
         missing = ", ".join(prefix + name for name in sorted(info["missing_keys"]))
         raise CheckpointError(f"the weights in {folder} are incomplete: {missing}")
@@ -87,12 +130,18 @@ def weight_files(folder: Path, wanted: re.Pattern[str] | None = None) -> list[st
         CheckpointError: one is not there.
     """
     index = folder / "model.safetensors.index.json"
-    names = sorted({file for weight, file in json.loads(index.read_text())["weight_map"].items()
-                    if wanted is None or wanted.match(weight)}) if index.is_file() else ["model.safetensors"]
+    names = _indexed(index, wanted) if index.is_file() else ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} lacks the weight file {name}")
     return names
+
+
+def _indexed(index: Path, wanted: re.Pattern[str] | None) -> list[str]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise CheckpointError(f"{index} has no weight_map that names a file for each weight")
+    return sorted({file for weight, file in places.items() if wanted is None or wanted.match(weight)})
 
 
 @contextmanager
@@ -106,5 +155,7 @@ def opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"the weight file {path} is damaged: {error}") from error
 
 
-PROCESSOR_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-                    "*processor_config.json")
+COPIED_FILES = ("generation_config.json", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json",
+                "added_tokens.json", "chat_template*",
+                "*processor_config.json")
+"""What a checkpoint that is written takes from the one that training began with."""

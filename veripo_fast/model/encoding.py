@@ -7,58 +7,31 @@ cannot say which frames they took, and time Qwen2.5-VL videos as 24 fps when no 
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from jinja2.exceptions import TemplateError
 
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import CheckpointError, DataError
+from veripo_fast.model.checkpoint_files import UNUSABLE, check_files
 from veripo_fast.model.control_tokens import check_no_control_tokens, control_pattern
+from veripo_fast.model.description import (
+    check_family,
+    check_token_ids,
+    config_of,
+    end_ids_of,
+    tokenizer_of,
+    vision_spec_of,
+)
 from veripo_fast.model.positions import GridSpan, TextSpan, grid_times, mrope_positions, seconds_per_grid
-from veripo_fast.model.template_check import template_problem
 from veripo_fast.types import EncodedPrompt, Image, Media, MediaInputs, Message, Prompt, Video
 from veripo_fast.video.buffers import room
 from veripo_fast.video.decode import decode, decode_image
 from veripo_fast.video.patches import fingerprint, patchify
-
-log = logging.getLogger(__name__)
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-@dataclass(frozen=True)
-class VisionSpec:
-    """What a checkpoint's tower expects."""
-
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def factor(self) -> int:
-        """Frame sides are multiples of this, in pixels."""
-        return self.patch_size * self.merge_size
-
-    @property
-    def features(self) -> int:
-        """Numbers in a patch."""
-        return 3 * self.temporal_patch_size * self.patch_size ** 2
-
-    def num_patches(self, frames: Sequence[torch.Tensor]) -> int:
-        """Of several media, each [T, 3, H, W] with sides that are multiples of `factor`."""
-        return sum(-(-len(pixels) // self.temporal_patch_size) * (pixels[0, 0].numel() // self.patch_size ** 2)
-                   for pixels in frames)
 
 
 class PromptEncoder:
@@ -67,14 +40,16 @@ class PromptEncoder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         check_family(self.path)
-        self.config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-        self.tokenizer = _tokenizer(self.path)
-        self.vision = _vision_spec(self.path, self.config)
+        check_files(self.path)
+        self.config = config_of(self.path)
+        self.tokenizer = tokenizer_of(self.path)
+        check_token_ids(self.path, self.config, self.tokenizer)
+        self.vision = vision_spec_of(self.path, self.config)
         self.pad_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         self.pads: dict[str, str] = {
             kind: self.tokenizer.convert_ids_to_tokens(value) for kind, value in self.pad_ids.items()}
         self.eos_id: int = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.end_ids = _end_ids(self.path, self.eos_id)
+        self.end_ids = end_ids_of(self.path, self.eos_id)
         """Tokens that end a completion: those of generation_config.json, and the end of turn."""
         media_ids = {*self.pad_ids.values(), self.config.vision_start_token_id, self.config.vision_end_token_id}
         rows = set(range(self.config.get_text_config().vocab_size))
@@ -82,11 +57,21 @@ class PromptEncoder:
         """Tokens that the policy may never write: they would be read as media, or the tokenizer does not know them."""
 
         self._control = control_pattern(self.tokenizer, {*media_ids, *self.end_ids})
+        try:
+            opened = self.chat_text(Prompt("", (Message("user", ("?",)),), "text", "")).rstrip().endswith("<think>")
+        except DataError as error:
+            raise CheckpointError(f"the chat template of {self.path} cannot ask a question: {error}") from error
+        self.opens_think = opened
+        """Whether the chat template itself writes `<think>` at the end of a prompt."""
 
     # -- text ---------------------------------------------------------------------------------------------------
 
     def chat_text(self, prompt: Prompt) -> str:
-        """The prompt in the checkpoint's chat template, one unexpanded pad token per medium, ready to be answered."""
+        """The prompt in the checkpoint's chat template, one unexpanded pad token per medium, ready to be answered.
+
+        Raises:
+            DataError: the template refuses the prompt, or the prompt spells a control token.
+        """
 
         def part(value: str | Video | Image) -> dict[str, Any]:
             if isinstance(value, str):
@@ -95,14 +80,11 @@ class PromptEncoder:
 
         check_no_control_tokens(prompt, self._control)
         messages = [{"role": m.role, "content": [part(p) for p in m.parts]} for m in prompt.messages]
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, *UNUSABLE) as error:
+            raise DataError(f"the chat template fails: {str(error) or type(error).__name__}") from error
         return text
-
-    @cached_property
-    def opens_think(self) -> bool:
-        """Whether the chat template itself writes `<think>` at the end of a prompt."""
-        text = self.chat_text(Prompt("", (Message("user", ("?",)),), "text", ""))
-        return text.rstrip().endswith("<think>")
 
     def encode(self, prompt: Prompt, media: MediaInputs | None) -> EncodedPrompt:
         """Token ids and positions; `media` None for a text-only prompt."""
@@ -213,42 +195,6 @@ class PromptEncoder:
                            merge_size=spec.merge_size, mean=spec.mean, std=spec.std)
 
 
-def check_family(folder: Path) -> None:
-    """Whether veripo trains a checkpoint, before any library reads it: some ask the terminal whether to run its code.
-
-    Raises:
-        CheckpointError: no checkpoint, or one of another family.
-    """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint folder: it has no config.json")
-    try:
-        stored = json.loads((folder / "config.json").read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    family = stored.get("model_type") if isinstance(stored, dict) else None
-    if family not in FAMILIES:
-        raise CheckpointError(f"{folder} is a {family!r} checkpoint; veripo trains {' and '.join(FAMILIES)}")
-    if stored.get("auto_map"):
-        log.warning("the checkpoint %s names code of its own (auto_map); it is not run", folder)
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint, none of whose code is run, and whose chat template ends."""
-    try:
-        tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError, ImportError) as error:
-        raise CheckpointError(f"the tokenizer of {folder} cannot be loaded: {error or type(error).__name__}") from error
-    if tokenizer.init_kwargs.get("auto_map"):
-        log.warning("the tokenizer of %s names code of its own (auto_map); it is not run", folder)
-    templates = tokenizer.chat_template
-    for template in templates.values() if isinstance(templates, dict) else [templates]:
-        problem = template_problem(template) if isinstance(template, str) else ""
-        if problem:
-            raise CheckpointError(f"the chat template of {folder} {problem}; correct chat_template.jinja or "
-                                  "tokenizer_config.json there")
-    return tokenizer
-
-
 def decode_frames(media: Sequence[Media], contract: VideoConfig, factor: int, device: str = "cuda"
                   ) -> list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]]:
     """Kind, uint8 frames [T, 3, H, W] and their times in seconds, of every medium; sides are multiples of `factor`.
@@ -274,26 +220,3 @@ def _grid_seconds(pts: torch.Tensor, pair: int) -> tuple[float, ...]:
     times = pts.double().tolist()
     times += [times[-1]] * (-len(times) % pair)
     return tuple(sum(times[i:i + pair]) / pair for i in range(0, len(times), pair))
-
-
-def _end_ids(path: Path, eos_id: int) -> tuple[int, ...]:
-    """End tokens of a checkpoint: `eos_token_id` of its generation config is a number, a list of them, or absent."""
-    file = path / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    ids = named if isinstance(named, list) else [named]
-    if named is not None and not all(type(value) is int for value in ids):
-        raise CheckpointError(f"{file} has eos_token_id {named!r}; it must be a token id or a list of them")
-    return tuple(sorted({eos_id, *(ids if named is not None else ())}))
-
-
-def _vision_spec(path: Path, config: Any) -> VisionSpec:
-    """Patch geometry from the model, mean and std from the checkpoint's processor files (or the family's defaults)."""
-    vision = config.vision_config
-    mean, std = _CLIP if config.model_type == "qwen2_5_vl" else _HALF
-    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-        if (path / name).is_file():
-            stored = json.loads((path / name).read_text())
-            mean, std = stored.get("image_mean", mean), stored.get("image_std", std)
-            break
-    return VisionSpec(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size,
-                      tuple(mean), tuple(std))

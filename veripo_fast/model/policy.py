@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.model.attention import AttentionShape, implementation, select
 from veripo_fast.model.checkpoint_files import (
-    PROCESSOR_FILES,
+    COPIED_FILES,
     load_weights,
     refuse_windows,
     resolve_device,
@@ -91,6 +91,8 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
     encoder = PromptEncoder(folder)
     refuse_windows(folder, encoder.config)
     model = load_weights(AutoModelForImageTextToText, folder, config.dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig()  # the file is copied: transformers reads some that it won't write
     torch.nn.Module.to(model, resolve_device(config.device))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -106,6 +108,6 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with."""
     policy.model.save_pretrained(folder)
-    for pattern in PROCESSOR_FILES:
+    for pattern in COPIED_FILES:
         for file in policy.encoder.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)

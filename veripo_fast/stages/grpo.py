@@ -25,7 +25,9 @@ from veripo_fast.model.step import PolicyLossInputs
 from veripo_fast.reward.groups import has_signal, reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.run.metrics import read_records
 from veripo_fast.run.seeds import derive_seed
+from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, Media, Prompt, RolloutGroup
@@ -41,6 +43,7 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
                                         config.grpo.steps * config.grpo.updates_per_rollout)
     reference = stage_reference(session) if config.grpo.kl_coef else None
     update = GrpoUpdate(session.policy, optimizer, config, reference)
+    health = StageHealth(stage.name, [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
     for step in session.steps(stage, config.grpo.steps, optimizer):
         batch, session.state.position = take(prompts, order, session.state.position, config)
         following, _ = take(prompts, order, session.state.position, config)
@@ -55,8 +58,11 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         with session.phase("reward"):
             reward_groups(groups, config)
             session.keep(groups)
+            check_rollout_logprobs(groups, session.run.rollouts(stage.name, step))
+        means = rollout_metrics(groups)
+        counts = health.observe(groups, means)
         with session.phase("update"):
-            values = rollout_metrics(groups) | update.run(loaded, groups)
+            values = means | counts | update.run(loaded, groups)
         session.finish_step(values, reward=values["reward_mean"], accuracy=values["accuracy_mean"])
 
 
@@ -173,11 +179,11 @@ class GrpoUpdate:
             for name, value in self._backward([live[i] for i in numbers], counts, fresh).items():
                 metrics[name] = max(metrics[name], value) if name.endswith("_max") else metrics[name] + value
         stepped = step_policy(self.policy, self.optimizer)
+        largest = metrics.pop("parity_max")
+        engine = {"parity_max": largest} if fresh else {}
         if stepped["skipped_updates"]:
-            return stepped
-        if not fresh:
-            del metrics["parity_max"]
-        return metrics | stepped | {"packed_tokens": float(sum(lengths))}
+            return stepped | engine
+        return metrics | engine | stepped | {"packed_tokens": float(sum(lengths))}
 
     def _backward(self, rows: list[tuple[LoadedPrompt, RolloutGroup]], counts: tuple[int, int],
                   fresh: bool) -> dict[str, float]:
@@ -198,8 +204,7 @@ class GrpoUpdate:
             None if fresh else rollout_logprobs, ref_logprobs, self.config.rollout.temperature, *counts))
         loss = self.optimizer.backward(output.loss)
         clipped = output.metrics["clip_low_share"] + output.metrics["clip_high_share"]
-        parity = (output.logprobs - rollout_logprobs).abs().amax()
-        return {"loss": loss, "parity_max": parity.item(), "clip_share": clipped.item(),
+        return {"loss": loss, "parity_max": parity(output.logprobs, rollout_logprobs), "clip_share": clipped.item(),
                 "kl": output.metrics["kl"].item(), "ratio_max": output.metrics["ratio_max"].item()}
 
 

@@ -31,12 +31,12 @@ from veripo_fast.video import dali
 from veripo_fast.video.buffers import room
 from veripo_fast.video.contract import TEMPORAL_PATCH, contract_of, frame_indices, resized_size, window
 from veripo_fast.video.deadline import run_with_deadline
-from veripo_fast.video.decoders import GPU_DECODERS, readers, refuses
+from veripo_fast.video.decoders import GPU_DECODERS, PICKED, readers, refuses
 from veripo_fast.video.ffmpeg import torchcodec_decoder
 from veripo_fast.video.packets import KeptPackets, check_file, open_video, read_packets
 from veripo_fast.video.pictures import decode_pictures, pictures_of
 from veripo_fast.video.pool import MediaPool
-from veripo_fast.video.readers import LostFrameError, RefusedError, read_pyav, read_torchcodec
+from veripo_fast.video.readers import LostFrameError, RefusedError, check_frames, read_pyav, read_torchcodec
 from veripo_fast.video.timeline import Timeline, check_complete, scan_decoded, timeline_of
 
 __all__ = ["MediaPool", "check_decoder", "decode", "decode_image", "fallbacks"]
@@ -166,6 +166,8 @@ def _read(name: str, decoder_class: Any, path: str, timeline: Timeline, wanted: 
         raise RefusedError("torchcodec cannot be loaded")
     if name == "nvdec" and not device.startswith("cuda"):
         raise RefusedError("NVDEC needs a GPU")
+    if name == "torchcodec" and timeline.stream.codec in PICKED:
+        check_frames(path, timeline, wanted, deadline)
     return read_torchcodec(decoder_class, path, timeline, wanted, deadline, device if name == "nvdec" else "cpu")
 
 

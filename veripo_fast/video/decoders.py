@@ -2,8 +2,9 @@
 
 `pyav`: packets picked by us, decoded by FFmpeg; it leaves out frames that nothing refers to, a third to a half of a
 usual H.264 or HEVC file, notices damage, and can be told the colours of a file without tags. `torchcodec`: for codecs
-where there is nothing to leave out. `nvdec` (torchcodec on CUDA) and `dali` decode on the GPU. `pyav-sequential`: every
-frame from the start, the last resort.
+where there is nothing to leave out; frames of H.264 and HEVC are checked by PyAV first, which costs as much again.
+`nvdec` (torchcodec on CUDA) and `dali` decode on the GPU. `pyav-sequential`: every frame from the start, the last
+resort.
 """
 
 from __future__ import annotations

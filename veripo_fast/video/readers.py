@@ -94,8 +94,28 @@ def read_pyav(path: str, timeline: Timeline, wanted: Sequence[int], deadline: fl
             yield _orientation(frame, path)(_pixels(shown))
             if not missing:
                 return
+    raise _lost(timeline, missing)
+
+
+def check_frames(path: str, timeline: Timeline, wanted: Sequence[int], deadline: float) -> None:
+    """Decode what `read_pyav` would, and show nothing: torchcodec does not hand on what FFmpeg says of each frame.
+
+    Raises:
+        LostFrameError: a wanted frame is damaged, so torchcodec would show what FFmpeg made up.
+    """
+    missing = {timeline.keys[position] for position in wanted}
+    with open_video(path) as (container, stream):
+        runs, left_out = timeline.runs(wanted), timeline.left_out(wanted)
+        for frame in decoded_frames(path, container, stream, deadline, runs, left_out):
+            missing.discard(frame.pts)
+            if not missing:
+                return
+    raise _lost(timeline, missing)
+
+
+def _lost(timeline: Timeline, missing: set[int]) -> LostFrameError:
     first = timeline.seconds[timeline.keys.index(min(missing))] - timeline.seconds[0]
-    raise LostFrameError(f"the frame at {first:.2f} s cannot be decoded")
+    return LostFrameError(f"the frame at {first:.2f} s cannot be decoded")
 
 
 def first_orientation(path: str, deadline: float) -> Orientation:
