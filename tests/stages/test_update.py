@@ -118,6 +118,42 @@ def assert_close(one: torch.Tensor, other: torch.Tensor) -> None:
     assert (one - other).norm() <= 1e-4 * other.norm()
 
 
+@pytest.mark.parametrize(("importance", "weight"), [
+    ("token_truncate", lambda w: w.clamp(0.5, 1.3)), ("token_mask", lambda w: w * ((w >= 0.5) & (w <= 1.3)))])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_importance_weights_of_another_engine(policy: Policy, importance: str, updates: int,
+                                              weight: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """exp(trainer - engine) of each token scales its gradient; a later update compares the trainer with itself as it
+    was at the rollout, so the weights are of the same distance and the ratio starts at 1."""
+    prompts, groups = groups_of(policy)
+    generator = torch.Generator().manual_seed(4)
+    weights = []
+    for group in groups:
+        for row in group.completions:
+            gap = torch.randn(len(row.token_ids), generator=generator) * 0.5
+            weights.append(weight((-gap).exp()))
+            row.rollout_logprobs = (torch.tensor(row.rollout_logprobs) + gap).tolist()
+    options = {"importance": importance, "importance_floor": 0.5, "importance_cap": 1.3, "aggregation": "token"}
+    config = config_of(updates_per_rollout=updates, **options)
+    optimizer = optimizer_of(policy, config)
+    GrpoUpdate(policy, optimizer, config, None).run(prompts, groups)
+    expected = [torch.zeros(()) for _ in range(updates)]
+    rows = iter(weights)
+    share = len(groups) // updates
+    tokens = [sum(len(c.token_ids) for group in groups[i * share:(i + 1) * share] for c in group.completions)
+              for i in range(updates)]
+    for number, (item, group) in enumerate(zip(prompts, groups, strict=True)):
+        for completion in group.completions:
+            scaled = next(rows) * completion.advantage / tokens[number // share]
+            logprobs = plain_logprobs(policy, item, completion.token_ids, TEMPERATURE)
+            expected[number // share] = expected[number // share] - (scaled * logprobs).sum()
+    for ours, loss in zip(optimizer.recorded, expected, strict=True):
+        policy.model.zero_grad()
+        loss.backward()
+        assert_close(ours, flat([p for _, p in policy.parameters()]))
+    policy.model.zero_grad()
+
+
 # -- GRPO ------------------------------------------------------------------------------------------------------------
 
 

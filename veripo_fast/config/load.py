@@ -29,14 +29,12 @@ from veripo_fast.config.describe import (
     to_tree,
     words,
 )
+from veripo_fast.config.objectives import SAMPLING
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 
 STAGE_SECTIONS = {"grpo": ("grpo", "rollout", "reward", "optimizer"), "dpo": ("dpo", "verifier", "optimizer")}
 """Sections that `set` of a stage of each kind may change; everything else holds for the whole run."""
-
-SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
-"""Of `rollout`, what a stage may change; the engine is built once for the whole run."""
 
 Reader: TypeAlias = Callable[[Any, str], object]
 """(declared type, dotted name) -> the plain value to put there."""

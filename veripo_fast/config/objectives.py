@@ -9,6 +9,7 @@ from typing import Literal
 from veripo_kernels.options import (
     AdvantageKind,
     Aggregation,
+    Importance,
     KlKind,
     PolicyLoss,
     PolicyLossName,
@@ -18,6 +19,8 @@ from veripo_kernels.options import (
 
 from veripo_fast.config.checks import as_config_error, positive, require, unit_interval
 
+SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
+"""Fields of `RolloutConfig` that a stage may change; the engine is built once for the whole run."""
 VLLM_OPTIONS = ("weights", "vision", "kv_cache_gb", "max_sequences", "parity_every", "parity_tolerance",
                 "stall_seconds")
 """Fields of `RolloutConfig` that only the engine vllm reads."""
@@ -116,6 +119,13 @@ class GrpoConfig:
     """Estimator of the KL (Schulman 2020)."""
     aggregation: Aggregation | None = None
     """Mean per completion then over completions, over all tokens, or sum / max_new_tokens; null: the loss's own."""
+    importance: Importance | None = None
+    """Corrects for an engine whose log-probs are not the trainer's: a weight exp(trainer - engine), truncated or
+    masked, per token or completion; null: none. With several updates per rollout it costs a pass for the trainer's."""
+    importance_floor: float = 0.0
+    """Smallest such weight."""
+    importance_cap: float = 2.0
+    """Largest such weight."""
     drop_easy: float = 0.0
     """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
 
@@ -127,6 +137,9 @@ class GrpoConfig:
         with as_config_error():
             PolicyLoss(self.loss, aggregation=self.aggregation, constant_length=1, clip_low=self.clip_low,
                        clip_high=self.clip_high, dual_clip=self.dual_clip, kl_coef=self.kl_coef, kl_kind=self.kl_kind)
+        require(0 <= self.importance_floor < self.importance_cap,
+                f"importance_floor must be at least 0 and below importance_cap, got {self.importance_floor} and "
+                f"{self.importance_cap}")
         unit_interval(self, "drop_easy")
 
 

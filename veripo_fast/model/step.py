@@ -68,12 +68,15 @@ class PolicyLossInputs:
     """Completions of the whole update."""
     num_tokens: int
     """Completion tokens of the whole update."""
+    rollout_logprobs: torch.Tensor | None = None
+    """float32 [M] of the engine, for the importance weights."""
 
     def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
                 ) -> StepOutput:
         return StepOutput(*linear_policy_loss(
             hidden, head, targets, self.old_logprobs, self.advantages, cu_seqlens, loss=self.loss,
-            temperature=self.temperature, ref_logprobs=self.ref_logprobs, num_sequences=self.num_sequences,
+            temperature=self.temperature, ref_logprobs=self.ref_logprobs,
+            rollout_logprobs=self.rollout_logprobs, num_sequences=self.num_sequences,
             num_tokens=self.num_tokens, advantages_per="sequence"))
 
 

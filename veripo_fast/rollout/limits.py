@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
-from veripo_fast.errors import ConfigError
+from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.model.policy import Policy
 from veripo_fast.text import memory
 
@@ -30,6 +31,14 @@ class EngineLimits:
     sequences: int
     """Completions that are sampled together."""
     kv_cache_bytes: int
+
+    def check(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> None:
+        """Raise TrainingError when a prompt does not fit."""
+        if max(prompt_tokens) + max_new_tokens > self.context_tokens:
+            raise TrainingError(
+                f"a prompt of {max(prompt_tokens)} tokens with a completion of {max_new_tokens} does not fit into the "
+                f"engine's context of {self.context_tokens}; raise data.max_prompt_tokens (up to what the model has "
+                "positions for), or lower rollout.max_new_tokens, video.max_frames or video.max_pixels")
 
 
 def limits_of(config: Config, policy: Policy) -> EngineLimits:

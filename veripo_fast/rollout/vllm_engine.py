@@ -10,11 +10,9 @@ cache outlives a call, so completions depend on weights, prompts and sampling al
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,12 +20,15 @@ import torch
 from veripo_fast.errors import ConfigError, TrainingError, UserError
 from veripo_fast.model.policy import Policy
 from veripo_fast.rollout import vllm_library as library
-from veripo_fast.rollout.engine_input import PositionTable, Vision, media_of
-from veripo_fast.rollout.limits import EngineLimits
-from veripo_fast.rollout.protocol import Sampling, not_finite
+from veripo_fast.rollout.engine_input import Vision, media_of
+from veripo_fast.rollout.limits import EngineLimits, free_bytes
+from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.rollout.vllm_hooks import EngineFailure, Hooks
+from veripo_fast.rollout.vllm_output import group_of
 from veripo_fast.rollout.watchdog import Watchdog
 from veripo_fast.run.seeds import derive_seed
-from veripo_fast.types import Completion, LoadedPrompt, Message, Prompt, RolloutGroup
+from veripo_fast.text import memory
+from veripo_fast.types import LoadedPrompt, Message, Prompt, RolloutGroup
 from veripo_fast.weights.layouts import Geometry
 from veripo_fast.weights.sync import WeightSync
 
@@ -36,17 +37,12 @@ _IDLE_STEPS = 1000
 """Engine steps in a row that compute nothing while requests wait."""
 
 
-class EngineFailure(RuntimeError):
-    """The engine stopped working in the middle of a batch."""
-
-
 class VllmEngine:
     """Samples with vLLM from weights that are the policy's own, or follow it.
 
     Args:
         policy: whose weights are sampled; its encoder renders the prompts.
-        limits: what the engine is built for.
-        vision: what the engine gets of a medium.
+        limits, vision: what the engine is built for, and what it gets of a medium.
         weights: `alias` shares the trainer's weights wherever it can, `copy` keeps a second copy.
         stall_seconds: an engine that computes nothing for so long ends the process.
 
@@ -63,9 +59,7 @@ class VllmEngine:
         self.weights: Literal["alias", "copy"] = weights
         self.watchdog = Watchdog(stall_seconds)
         self.rebuilds = 0
-        self.temperature = 1.0
-        self.positions = PositionTable()
-        self._calls = {"compute_logits": 0, "get_mrope_input_positions": 0}
+        self.hooks = Hooks()
         self._requests = 0
         self._asleep: set[str] = set()
         self._version: int | None = None
@@ -84,7 +78,7 @@ class VllmEngine:
         """
         if not prompts:
             return []
-        self._check_lengths(prompts, sampling)
+        self.limits.check([len(item.encoded.token_ids) for item in prompts], sampling.max_new_tokens)
         try:
             outputs = self._attempt(prompts, sampling, on_progress, keep_caches)
         except EngineFailure as error:
@@ -94,7 +88,7 @@ class VllmEngine:
             except EngineFailure as again:
                 raise TrainingError("the engine failed again after it was built anew for the same batch: "
                                     f"{again}") from again
-        return [self._group(item, output, sampling) for item, output in zip(prompts, outputs, strict=True)]
+        return [group_of(item, output, sampling, self.policy) for item, output in zip(prompts, outputs, strict=True)]
 
     def sync(self) -> dict[str, float]:
         """See `RolloutEngine`: `sync_bytes` and `sync_seconds`."""
@@ -131,11 +125,11 @@ class VllmEngine:
         self._wake("kv_cache")
         if not keep_caches:
             self.reset_caches()
-        self.positions.clear()
-        self.temperature = sampling.temperature or 1.0
+        self.hooks.positions.clear()
+        self.hooks.temperature = sampling.temperature or 1.0
         numbers: dict[str, int] = {}
         outputs: list[Any] = [None] * len(prompts)
-        with self.watchdog.watching(), self._failures(), self._abort_on_error(numbers):
+        with self._batch(numbers):
             for number, item in enumerate(prompts):
                 numbers[self._add(item, sampling, number)] = number
             for output in self._steps():
@@ -156,7 +150,7 @@ class VllmEngine:
             seed=derive_seed(sampling.seed, number), max_tokens=sampling.max_new_tokens, end_ids=encoder.end_ids,
             banned_ids=encoder.banned_ids)
         media = media_of(encoder, item, self.vision)
-        self.positions.add(item.encoded, [medium.key for medium in media])
+        self.hooks.positions.add(item.encoded, [medium.key for medium in media])
         name = f"veripo-{self._requests}"
         self._requests += 1
         self.engine.add_request(name, library.rendered(item.encoded.token_ids.tolist(), media), parameters)
@@ -164,45 +158,17 @@ class VllmEngine:
 
     def _steps(self) -> Iterator[Any]:
         """Finished requests as they come. Raises EngineFailure when the engine computes nothing any more."""
-        idle, calls = 0, self._calls["compute_logits"]
+        idle, calls = 0, self.hooks.calls["compute_logits"]
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 if output.finished:
                     yield output
-            idle = idle + 1 if self._calls["compute_logits"] == calls else 0
+            idle = idle + 1 if self.hooks.calls["compute_logits"] == calls else 0
             if idle == 0:
-                calls = self._calls["compute_logits"]
+                calls = self.hooks.calls["compute_logits"]
                 self.watchdog.progress()
             elif idle == _IDLE_STEPS:
                 raise EngineFailure(f"it computed nothing in {idle} steps while requests were waiting")
-
-    def _group(self, item: LoadedPrompt, output: Any, sampling: Sampling) -> RolloutGroup:
-        encoder = self.policy.encoder
-        completions = []
-        for row in sorted(output.outputs, key=lambda row: row.index):
-            ids = list(row.token_ids)
-            logprobs = [float(step[token].logprob) for token, step in zip(ids, row.logprobs, strict=True)]
-            if not all(map(math.isfinite, logprobs)):
-                raise not_finite(self.policy.version)
-            if not set(ids).isdisjoint(encoder.banned_ids):
-                raise TrainingError(f"the engine wrote a token that may not be written; its logit is {-library.BAN:g} "
-                                    "above all others, so the policy has collapsed: go back to an earlier checkpoint")
-            completions.append(Completion(
-                token_ids=ids, text=encoder.decode_completion(ids), rollout_logprobs=logprobs,
-                finish_reason="stop" if ids[-1] in encoder.end_ids else "length", policy_version=self.policy.version))
-        if sampling.temperature == 0:
-            completions = [replace(completions[0], token_ids=list(completions[0].token_ids),
-                                   rollout_logprobs=list(completions[0].rollout_logprobs))
-                           for _ in range(sampling.group_size)]
-        return RolloutGroup(item.prompt, completions, encoder.opens_think)
-
-    def _check_lengths(self, prompts: Sequence[LoadedPrompt], sampling: Sampling) -> None:
-        longest = max(len(item.encoded.token_ids) for item in prompts)
-        if longest + sampling.max_new_tokens > self.limits.context_tokens:
-            raise TrainingError(
-                f"a prompt of {longest} tokens with a completion of {sampling.max_new_tokens} does not fit into the "
-                f"engine's context of {self.limits.context_tokens}; raise data.max_prompt_tokens, or lower "
-                "rollout.max_new_tokens, video.max_frames or video.max_pixels")
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
@@ -236,23 +202,17 @@ class VllmEngine:
         self.reset_caches()
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Whatever vLLM raises becomes an EngineFailure; what the user or this file raises passes."""
+    def _batch(self, requests: dict[str, int]) -> Iterator[None]:
+        """Whatever vLLM raises becomes an EngineFailure; requests of a batch that ends early, by Ctrl-C too, are
+        taken out of the engine."""
         try:
-            yield
-        except (UserError, EngineFailure):
-            raise
-        except Exception as error:  # any of its layers may fail in any way, and one new try is cheap
-            raise EngineFailure(f"{type(error).__name__}: {error}") from error
-
-    @contextmanager
-    def _abort_on_error(self, requests: dict[str, int]) -> Iterator[None]:
-        """Requests of a batch that ends early, by Ctrl-C too, do not stay in the engine."""
-        try:
-            yield
-        except BaseException:
+            with torch.random.fork_rng(devices=()), self.watchdog.watching():
+                yield
+        except BaseException as error:
             self.engine.abort_request(list(requests))
-            raise
+            if isinstance(error, (UserError, EngineFailure)) or not isinstance(error, Exception):
+                raise
+            raise EngineFailure(f"{type(error).__name__}: {error}") from error
 
     # -- life of the engine -------------------------------------------------------------------------------------------
 
@@ -266,7 +226,7 @@ class VllmEngine:
             library.let_seeds_work_on_cpu(runner)
         if self.vision == "output":
             self.model.visual = library.TowerStub(self.model.visual)
-        self._hook()
+        self.hooks.install(self.model)
         self._sync = WeightSync(self.policy.model.named_parameters(), self.model.named_parameters(),
                                 Geometry.of(self.policy.model.config), mode=self.weights,
                                 tower=self.vision == "pixels")
@@ -278,29 +238,6 @@ class VllmEngine:
                  self.library_version, type(runner).__name__, time.perf_counter() - started,
                  len(aliasing.aliased) + len(aliasing.copied), len(aliasing.aliased), len(aliasing.copied), report)
 
-    def _hook(self) -> None:
-        """Put our temperature and positions in place of the model's."""
-        plain = self.model.compute_logits
-
-        def compute_logits(*arguments: Any, **named: Any) -> torch.Tensor | None:
-            self._calls["compute_logits"] += 1
-            logits = plain(*arguments, **named)
-            if logits is None:  # another tensor-parallel rank has them
-                return None
-            return logits.float() if self.temperature == 1 else logits.float().div_(self.temperature)
-
-        def get_mrope_input_positions(input_tokens: Sequence[int], mm_features: Sequence[Any]
-                                      ) -> tuple[torch.Tensor, int]:
-            self._calls["get_mrope_input_positions"] += 1
-            media = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-            found = self.positions.find(list(input_tokens), [feature.identifier for feature in media])
-            if found is None:
-                raise EngineFailure(f"it asks for positions of {len(input_tokens)} tokens that it was not given")
-            return found
-
-        self.model.compute_logits = compute_logits
-        self.model.get_mrope_input_positions = get_mrope_input_positions
-
     def _probe(self, runner: str) -> None:
         """One token of one text prompt: whether this version calls what was replaced.
 
@@ -308,9 +245,9 @@ class VllmEngine:
             ConfigError: it does not, so its log-probs or positions would be others.
         """
         prompt = Prompt("probe", (Message("user", ("?",)),), "text", "")
-        before = dict(self._calls)
+        before = dict(self.hooks.calls)
         self._attempt([LoadedPrompt(prompt, self.policy.encoder.encode(prompt, None), None)], Sampling(1, 0.5, 1, 0))
-        unused = [name for name, count in self._calls.items() if count == before[name]]
+        unused = [name for name, count in self.hooks.calls.items() if count == before[name]]
         if unused:
             raise ConfigError(f"{self.library_version} with its {runner} does not call {' and '.join(unused)} of its "
                               f"model; take version {library.TESTED[-1]}")
@@ -346,15 +283,14 @@ class VllmEngine:
             self.engine.wake_up([kind])
         except RuntimeError as error:  # out of memory
             log.warning("the engine could not take back the memory of its %s (%s); tried once more", kind, error)
+            torch.cuda.empty_cache()
             self._wake_again(kind)
         self._asleep.discard(kind)
 
     def _wake_again(self, kind: str) -> None:
-        torch.cuda.empty_cache()
         try:
             self.engine.wake_up([kind])
         except RuntimeError as error:
-            free, total = torch.cuda.mem_get_info()
             raise TrainingError(
-                f"the engine cannot take back the memory of its {kind}: {free / 2 ** 30:.1f} of {total / 2 ** 30:.1f} "
-                "GiB are free while it needs more; lower rollout.kv_cache_gb or optimizer.max_tokens") from error
+                f"the engine cannot take back the memory of its {kind}, {memory(free_bytes(self.policy.device))} are "
+                "free; lower rollout.kv_cache_gb or optimizer.max_tokens") from error

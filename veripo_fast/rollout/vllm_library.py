@@ -15,6 +15,7 @@ import gc
 import importlib.metadata
 import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,7 +65,8 @@ def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool) -
         os.environ.setdefault(name, value)
     if not gpu:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(limits.kv_cache_bytes >> 30, 1))
-    with _process_kept():
+    with _process_kept(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning))  # of its own imports
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 

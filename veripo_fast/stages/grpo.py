@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from veripo_kernels import PolicyLoss
@@ -144,6 +145,15 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
             "prompts": len(groups)}
 
 
+class UpdateRow(NamedTuple):
+    """A prompt with its rewarded group, as an update takes it."""
+
+    prompt: LoadedPrompt
+    group: RolloutGroup
+    old_logprobs: torch.Tensor | None
+    """float32 [tokens of the group]: the trainer's at the weights of the rollout, where they were computed."""
+
+
 class GrpoUpdate:
     """The updates of one stage; `ref` is the policy at its start, or None without a KL term."""
 
@@ -158,22 +168,34 @@ class GrpoUpdate:
         """`updates_per_rollout` optimizer steps over a rewarded rollout batch; returns their mean metrics."""
         share = -(-self.config.grpo.prompts_per_step // self.config.grpo.updates_per_rollout)
         version = self.policy.version
+        updated = [UpdateRow(prompt, group, None) for prompt, group in zip(prompts, groups, strict=True)]
+        if self.config.grpo.importance:
+            updated[share:] = [self._with_old_logprobs(row) for row in updated[share:]]
         rows: list[dict[str, float]] = []
         for start in range(0, len(groups), share):
-            part = list(zip(prompts[start:start + share], groups[start:start + share], strict=True))
+            part = updated[start:start + share]
             metrics = self._update(part, fresh=self.policy.version == version)
             if metrics is not None:
                 rows.append(metrics)
         return _means(rows) | {"updates": self.policy.version - version}
 
-    def _update(self, part: list[tuple[LoadedPrompt, RolloutGroup]], fresh: bool) -> dict[str, float] | None:
+    @torch.no_grad()
+    def _with_old_logprobs(self, row: UpdateRow) -> UpdateRow:
+        """With the trainer's log-probs before the first update, where the loss compares them with the engine's."""
+        if not has_signal(row.group):
+            return row
+        batch = pack([(row.prompt.encoded, [c.token_ids for c in row.group.completions])])
+        return row._replace(old_logprobs=self.policy.completion_logprobs(
+            batch, [row.prompt.features], temperature=self.config.rollout.temperature))
+
+    def _update(self, part: list[UpdateRow], fresh: bool) -> dict[str, float] | None:
         """One optimizer step; None when no group carries a signal."""
-        live = [(prompt, group) for prompt, group in part if has_signal(group)]
+        live = [row for row in part if has_signal(row.group)]
         if not live:
             return None
-        completions = [c for _, group in part for c in group.completions]
+        completions = [c for row in part for c in row.group.completions]
         counts = (len(completions), sum(len(c.token_ids) for c in completions))
-        lengths = [packed_length(prompt.encoded, [c.token_ids for c in group.completions]) for prompt, group in live]
+        lengths = [packed_length(row.prompt.encoded, [c.token_ids for c in row.group.completions]) for row in live]
         metrics = {"loss": 0.0, "clip_share": 0.0, "kl": 0.0, "ratio_max": 0.0, "parity_max": 0.0}
         for numbers in micro_batches(lengths, self.config.optimizer.max_tokens):
             for name, value in self._backward([live[i] for i in numbers], counts, fresh).items():
@@ -185,27 +207,34 @@ class GrpoUpdate:
             return stepped | engine
         return metrics | engine | stepped | {"packed_tokens": float(sum(lengths))}
 
-    def _backward(self, rows: list[tuple[LoadedPrompt, RolloutGroup]], counts: tuple[int, int],
-                  fresh: bool) -> dict[str, float]:
+    def _backward(self, rows: list[UpdateRow], counts: tuple[int, int], fresh: bool) -> dict[str, float]:
         """Forward and backward of one micro-batch; `counts`: completions and tokens of the whole update."""
         device = self.policy.device
-        prompts = [prompt for prompt, _ in rows]
-        completions = [c for _, group in rows for c in group.completions]
-        advantages = [value for _, group in rows for value in scores_of(group, "advantage")]
-        batch = pack([(prompt.encoded, [c.token_ids for c in group.completions]) for prompt, group in rows])
+        prompts = [row.prompt for row in rows]
+        completions = [c for row in rows for c in row.group.completions]
+        advantages = [value for row in rows for value in scores_of(row.group, "advantage")]
+        batch = pack([(row.prompt.encoded, [c.token_ids for c in row.group.completions]) for row in rows])
         rollout_logprobs = torch.tensor([v for c in completions for v in c.rollout_logprobs], device=device)
         ref_logprobs = None
         if self.ref is not None:
             with torch.no_grad():
                 ref_logprobs = self.ref.completion_logprobs(batch, self.ref.features_of(prompts),
                                                             temperature=self.config.rollout.temperature)
+        old_logprobs = None if fresh else _joined([row.old_logprobs for row in rows], rollout_logprobs)
         output = self.policy.step(batch, self.policy.features_of(prompts), PolicyLossInputs(
-            self.loss, torch.tensor(advantages, device=device),
-            None if fresh else rollout_logprobs, ref_logprobs, self.config.rollout.temperature, *counts))
+            self.loss, torch.tensor(advantages, device=device), old_logprobs, ref_logprobs,
+            self.config.rollout.temperature, *counts,
+            rollout_logprobs=rollout_logprobs if self.config.grpo.importance else None))
         loss = self.optimizer.backward(output.loss)
         clipped = output.metrics["clip_low_share"] + output.metrics["clip_high_share"]
         return {"loss": loss, "parity_max": parity(output.logprobs, rollout_logprobs), "clip_share": clipped.item(),
                 "kl": output.metrics["kl"].item(), "ratio_max": output.metrics["ratio_max"].item()}
+
+
+def _joined(parts: Sequence[torch.Tensor | None], otherwise: torch.Tensor) -> torch.Tensor:
+    """The log-probs of several groups in a row; `otherwise` where they were not computed."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else otherwise
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -222,4 +251,5 @@ def policy_loss_of(config: Config) -> PolicyLoss:
     grpo = config.grpo
     return PolicyLoss(grpo.loss, aggregation=grpo.aggregation, constant_length=config.rollout.max_new_tokens,
                       clip_low=grpo.clip_low, clip_high=grpo.clip_high, dual_clip=grpo.dual_clip, kl_coef=grpo.kl_coef,
-                      kl_kind=grpo.kl_kind)
+                      kl_kind=grpo.kl_kind, importance=grpo.importance or "token_truncate",
+                      importance_floor=grpo.importance_floor, importance_cap=grpo.importance_cap)
