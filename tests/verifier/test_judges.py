@@ -169,6 +169,23 @@ def test_likelihood_judge_on_values_compares_the_answers_of_the_group():
     assert rows[0][1].supported_answer == "1" and rows[0][1].score == pytest.approx(-0.1)
 
 
+def test_likelihood_judge_stops_between_two_forward_passes():
+    """A group is one forward pass; what is asked to stop sees no second one."""
+    passes = []
+
+    def scorer(asked, prefixes, continuations):
+        passes.append(asked)
+        return [0.0] * len(prefixes)
+
+    def stop(completions):
+        raise KeyboardInterrupt
+
+    groups = [group(written("so right", "B"), to=prompt(prompt_id=f"p{number}")) for number in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        LikelihoodJudge(scorer).judge(groups, stop)
+    assert len(passes) == 1
+
+
 def test_likelihood_with_one_candidate_has_no_verdict():
     same = group(written("so 1", "1"), written("so 1", "1"), to=prompt("number", "1"))
     rows = judged(LikelihoodJudge(Scorer({})), same)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 
 from veripo_fast.reward.answers import normalise_text, plain
@@ -32,6 +33,9 @@ _SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\n")
 _BEGIN = re.compile(r"\S")
 _LONGEST_SENTENCE = 500
 """Characters after a marker that are read, so that no text takes long."""
+_MOST_MARKERS = 1000
+"""Markers that are read at each end of a text: the first and the last conclusion are what matters. A completion of
+100,000 characters can hold 33,000, and nobody reasons so."""
 _NEAR = 12
 """Characters after a strong marker within which an answer is the one meant, whatever else the sentence mentions."""
 
@@ -58,13 +62,15 @@ def conclusions(think: str, prompt: Prompt, given: Sequence[str] = ()) -> list[C
     think = plain(think)
     found = [Conclusion(match.group(1), match.start()) for match in _LETTER_IS_RIGHT.finditer(think)
              if prompt.problem_type == "choice" and match.group(1) in letters(prompt.options)]
+    read = _Reader(prompt, tuple(given))
     markers = list(_MARKER.finditer(think))
-    for marker, following in zip_longest(markers, markers[1:]):
+    both = list(zip_longest(markers, markers[1:]))
+    for marker, following in both if len(both) <= 2 * _MOST_MARKERS else both[:_MOST_MARKERS] + both[-_MOST_MARKERS:]:
         end = min(following.start() if following else len(think), marker.end() + _LONGEST_SENTENCE)
         begin = _BEGIN.search(think, marker.end(), end)
         sentence_end = _SENTENCE_END.search(think, begin.start() if begin else end, end)
         span = think[marker.end():sentence_end.start() if sentence_end else end]
-        answers = _answers(span, prompt, given, strong=bool(marker["strong"]))
+        answers = read.answers(span, bool(marker["strong"]))
         if answers:
             found.append(Conclusion(answers[0] if len(answers) == 1 else None, marker.start()))
     return sorted(found, key=lambda conclusion: conclusion.start)
@@ -76,17 +82,33 @@ def supported_answer(think: str, prompt: Prompt, given: Sequence[str] = ()) -> s
     return found[-1].answer if found else None
 
 
-def _answers(span: str, prompt: Prompt, given: Sequence[str], strong: bool) -> list[str]:
-    """The distinct answers that one concluding sentence names."""
-    if prompt.problem_type == "choice":
-        mentions = _choices(span, prompt.options)
-    elif prompt.problem_type in ("number", "estimate") or (given and all(read_number(text) for text in given)):
-        return _numbers(span, strong)
-    else:
-        mentions = _phrases(span, dict(zip(given, given, strict=True)))
+class _Reader:
+    """Reads concluding sentences for one prompt, equal ones once; `given` as in `conclusions`."""
+
+    def __init__(self, prompt: Prompt, given: tuple[str, ...]) -> None:
+        self.prompt = prompt
+        numbers = len(given) > 0 and all(map(read_number, given))
+        self.numeric = numbers or prompt.problem_type in ("number", "estimate")
+        short = tuple(text for text in given if len(text) <= _LONGEST_SENTENCE)
+        self.phrases = _phrase_patterns(short, short)
+        self._known: dict[tuple[str, bool], list[str]] = {}
+
+    def answers(self, span: str, strong: bool) -> list[str]:
+        """The distinct answers that one concluding sentence names."""
+        key = (span, strong)
+        if key not in self._known:
+            self._known[key] = self._read(span, strong)
+        return self._known[key]
+
+    def _read(self, span: str, strong: bool) -> list[str]:
+        if self.prompt.problem_type == "choice":
+            return _distinct(_choices(span, self.prompt.options), strong)
+        if self.numeric:
+            return _numbers(span, strong)
+        mentions = _phrases(span, self.phrases)
         if not mentions and strong and span.strip(" :.,"):
             return [span.strip(" :.,")]
-    return _distinct(mentions, strong)
+        return _distinct(mentions, strong)
 
 
 def _distinct(mentions: list[_Mention], strong: bool) -> list[str]:
@@ -102,30 +124,43 @@ _LETTER = re.compile(r"(?i:option|choice)\s+\(?([A-Z])\)?(?![\w'])|\(([A-Za-z])\
                      r"|(?<![\w'(])([AI])(?=\s*(?:$|[.,:!?)]|is\b|because\b|since\b))")
 
 
-def _choices(span: str, options: Sequence[str]) -> list[_Mention]:
+def _choices(span: str, options: tuple[str, ...]) -> list[_Mention]:
     """Options named by letter or by text; numeric options also by value (`three`)."""
     allowed = letters(options)
     lettered = [_Mention(letter, match.start(), match.end()) for match in _LETTER.finditer(span)
                 if (letter := next(group for group in match.groups() if group).upper()) in allowed]
-    values = {number.value: letter for option, letter in zip(options, allowed, strict=False)
-              if (number := read_number(option)) is not None}
+    values = _option_values(options)
     if len(values) == len(options) > 0:
         return _outermost(span, lettered) or [_Mention(values[value], 0, 0) for text in _numbers(span, strong=False)
                                               if (value := float(text.rstrip("%"))) in values]
-    phrases = _phrases(span, dict(zip(options, allowed, strict=False)))
+    phrases = _phrases(span, _phrase_patterns(options, tuple(allowed)))
     return _outermost(span, lettered + phrases) or _distinctive(span, options)
 
 
-def _phrases(span: str, answers: dict[str, str]) -> list[_Mention]:
-    """Where the texts (keys) stand in the span as whole words, articles aside; longer ones hide those inside them."""
-    found = []
-    for text, answer in answers.items():
+@lru_cache(maxsize=256)
+def _option_values(options: tuple[str, ...]) -> dict[float, str]:
+    """Value -> letter of the options that are numbers."""
+    return {number.value: letter for option, letter in zip(options, letters(options), strict=False)
+            if (number := read_number(option)) is not None}
+
+
+@lru_cache(maxsize=256)
+def _phrase_patterns(texts: tuple[str, ...], answers: tuple[str, ...]) -> list[tuple[re.Pattern[str], str]]:
+    """What finds each text as whole words, articles aside, and the answer that it stands for."""
+    patterns = []
+    for text, answer in dict(zip(texts, answers, strict=False)).items():
         said = re.findall(r"[^\W_]+", plain(text).casefold())
         said = said[1:] if len(said) > 1 and said[0] in ("a", "an", "the") else said
         pattern = r"(?<![\w.])" + r"(?:\W+(?:an?|the))?\W+".join(map(re.escape, said)) + r"(?!\w)(?!\.\d)"
-        found += [_Mention(answer, match.start(), match.end())
-                  for match in re.finditer(pattern, span, re.IGNORECASE) if said]
-    return _outermost(span, found)
+        if said:
+            patterns.append((re.compile(pattern, re.IGNORECASE), answer))
+    return patterns
+
+
+def _phrases(span: str, patterns: Sequence[tuple[re.Pattern[str], str]]) -> list[_Mention]:
+    """Where the texts stand in the span; longer ones hide those inside them."""
+    return _outermost(span, [_Mention(answer, match.start(), match.end())
+                             for pattern, answer in patterns for match in pattern.finditer(span)])
 
 
 def _outermost(span: str, mentions: list[_Mention]) -> list[_Mention]:
@@ -149,13 +184,21 @@ def _denied(span: str, mention: _Mention) -> bool:
     return bool(_DENIAL.search(span[:mention.start]) or _REFUTED.match(span[mention.end:]))
 
 
-def _distinctive(span: str, options: Sequence[str]) -> list[_Mention]:
+def _distinctive(span: str, options: tuple[str, ...]) -> list[_Mention]:
     """Options whose distinguishing words all occur: "It moves to the right" is meant by "moving right"."""
     said = set(normalise_text(span).split())
+    if said & {"not", "never", "isnt", "doesnt"}:
+        return []
+    return [_Mention(letter, 0, 0) for letter, words in zip(letters(options), _own_words(options), strict=False)
+            if words and words <= said]
+
+
+@lru_cache(maxsize=256)
+def _own_words(options: tuple[str, ...]) -> list[set[str]]:
+    """The words of each option that the options do not all share."""
     worded = [set(normalise_text(option).split()) for option in options]
     shared = set.intersection(*worded) if worded else set()
-    return [_Mention(letter, 0, 0) for letter, words in zip(letters(options), worded, strict=False)
-            if words - shared and words - shared <= said and not said & {"not", "never", "isnt", "doesnt"}]
+    return [words - shared for words in worded]
 
 
 # Numbers
