@@ -19,10 +19,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
-CPU = Extension("veripo_kernels._cpp", ["csrc/gather_logprobs.cpp", "csrc/frames_to_patches.cpp"], optional=True,
-                depends=HEADERS)
-CUDA = Extension("veripo_kernels._cuda", ["csrc/gather_logprobs.cu", "csrc/frames_to_patches.cu"], optional=True,
-                 depends=HEADERS)
+STEMS = ("gather_logprobs", "frames_to_patches", "copy_slices")
+CPU = Extension("veripo_kernels._cpp", [f"csrc/{stem}.cpp" for stem in STEMS], optional=True, depends=HEADERS)
+CUDA = Extension("veripo_kernels._cuda", [f"csrc/{stem}.cu" for stem in STEMS], optional=True, depends=HEADERS)
 FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020B000000000000"]  # the oldest torch that may load it: 2.11
 
 

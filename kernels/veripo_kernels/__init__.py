@@ -25,15 +25,13 @@ if TYPE_CHECKING:
     from veripo_kernels.linear_loss import linear_policy_loss as linear_policy_loss
     from veripo_kernels.options import PolicyLoss as PolicyLoss
     from veripo_kernels.options import PreferenceLoss as PreferenceLoss
-    from veripo_kernels.slices import checksum as checksum
     from veripo_kernels.slices import copy_slices as copy_slices
 
-_HOME = {"PolicyLoss": "options", "PreferenceLoss": "options", "checksum": "slices", "copy_slices": "slices",
-         "dpo_loss": "dpo", "frames_to_patches": "frames",
-         "gather_logprobs": "gather", "gather_logprobs_fused": "gather", "group_advantages": "advantages",
-         "grpo_loss": "grpo", "linear_dpo_loss": "linear_loss", "linear_logprobs": "linear",
-         "linear_policy_loss": "linear_loss", "planes_to_frames": "frames", "planes_to_patches": "frames",
-         "resize_frames": "frames", "status": "dispatch"}
+_HOME = {"PolicyLoss": "options", "PreferenceLoss": "options", "copy_slices": "slices", "dpo_loss": "dpo",
+         "frames_to_patches": "frames", "gather_logprobs": "gather", "gather_logprobs_fused": "gather",
+         "group_advantages": "advantages", "grpo_loss": "grpo", "linear_dpo_loss": "linear_loss",
+         "linear_logprobs": "linear", "linear_policy_loss": "linear_loss", "planes_to_frames": "frames",
+         "planes_to_patches": "frames", "resize_frames": "frames", "status": "dispatch"}
 """Public name -> the module that holds it."""
 
 __all__ = [*_HOME, "reference"]

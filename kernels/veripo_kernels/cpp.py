@@ -2,7 +2,8 @@
 
 Letters: T rows, V vocabulary. Definition: reference.gather_logprobs and reference.entropy. No autograd is attached
 here; `veripo_kernels.gather` does that. Logits may have any row stride, but must be contiguous along V. The ops on
-video frames are defined by `frames_torch.py`; `frames.py` has their arguments and checks them.
+video frames are defined by `frames_torch.py`, those on slices by `slices_torch.py`; `frames.py` and `slices.py` have
+their arguments and check them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ LIBRARY = Path(__file__).with_name("_cpp.so")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 CUDA_CAPABILITY = (9, 0)
 OPS = ("gather_logprobs_forward", "gather_logprobs_backward", "gather_logprobs_fused", "isa", "resize_frames",
-       "frames_to_patches", "resize_frames_out", "frames_to_patches_out", "planes_to_frames", "planes_to_patches")
+       "frames_to_patches", "resize_frames_out", "frames_to_patches_out", "planes_to_frames", "planes_to_patches",
+       "copy_slices")
 
 
 @once
@@ -132,6 +134,12 @@ def planes_to_patches(y: torch.Tensor, u: torch.Tensor, v: torch.Tensor, height:
                                                   temporal_patch_size, dtype)
 
 
+def copy_slices(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`slices.copy_slices`, unchecked but for shapes, strides and dtypes: float32, bfloat16 or float16 that stay so, or
+    are rounded from float32."""
+    return torch.ops.veripo_cpp.copy_slices(list(sources), list(targets))
+
+
 def isa() -> str:
     """Which clone of the CPU loops runs: avx512, avx2 or baseline (also what other processors than x86-64 have).
 
@@ -203,3 +211,7 @@ def _register_fakes() -> None:
           mean: Sequence[float], std: Sequence[float], patch_size: int, merge_size: int, temporal_patch_size: int,
           dtype: torch.dtype) -> torch.Tensor:
         return patches(y, height, width, patch_size, temporal_patch_size, dtype)
+
+    @torch.library.register_fake("veripo_cpp::copy_slices")
+    def _(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+        return targets[0].new_empty(2, dtype=torch.int64)

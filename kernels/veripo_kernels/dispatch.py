@@ -27,7 +27,7 @@ OPS: dict[str, tuple[Impl, ...]] = {
     "frames_to_patches": ("cpp", "torch"),
     "planes_to_frames": ("cpp", "torch"),
     "planes_to_patches": ("cpp", "torch"),
-    "copy_slices": ("torch",),
+    "copy_slices": ("cpp", "torch"),
 }
 """Implementations of each op, in order of preference."""
 

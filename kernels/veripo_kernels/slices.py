@@ -1,7 +1,9 @@
-"""Many slices of parameters copied in one call, with a checksum of what was written: the hand-over of weights.
+"""Many slices of parameters copied in one call, with checksums of what was sent and what arrived: the hand-over of
+weights.
 
-Slices are matrices whose rows may lie apart (a part of the columns of a larger one). The checksum of tensors is the sum
-of their elements' bits, each read as a signed integer, modulo 2^64: no order of threads or blocks changes it.
+Slices are matrices whose rows may lie apart (a part of the columns of a larger one). A checksum is the sum of the words
+of 16 bits that elements consist of, each read as a signed integer, modulo 2^64: no order of threads or blocks changes
+it. `slices_torch.py` defines the op in plain torch.
 """
 
 from __future__ import annotations
@@ -10,8 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from veripo_kernels import slices_torch
+from veripo_kernels import cpp, slices_torch
 from veripo_kernels.dispatch import Impl, choose
+
+_STAY = (torch.float32, torch.bfloat16, torch.float16)
+_COMPILED = {*((dtype, dtype) for dtype in _STAY), *((torch.float32, dtype) for dtype in _STAY)}
+"""From which dtype to which the compiled op copies."""
 
 _Span = tuple[int, int, torch.Tensor, str]
 """First byte, the one after the last, the tensor, and what it is called."""
@@ -22,35 +28,33 @@ def copy_slices(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
     """Copy each source into the target of its place, rounded to the target's dtype (to nearest even).
 
     Args:
-        sources: [rows, columns] each, on one device, with columns next to each other.
+        sources: [rows, columns] each, of a floating dtype of 16 bits or more, on one device, with columns next to each
+            other.
         targets: the same shapes on that device; share no memory with each other or a source.
 
     Returns:
-        int64 []: `checksum` of the targets, computed from what was read, not from what stands there afterwards.
+        int64 [2] on that device: the checksum of what was read and rounded, and that of what the targets hold.
 
     Raises:
-        ValueError: another number of tensors, a shape, device or stride that does not fit, or shared memory; names the
-            tensor. RuntimeError: `impl` cannot be used here.
+        ValueError: another number of tensors, a shape, dtype, device or stride that does not fit, or shared memory;
+            names the tensor. RuntimeError: `impl` cannot be used here.
     """
     _check(sources, targets)
     if not targets:
-        return torch.zeros((), dtype=torch.int64)
-    choose("copy_slices", impl, targets[0].device)
+        return torch.zeros(2, dtype=torch.int64)
+    pairs = {(source.dtype, target.dtype) for source, target in zip(sources, targets, strict=True)}
+    sources, targets = [source.detach() for source in sources], [target.detach() for target in targets]
+    if _implementation(impl, targets[0].device, pairs) == "cpp":
+        return cpp.copy_slices(sources, targets)
     return slices_torch.copy_slices(sources, targets)
 
 
-def checksum(tensors: Sequence[torch.Tensor], *, impl: Impl = "auto") -> torch.Tensor:
-    """int64 []: sum of the bits of all elements, on the device of the tensors.
-
-    Args:
-        tensors: [rows, columns] each, as for `copy_slices`.
-    """
-    for number, tensor in enumerate(tensors):
-        _check_matrix(f"tensors[{number}]", tensor, tensors[0].device)
-    if not tensors:
-        return torch.zeros((), dtype=torch.int64)
-    choose("copy_slices", impl, tensors[0].device)
-    return slices_torch.checksum(tensors)
+def _implementation(impl: Impl, device: torch.device, pairs: set[tuple[torch.dtype, torch.dtype]]) -> Impl:
+    """What computes the op; `auto` takes plain torch for dtypes that the compiled op does not have."""
+    others = sorted(str(pair) for pair in pairs - _COMPILED)
+    if impl == "cpp" and others:
+        raise ValueError(f"copy_slices: impl='cpp' has no {others[0]}; impl='torch' does")
+    return choose("copy_slices", "torch" if others else impl, device)
 
 
 # -- the door ---------------------------------------------------------------------------------------------------------
@@ -70,6 +74,8 @@ def _check(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> 
 
 
 def _check_matrix(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise ValueError(f"{name} must be of a floating dtype of 16 bits or more, got {tensor.dtype}")
     if tensor.ndim != 2:
         raise ValueError(f"{name} must have shape [rows, columns], got {list(tensor.shape)}")
     if tensor.device != device:

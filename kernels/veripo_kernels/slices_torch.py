@@ -1,4 +1,4 @@
-"""Copies of slices and their checksum in plain torch: the definition, and what runs where nothing is compiled."""
+"""Copies of slices with their checksums in plain torch: the definition, and what runs where nothing is compiled."""
 
 from __future__ import annotations
 
@@ -6,26 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 def copy_slices(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
     """`slices.copy_slices`, unchecked."""
-    total = torch.zeros((), dtype=torch.int64, device=targets[0].device)
+    sums = torch.zeros(2, dtype=torch.int64, device=targets[0].device)
     for source, target in zip(sources, targets, strict=True):
-        rounded = source.detach().to(target.dtype)
-        target.detach().copy_(rounded)
-        total += _sum_of_bits(rounded)
-    return total
+        rounded = source.to(target.dtype)
+        target.copy_(rounded)
+        sums += torch.stack([_sum_of_words(rounded), _sum_of_words(target)])
+    return sums
 
 
-def checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`slices.checksum`, unchecked."""
-    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
-    for tensor in tensors:
-        total += _sum_of_bits(tensor.detach())
-    return total
-
-
-def _sum_of_bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)
+def _sum_of_words(values: torch.Tensor) -> torch.Tensor:
+    """int64 []: sum of the words of 16 bits that make up the values, each read as a signed integer."""
+    return values.contiguous().view(torch.int16).sum(dtype=torch.int64)

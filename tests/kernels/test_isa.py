@@ -35,6 +35,8 @@ SELECTION = [
     "kernels/test_frames_to_patches.py::test_planes_equal_the_definition",
     "kernels/test_frames_to_patches.py::test_the_definition_holds_where_torch_fails_on_planes",
     "kernels/test_frames_to_patches.py::test_every_level_is_normalised_as_torch_does",
+    "kernels/test_slices.py::test_equals_the_definition",
+    "kernels/test_slices.py::test_every_float_is_rounded_as_torch_does",
     "kernels/test_linear_logprobs.py::test_torch_is_as_exact_as_the_definition",
 ]
 RESUME = ["kernels/test_isa.py::test_the_paths_are_those_that_were_asked_for",

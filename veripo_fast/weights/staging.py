@@ -25,21 +25,26 @@ class Staging:
         self._done = [torch.cuda.Event() for _ in range(2)] if self.on_gpu else []
         self._turn = 0
 
-    def move(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
-        """`copy_slices` from the host to the device, on the current stream; returns its checksum, on the host.
+    def move(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+             ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`copy_slices` from the host to the device, on the current stream.
 
         Args:
             sources: [rows, columns] each, on the host. targets: the same shapes on the device.
+
+        Returns:
+            Checksums int64 []: of what was sent, on the host, and of what the targets hold, on the device.
         """
         starts, total = _places(targets)
         host, there = self._next(total)
         packed = [_carve(host, start, target) for start, target in zip(starts, targets, strict=True)]
-        sent = copy_slices(sources, packed)
+        sent = copy_slices(sources, packed)[0]
         there[:total].copy_(host[:total], non_blocking=self.on_gpu)
-        copy_slices([_carve(there, start, target) for start, target in zip(starts, targets, strict=True)], targets)
+        arrived = [_carve(there, start, target) for start, target in zip(starts, targets, strict=True)]
+        held = copy_slices(arrived, targets)[1]
         if self.on_gpu:
             self._done[self._turn].record()
-        return sent
+        return sent, held
 
     def _next(self, total: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The buffers whose turn it is, once nothing reads them any more."""

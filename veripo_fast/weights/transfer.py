@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
-from veripo_kernels import checksum, copy_slices
+from veripo_kernels import copy_slices
 
 from veripo_fast.errors import TrainingError
 from veripo_fast.weights.layouts import Part, SliceCopy
@@ -20,21 +20,24 @@ from veripo_fast.weights.staging import Staging
 Views: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Both ends of a copy, [rows, columns]."""
 
-BUCKET_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-"""By the engine's device. On a CPU a bucket is read back while the cache still holds it; on a GPU it is one launch."""
+Checksums: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""int64 [] each: of what was sent, and of what the engine holds."""
+
+BUCKET_BYTES = 64 << 20
+"""One call of `copy_slices`, which costs 50 us on a CPU, and what a checksum that differs points at."""
 
 
 class Transfer:
     """The copies of a plan between the parameters of a policy and those of an engine."""
 
     def __init__(self, copies: Sequence[SliceCopy], sources: Mapping[str, torch.Tensor],
-                 targets: Mapping[str, torch.Tensor], *, bucket_bytes: int | None = None) -> None:
+                 targets: Mapping[str, torch.Tensor], *, bucket_bytes: int = BUCKET_BYTES) -> None:
         """
         Args:
             copies: from `plan`.
             sources, targets: what its names mean; contiguous. `.data` of a parameter may be another tensor by the time
                 of `send`.
-            bucket_bytes: most bytes of a bucket as the engine has them; `BUCKET_BYTES` where it is None.
+            bucket_bytes: most bytes of a bucket as the engine has them.
 
         Raises:
             ValueError: a parameter that is not contiguous, by name.
@@ -42,7 +45,7 @@ class Transfer:
         _check_contiguous(copies, sources, targets)
         self.sources, self.targets = sources, targets
         device = next((targets[copy.target.name].device for copy in copies), torch.device("cpu"))
-        self.bucket_bytes = bucket_bytes or BUCKET_BYTES[device.type]
+        self.bucket_bytes = bucket_bytes
         self.copies = tuple(piece for copy in copies for piece in self._cut(copy))
         self._sent: set[str] = set()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -84,14 +87,14 @@ class Transfer:
         for bucket, pair in zip(buckets, sums, strict=True):
             _compare(bucket, pair)
 
-    def _move(self, bucket: Sequence[SliceCopy]) -> Views:
-        """The checksum int64 [] of what was sent, and that of what the engine holds."""
+    def _move(self, bucket: Sequence[SliceCopy]) -> Checksums:
         sources, targets = zip(*map(self._views, bucket), strict=True)
         if sources[0].device == targets[0].device:
-            return copy_slices(sources, targets), checksum(targets)
+            sums = copy_slices(sources, targets)
+            return sums[0], sums[1]
         if self._staging is None:
             self._staging = Staging(self.bucket_bytes, targets[0].device)
-        return self._staging.move(sources, targets), checksum(targets)
+        return self._staging.move(sources, targets)
 
     def _buckets(self, copies: Iterable[SliceCopy]) -> Iterator[list[SliceCopy]]:
         """Copies in order, as many as fit into a bucket, all from one device."""
@@ -149,7 +152,7 @@ def _view(tensor: torch.Tensor, part: Part, flat: bool) -> torch.Tensor:
     return tensor.detach().as_strided(size, stride, tensor.storage_offset() + part.offset)
 
 
-def _compare(bucket: Sequence[SliceCopy], sums: Views) -> None:
+def _compare(bucket: Sequence[SliceCopy], sums: Checksums) -> None:
     sent, held = (int(value) for value in sums)
     if sent != held:
         raise TrainingError(f"the engine does not hold the weights that were sent: in the bucket from "
