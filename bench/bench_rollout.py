@@ -25,48 +25,15 @@ import transformers
 
 from bench import recipe
 from bench.measure import Ratio, clock_of, paired
+from bench.wide_model import video_prompts, write_checkpoint
 from veripo_fast.config.inputs import ModelConfig
-from veripo_fast.demo import tiny_model
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.rollout.limits import EngineLimits
 from veripo_fast.rollout.parity import logprob_gaps, trainer_logprobs
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rollout.vllm_engine import VllmEngine
-from veripo_fast.types import LoadedPrompt, Message, Prompt, RolloutGroup, Video
-
-WIDE_TEXT = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-             "num_key_value_heads": 2, "head_dim": 64}
-QUESTION = " ".join(["What does the shape do after it has touched the left side?"] * 6)
-
-
-def wide_checkpoint(folder: Path) -> None:
-    """A checkpoint of 30 million parameters with the demo's tokenizer."""
-    tokenizer = tiny_model.build_tokenizer()
-    config = tiny_model.build_model("qwen3_vl", 0, tokenizer).config
-    for name, value in WIDE_TEXT.items():
-        setattr(config.text_config, name, value)
-    config.text_config.rope_parameters["mrope_section"] = [12, 10, 10]
-    config.vision_config.out_hidden_size = WIDE_TEXT["hidden_size"]
-    torch.manual_seed(0)
-    model = transformers.Qwen3VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = config.text_config.eos_token_id
-    model.save_pretrained(folder)
-    tiny_model.save_processor(folder, "qwen3_vl", tokenizer)
-
-
-@torch.no_grad()
-def video_prompts(policy: Policy, count: int) -> list[LoadedPrompt]:
-    """Questions about eight random frames each."""
-    generator = torch.Generator().manual_seed(1)
-    side = 4 * policy.encoder.vision.factor
-    prompts = []
-    for number in range(count):
-        pixels = torch.randint(0, 256, (8, 3, side, side), generator=generator, dtype=torch.uint8)
-        media = policy.encoder.media_inputs([("video", pixels, torch.arange(8).double() / 2)], f"video-{number}")
-        prompt = Prompt(f"p{number}", (Message("user", (Video(""), QUESTION)),), "text", "")
-        prompts.append(LoadedPrompt(prompt, policy.encoder.encode(prompt, media), policy.vision_features(media)))
-    return prompts
+from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 
 class Rollouts:
@@ -126,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        wide_checkpoint(Path(folder))
+        write_checkpoint(Path(folder), "30m")
         policy = load_policy(ModelConfig(path=folder, device="cpu"))
         plain = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
         engine = VllmEngine(policy, EngineLimits(1024, 8192, 256, 2 << 30))

@@ -131,10 +131,23 @@ def part_video(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
     return list(gpu.rows(device, gpu.TINY if sizes.tiny else gpu.Sizes()))
 
 
+def part_engine(device: Any, sizes: Sizes) -> list[dict[str, Any]]:
+    """vLLM beside the trainer on one GPU; the shapes of a 3B model with random weights."""
+    from bench import bench_engine
+    from veripo_fast.errors import ConfigError
+    from veripo_fast.rollout.vllm_library import check_version
+
+    try:
+        check_version()
+    except ConfigError as error:
+        return [not_measured("engine", str(error))]
+    return bench_engine.gpu_rows("30m" if sizes.tiny else "3b", 1 if sizes.tiny else 3)
+
+
 PARTS: dict[str, Callable[[Any, Sizes], list[dict[str, Any]]]] = {
     "trainable-head": _part_products(True), "frozen-head": _part_products(False), "gather": part_gather,
     "losses": part_losses, "idle": part_idle, "memory": part_memory, "accuracy": part_accuracy, "video": part_video,
-    "sweep": part_sweep,
+    "engine": part_engine, "sweep": part_sweep,
 }
 """In the order of what a short visit to a GPU should bring home first."""
 

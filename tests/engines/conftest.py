@@ -8,6 +8,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,11 @@ LIMITS = EngineLimits(context_tokens=1024, batched_tokens=2048, sequences=16, kv
 
 def own_policy(family: str, *, freeze_vision: bool = True, tied: bool = True) -> Policy:
     """A policy whose weights a test may change."""
-    folder = policies.checkpoint(family) if tied else policies.untied_checkpoint(family)
+    return policy_of(policies.checkpoint(family) if tied else policies.untied_checkpoint(family), freeze_vision)
+
+
+def policy_of(folder: Path, freeze_vision: bool = True) -> Policy:
+    """The policy of a checkpoint with its weights in memory of its own."""
     policy = load_policy(ModelConfig(path=str(folder), device="cpu", freeze_vision=freeze_vision))
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.clone()

@@ -45,18 +45,21 @@ class VllmEngine:
         limits, vision: what the engine is built for, and what it gets of a medium.
         weights: `alias` shares the trainer's weights wherever it can, `copy` keeps a second copy.
         stall_seconds: an engine that computes nothing for so long ends the process.
+        tensor_parallel: neighbouring ranks that share one engine; torch.distributed must be initialised.
 
     Raises:
         ConfigError: vLLM is not installed, or in a version that was not tested or does not call what is replaced.
     """
 
     def __init__(self, policy: Policy, limits: EngineLimits, *, vision: Vision = "output",
-                 weights: Literal["alias", "copy"] = "alias", stall_seconds: float = 600.0) -> None:
+                 weights: Literal["alias", "copy"] = "alias", stall_seconds: float = 600.0,
+                 tensor_parallel: int = 1) -> None:
         self.library_version = library.check_version()
         self.policy = policy
         self.limits = limits
         self.vision: Vision = vision
         self.weights: Literal["alias", "copy"] = weights
+        self.tensor_parallel = tensor_parallel
         self.watchdog = Watchdog(stall_seconds)
         self.rebuilds = 0
         self.hooks = Hooks()
@@ -130,6 +133,8 @@ class VllmEngine:
         numbers: dict[str, int] = {}
         outputs: list[Any] = [None] * len(prompts)
         with self._batch(numbers):
+            if self.tensor_parallel > 1:
+                library.check_same_requests([item.encoded.token_ids.tolist() for item in prompts], sampling)
             for number, item in enumerate(prompts):
                 numbers[self._add(item, sampling, number)] = number
             for output in self._steps():
@@ -158,16 +163,16 @@ class VllmEngine:
 
     def _steps(self) -> Iterator[Any]:
         """Finished requests as they come. Raises EngineFailure when the engine computes nothing any more."""
-        idle, calls = 0, self.hooks.calls["compute_logits"]
+        idle, calls = 0, -1
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 if output.finished:
                     yield output
             idle = idle + 1 if self.hooks.calls["compute_logits"] == calls else 0
+            calls = self.hooks.calls["compute_logits"]
             if idle == 0:
-                calls = self.hooks.calls["compute_logits"]
                 self.watchdog.progress()
-            elif idle == _IDLE_STEPS:
+            if idle == _IDLE_STEPS:
                 raise EngineFailure(f"it computed nothing in {idle} steps while requests were waiting")
 
     # -- what is kept -------------------------------------------------------------------------------------------------
@@ -219,7 +224,8 @@ class VllmEngine:
     def _start(self) -> None:
         """Build the engine, hook its model, and let its weights follow the trainer's."""
         started = time.perf_counter()
-        self.engine = library.build(str(self.policy.encoder.path), self.policy.model.dtype, self.limits, gpu=self._gpu)
+        self.engine = library.build(str(self.policy.encoder.path), self.policy.model.dtype, self.limits, gpu=self._gpu,
+                                    tensor_parallel=self.tensor_parallel)
         runner = library.runner_of(self.engine)
         self.model = runner.model
         if not self._gpu:
@@ -229,7 +235,8 @@ class VllmEngine:
         self.hooks.install(self.model)
         self._sync = WeightSync(self.policy.model.named_parameters(), self.model.named_parameters(),
                                 Geometry.of(self.policy.model.config), mode=self.weights,
-                                tower=self.vision == "pixels")
+                                tower=self.vision == "pixels", tp=self.tensor_parallel,
+                                rank=library.tensor_parallel_rank(self.tensor_parallel))
         self._sync.self_test(self._reload)
         aliasing, report = self._sync.start(self.policy.version)
         self._version = self.policy.version

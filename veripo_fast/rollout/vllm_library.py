@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.metadata
 import os
 import random
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from veripo_fast.errors import ConfigError
+from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.rollout.engine_input import MediumInput
 from veripo_fast.rollout.limits import EngineLimits
 
@@ -55,9 +56,10 @@ def check_version() -> str:
                       "machine with a GPU, or `make engines` for an environment that has it for CPUs")
 
 
-def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool) -> Any:
-    """An engine of this process with the shapes of a checkpoint and random weights, asleep to nothing.
+def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool, tensor_parallel: int = 1) -> Any:
+    """An engine of this process with the shapes of a checkpoint and random weights.
 
+    Where there are ranks, `tensor_parallel` neighbours share one engine, each of them driven by its own trainer.
     Random numbers, thread count and default dtype of the process stay what they were.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the trainer reads and writes its weights
@@ -70,6 +72,9 @@ def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool) -
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        ranks: dict[str, Any] = {}
+        if torch.distributed.is_initialized():
+            ranks = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
         if not gpu:
             _keep_linear_weights()
         return LLMEngine.from_engine_args(EngineArgs(
@@ -79,12 +84,35 @@ def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool) -
             max_num_seqs=limits.sequences, kv_cache_memory_bytes=limits.kv_cache_bytes, enable_prefix_caching=True,
             limit_mm_per_prompt={"image": _MEDIA_PER_PROMPT, "video": _MEDIA_PER_PROMPT}, mm_processor_cache_gb=0,
             enable_mm_embeds=True, mm_device_do_normalize=False, skip_mm_profiling=True,
-            logprobs_mode="raw_logprobs", disable_log_stats=True))
+            logprobs_mode="raw_logprobs", disable_log_stats=True, **ranks))
 
 
 def runner_of(engine: Any) -> Any:
     """The model runner of an engine of this process; `model` is its model."""
     return engine.model_executor.driver_worker.worker.model_runner
+
+
+def tensor_parallel_rank(size: int) -> int:
+    """This process among those that share its engine."""
+    return torch.distributed.get_rank() % size if size > 1 else 0
+
+
+def check_same_requests(*requests: object) -> None:
+    """Whether all tensor-parallel ranks are about to run the same requests in the same order; else they would hang.
+
+    Raises:
+        TrainingError: they are not; names the ranks.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    digest = hashlib.blake2b(repr(requests).encode(), digest_size=16).hexdigest()
+    digests: list[str] = [""] * group.world_size
+    torch.distributed.all_gather_object(digests, digest, group=group.cpu_group)
+    others = [str(group.ranks[i]) for i, other in enumerate(digests) if other != digests[0]]
+    if others:
+        raise TrainingError(f"rank {', '.join(others)} shares an engine with rank {group.ranks[0]} and was given other "
+                            "prompts or another seed; ranks of one engine must be given the same")
 
 
 def let_seeds_work_on_cpu(runner: Any) -> None:
