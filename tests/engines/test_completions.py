@@ -29,7 +29,7 @@ from veripo_fast.rollout.limits import EngineLimits
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rollout.vllm_engine import VllmEngine
-from veripo_fast.types import LoadedPrompt
+from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 FLOAT32 = 5e-5
 KINDS = [(family, tied) for family in policies.FAMILIES for tied in (True, False)]
@@ -97,10 +97,11 @@ def test_sampling_follows_the_log_probs(engine: VllmEngine) -> None:
     assert ((seen - chance).abs() <= 4.5 * spread)[likely].all()
 
 
-def test_progress_counts_every_prompt_once(engine: VllmEngine) -> None:
-    done: list[int] = []
-    engine.generate(prompts_of(engine.policy), SAMPLED, done.append)
-    assert done == [1] * len(MEDIA)
+def test_every_group_is_given_once_when_it_is_finished(engine: VllmEngine) -> None:
+    done: list[tuple[int, RolloutGroup]] = []
+    groups = engine.generate(prompts_of(engine.policy), SAMPLED, lambda number, group: done.append((number, group)))
+    assert sorted(number for number, _ in done) == list(range(len(MEDIA)))
+    assert all(groups[number] is group for number, group in done)
     assert engine.generate([], SAMPLED) == []
 
 

@@ -181,13 +181,15 @@ def test_an_end_of_turn_as_the_last_token_allowed_is_a_stop(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 8])
-def test_progress_counts_every_prompt_once_and_as_it_ends(eager_to_stop: None, max_new_tokens: int) -> None:
-    seen: list[int] = []
+def test_every_group_is_given_once_when_it_ends(eager_to_stop: None, max_new_tokens: int) -> None:
+    seen: list[tuple[int, RolloutGroup]] = []
     groups = TorchEngine(policies.policy("qwen3_vl")).generate(
-        prompts("qwen3_vl"), replace(GREEDY, max_new_tokens=max_new_tokens), seen.append)
-    assert sum(seen) == len(groups), "prompts cut off at max_new_tokens are completed as well"
-    assert 0 not in seen
-    assert len(seen) == len({len(group[0]) for group in tokens(groups)})
+        prompts("qwen3_vl"), replace(GREEDY, max_new_tokens=max_new_tokens),
+        lambda number, group: seen.append((number, group)))
+    assert sorted(number for number, _ in seen) == list(range(len(groups))), "also those cut off at max_new_tokens"
+    assert all(groups[number] is group for number, group in seen)
+    lengths = [len(group.completions[0].token_ids) for _, group in seen]
+    assert lengths == sorted(lengths), "the shortest first"
 
 
 # -- drawing one token -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
                 sampling = Sampling(samples, temperature, config.rollout.max_new_tokens,
                                     derive_seed(config.seed, "eval", mode, start), config.rollout.top_p,
                                     config.rollout.top_k)
-                groups += engine.generate(loaded, sampling, lambda done: _advance(bar, done))
+                groups += engine.generate(loaded, sampling, partial(_advance, bar))
                 check()
         if not groups:
             raise DataError("no evaluation prompt could be loaded; skipped.jsonl says why for each")
@@ -66,8 +67,8 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
     return records
 
 
-def _advance(bar: Any, prompts: int) -> None:
-    bar.update(prompts)
+def _advance(bar: Any, number: int, group: RolloutGroup) -> None:
+    bar.update(1)
 
 
 def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:

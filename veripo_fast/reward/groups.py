@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from queue import SimpleQueue
+from threading import Thread
 
 import torch
 from veripo_kernels import group_advantages
@@ -14,11 +16,12 @@ from veripo_fast.types import RolloutGroup
 
 
 def reward_groups(groups: Sequence[RolloutGroup], config: Config) -> None:
-    """Fill in accuracy, format, reward and advantage of every completion."""
+    """Fill in accuracy, format, reward and advantage of every completion; those that have a reward keep it."""
     completions = [completion for group in groups for completion in group.completions]
     with math_budget(config.reward.math_seconds_per_batch):
         for group in groups:
-            _score_group(group, config)
+            if any(completion.reward is None for completion in group.completions):
+                _score_group(group, config)
     if not completions:
         return
     owners = torch.tensor([number for number, group in enumerate(groups) for _ in group.completions])
@@ -26,6 +29,42 @@ def reward_groups(groups: Sequence[RolloutGroup], config: Config) -> None:
     advantages = group_advantages(rewards, owners, kind=config.grpo.advantage)
     for completion, advantage in zip(completions, advantages.tolist(), strict=True):
         completion.advantage = advantage
+
+
+class StreamedScores:
+    """Scores groups in a thread of its own while others are still sampled: a context manager around the sampling.
+
+    `add` is what an engine calls with each finished group. What goes wrong in the thread is raised when the block ends.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._groups: SimpleQueue[RolloutGroup | None] = SimpleQueue()
+        self._error: Exception | None = None
+        self._thread = Thread(target=self._work, name="rewards", daemon=True)
+
+    def __enter__(self) -> StreamedScores:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._groups.put(None)
+        if kind is None:
+            self._thread.join()
+            if self._error is not None:
+                raise self._error
+
+    def add(self, number: int, group: RolloutGroup) -> None:
+        """Score a group soon."""
+        self._groups.put(group)
+
+    def _work(self) -> None:
+        with math_budget(self._config.reward.math_seconds_per_batch):
+            for group in iter(self._groups.get, None):
+                try:
+                    _score_group(group, self._config)
+                except Exception as error:  # of whatever a reward does; it belongs to the thread that samples
+                    self._error = self._error or error
 
 
 def _score_group(group: RolloutGroup, config: Config) -> None:

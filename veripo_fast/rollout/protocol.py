@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from veripo_fast.errors import TrainingError
 from veripo_fast.types import LoadedPrompt, RolloutGroup
@@ -29,6 +29,10 @@ class Sampling:
     top_k: int = 0
 
 
+OnGroup: TypeAlias = Callable[[int, RolloutGroup], None]
+"""(number of the prompt in the batch, its group)."""
+
+
 class RolloutEngine(Protocol):
     """What the trainer asks of an engine that shares its process."""
 
@@ -36,8 +40,9 @@ class RolloutEngine(Protocol):
     """Times that it was built again after a failure."""
 
     def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
-                 on_progress: Callable[[int], None] | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
-        """Complete every prompt `sampling.group_size` times; `on_progress` gets the number of prompts just finished.
+                 on_group: OnGroup | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
+        """Complete every prompt `sampling.group_size` times; `on_group` gets each group as soon as it is finished,
+        while others are still sampled.
 
         The completions are those of the policy's weights as they are now: an engine that keeps its own syncs first.
         `keep_caches` leaves what the engine has kept of earlier calls, to find out whether it is stale.

@@ -6,14 +6,14 @@ leave the batch when all their completions have ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import PromptCache
-from veripo_fast.rollout.protocol import Sampling, not_finite
+from veripo_fast.rollout.protocol import OnGroup, Sampling, not_finite
 from veripo_fast.types import Completion, LoadedPrompt, RolloutGroup
 
 EngineOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -29,7 +29,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
-                 on_progress: Callable[[int], None] | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
+                 on_group: OnGroup | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
         """See `RolloutEngine`; nothing is kept between calls."""
         if not prompts:
             return []
@@ -42,9 +42,12 @@ class TorchEngine:
         logits = self.policy.head(hidden[ends])
         if not logits.isfinite().all():
             raise not_finite(self.policy.version)
-        tokens, logprobs, lengths = self._decode(logits, following, cache, sampling, on_progress)
-        return [self._group(item, tokens[rows], logprobs[rows], lengths[rows])
-                for item, rows in zip(prompts, torch.arange(len(tokens)).split(sampling.group_size), strict=True)]
+        groups: list[RolloutGroup | None] = [None] * len(prompts)
+        for number, output in self._decode(logits, following, cache, sampling):
+            groups[number] = group = self._group(prompts[number], *output)
+            if on_group is not None:
+                on_group(number, group)
+        return [group for group in groups if group is not None]
 
     def sync(self) -> dict[str, float]:
         """Nothing: the weights are the trainer's own."""
@@ -60,12 +63,14 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing."""
 
-    def _decode(self, logits: torch.Tensor, following: torch.Tensor, cache: PromptCache, sampling: Sampling,
-                on_progress: Callable[[int], None] | None) -> EngineOutput:
-        """Tokens [N*G, R], their log-probabilities, and the length of each completion; logits [N, V] start it."""
+    def _decode(self, logits: torch.Tensor, following: torch.Tensor, cache: PromptCache, sampling: Sampling
+                ) -> Iterator[tuple[int, EngineOutput]]:
+        """As prompts are finished, their number with tokens [G, R], log-probabilities, and the length of each
+        completion; logits [N, V] start it."""
         size = sampling.group_size
         logits, positions = logits.repeat_interleave(size, 0), following.repeat_interleave(size)
         rows = torch.arange(len(logits), device=logits.device)
+        numbers = torch.arange(len(logits) // size, device=logits.device)
         tokens = torch.zeros(len(logits), sampling.max_new_tokens, dtype=torch.long, device=logits.device)
         logprobs = torch.zeros(tokens.shape, device=logits.device)
         lengths = torch.full((len(logits),), sampling.max_new_tokens, device=logits.device)
@@ -79,18 +84,18 @@ class TorchEngine:
             lengths[rows[stops]] = step + 1
             ended |= stops
             done = ended.view(-1, size).all(1) | (step + 1 == sampling.max_new_tokens)
-            if on_progress is not None and done.any():
-                on_progress(int(done.sum()))
+            for number in numbers[done].tolist():
+                own = slice(number * size, (number + 1) * size)
+                yield number, (tokens[own].cpu(), logprobs[own].cpu(), lengths[own].cpu())
             if done.all():
                 break
             if done.any():
-                keep = (~done).nonzero()[:, 0]
+                numbers, keep = numbers[~done], (~done).nonzero()[:, 0]
                 cache.keep(keep)
                 alive = (~done).repeat_interleave(size)
                 rows, token, positions, ended = rows[alive], token[alive], positions[alive], ended[alive]
             logits = self.policy.head(self.policy.decode_hidden(token, positions, cache))
             positions = positions + 1
-        return tokens.cpu(), logprobs.cpu(), lengths.cpu()
 
     def _group(self, item: LoadedPrompt, tokens: torch.Tensor, logprobs: torch.Tensor,
                lengths: torch.Tensor) -> RolloutGroup:

@@ -22,7 +22,7 @@ from veripo_fast.model.policy import Policy
 from veripo_fast.rollout import vllm_library as library
 from veripo_fast.rollout.engine_input import Vision, media_of
 from veripo_fast.rollout.limits import EngineLimits, free_bytes
-from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.rollout.protocol import OnGroup, Sampling
 from veripo_fast.rollout.vllm_hooks import EngineFailure, Hooks
 from veripo_fast.rollout.vllm_output import group_of
 from veripo_fast.rollout.watchdog import Watchdog
@@ -61,9 +61,8 @@ class VllmEngine:
         self.weights: Literal["alias", "copy"] = weights
         self.tensor_parallel = tensor_parallel
         self.watchdog = Watchdog(stall_seconds)
-        self.rebuilds = 0
+        self.rebuilds = self._requests = 0
         self.hooks = Hooks()
-        self._requests = 0
         self._asleep: set[str] = set()
         self._version: int | None = None
         self._gpu = policy.device.type == "cuda"
@@ -73,7 +72,7 @@ class VllmEngine:
     # -- protocol -----------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
-                 on_progress: Callable[[int], None] | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
+                 on_group: OnGroup | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
         """See `RolloutEngine`.
 
         Raises:
@@ -83,15 +82,13 @@ class VllmEngine:
             return []
         self.limits.check([len(item.encoded.token_ids) for item in prompts], sampling.max_new_tokens)
         try:
-            outputs = self._attempt(prompts, sampling, on_progress, keep_caches)
+            return self._attempt(prompts, sampling, on_group, keep_caches)
         except EngineFailure as error:
             self._rebuild(error)
-            try:
-                outputs = self._attempt(prompts, sampling)
-            except EngineFailure as again:
-                raise TrainingError("the engine failed again after it was built anew for the same batch: "
-                                    f"{again}") from again
-        return [group_of(item, output, sampling, self.policy) for item, output in zip(prompts, outputs, strict=True)]
+        try:
+            return self._attempt(prompts, sampling)
+        except EngineFailure as error:
+            raise TrainingError(f"the engine failed again after it was built anew for the batch: {error}") from error
 
     def sync(self) -> dict[str, float]:
         """See `RolloutEngine`: `sync_bytes` and `sync_seconds`."""
@@ -121,9 +118,9 @@ class VllmEngine:
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 
-    def _attempt(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
-                 on_progress: Callable[[int], None] | None = None, keep_caches: bool = False) -> list[Any]:
-        """vLLM's output of every prompt."""
+    def _attempt(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, on_group: OnGroup | None = None,
+                 keep_caches: bool = False) -> list[RolloutGroup]:
+        """One try to complete every prompt."""
         self.sync()
         self._wake("kv_cache")
         if not keep_caches:
@@ -131,23 +128,23 @@ class VllmEngine:
         self.hooks.positions.clear()
         self.hooks.temperature = sampling.temperature or 1.0
         numbers: dict[str, int] = {}
-        outputs: list[Any] = [None] * len(prompts)
+        groups: dict[int, RolloutGroup] = {}
         with self._batch(numbers):
             if self.tensor_parallel > 1:
                 library.check_same_requests([item.encoded.token_ids.tolist() for item in prompts], sampling)
             for number, item in enumerate(prompts):
                 numbers[self._add(item, sampling, number)] = number
             for output in self._steps():
-                outputs[numbers[output.request_id]] = output
-                if on_progress is not None:
-                    on_progress(1)
-        return outputs
+                number = numbers[output.request_id]
+                groups[number] = group_of(prompts[number], output, sampling, self.policy)
+                if on_group is not None:
+                    on_group(number, groups[number])
+        return [groups[number] for number in range(len(prompts))]
 
     def _add(self, item: LoadedPrompt, sampling: Sampling, number: int) -> str:
-        """Hand over the prompt with this number in the batch; returns the name of its request.
+        """Hand over a prompt; returns the name of its request.
 
-        vLLM gives the completions of a prompt the seeds s, s + 1, ..., so prompts get seeds far from each other. A
-        greedy completion is made once and repeated.
+        vLLM gives the completions of a prompt the seeds s, s + 1, ..., so prompts get seeds far from each other.
         """
         encoder, greedy = self.policy.encoder, sampling.temperature == 0
         parameters = library.sampling_parameters(

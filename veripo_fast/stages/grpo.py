@@ -23,7 +23,7 @@ from veripo_fast.errors import DataError
 from veripo_fast.model.packing import micro_batches, pack, packed_length
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.model.step import PolicyLossInputs
-from veripo_fast.reward.groups import has_signal, reward_groups
+from veripo_fast.reward.groups import StreamedScores, has_signal, reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.run.metrics import read_records
@@ -55,7 +55,8 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         if not loaded and all(prompt in session.loader.bad for prompt in prompts):
             raise DataError(f"none of the {len(prompts)} prompts of stage {stage.name} could be loaded; "
                             f"{session.run.skipped} says why for each")
-        groups = session.generate(loaded, sampling(stage, config, step))
+        with StreamedScores(config) as scores:
+            groups = session.generate(loaded, sampling(stage, config, step), scores.add)
         with session.phase("reward"):
             reward_groups(groups, config)
             session.keep(groups)

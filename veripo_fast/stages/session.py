@@ -27,7 +27,7 @@ from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import Policy, load_policy, save_policy
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import ParityGate
-from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.rollout.protocol import OnGroup, Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.run.checkpoint import latest_checkpoint, save_checkpoint
 from veripo_fast.run.folder import RunDir
@@ -131,7 +131,7 @@ class Session:
                                       "cache_hits": done.cache_hits, "decoder_fallbacks": done.decoder_fallbacks}
             self._add_seconds(name, seconds)
 
-    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling) -> list[RolloutGroup]:
+    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, on_group: OnGroup) -> list[RolloutGroup]:
         """Sample groups from the policy as it is, and check the engine's log-probs when it is time.
 
         Raises:
@@ -140,7 +140,7 @@ class Session:
         with self.phase("sync"):
             self._engine_values |= self.engine.sync()
         with self.phase("rollout"):
-            groups = self.engine.generate(prompts, sampling)
+            groups = self.engine.generate(prompts, sampling, on_group)
         due = self.config.rollout.engine != "torch" and self.state.global_step % self.config.rollout.parity_every == 0
         if due or not self._checked_parity:
             with self.phase("parity"):
