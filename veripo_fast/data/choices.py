@@ -17,7 +17,8 @@ from veripo_fast.data.records import RecordError, short
 from veripo_fast.reward.choice_answers import read_choice
 
 MOST_OPTIONS = 26
-_OWN_LETTER = [re.compile(rf"\(?{letter}[.):]\s*(.+)", re.DOTALL) for letter in string.ascii_uppercase]
+_CLOSES = {".", ")", ":"}
+"""What may stand behind the letter of an option."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def _options(key: str, value: Any) -> Options:
         raise RecordError(f"{key} holds {len(value)} options, and letters end at Z, the {MOST_OPTIONS}th")
     texts = tuple([option.strip() if type(option) is str else str(option).strip() for option in value])
     numbers = bool(value) and not any(isinstance(option, str) for option in value)
-    return Options(_without_letters(texts), None, numbers)
+    return Options(without_letters(texts), None, numbers)
 
 
 def _of_letters(key: str, value: dict[str, Any]) -> list[Any]:
@@ -99,12 +100,18 @@ def _of_letters(key: str, value: dict[str, Any]) -> list[Any]:
     return [by_letter[letter] for letter in letters]
 
 
-def _without_letters(texts: tuple[str, ...]) -> tuple[str, ...]:
+def without_letters(texts: tuple[str, ...]) -> tuple[str, ...]:
     """Without their letters, when every one carries its own."""
     if not texts or texts[0][:1] not in "A(" or len(texts) > MOST_OPTIONS:
         return texts
-    matches = [pattern.match(text) for pattern, text in zip(_OWN_LETTER, texts, strict=False)]
-    return tuple([match[1].strip() for match in matches if match]) if all(matches) else texts
+    bare = []
+    for letter, text in zip(string.ascii_uppercase, texts, strict=False):
+        named = text[1:] if text[:1] == "(" else text
+        rest = named[2:].strip()
+        if named[:1] != letter or named[1:2] not in _CLOSES or not rest:
+            return texts
+        bare.append(rest)
+    return tuple(bare)
 
 
 def chosen(gold: str, is_number: bool, options: Options, declared: str | None, answer_index: int | None) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from veripo_fast.data.archives import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from veripo_fast.data.records import RecordError, short
@@ -38,6 +38,9 @@ KNOWN_KEYS = frozenset({
 """Keys that are read, or known to carry nothing that training needs (`process`: CoT-165k's traces; `ability`: verl)."""
 _TARGETS = sorted({*MEDIA_KEYS, *OPTION_KEYS, *START_KEYS, *END_KEYS, *SAMPLING_KEYS, "problem_type", "data_type"})
 _BESIDE = (*START_KEYS, *END_KEYS, *SAMPLING_KEYS, *REFUSED_SAMPLING)
+_PLAIN_QUESTIONS = {"prompt", "problem", "question"}
+"""Keys whose text is the question and nothing else; `query` may have a `response`."""
+_BESIDE_FLAT = {"problem_type", "problem_id", "id", "data_type", "data_source", "process", "ability"}
 _LIKE = 0.85
 _NAMES_A_THING = re.compile(r"(?:ids?|idx|index|name|title|source|info|size|width|height|length|duration)$")
 _MEDIA_WORD = re.compile(r"vid(?:eo|$|_|s$)|image|img|clip|frame|movie|film|media|scene|picture|photo|audio|sound",
@@ -47,6 +50,16 @@ _NUMBERED = (re.compile(r"(a)(\d{1,2})"),
              re.compile(r"((?:option|choice|candidate)[_ ]?)(\d{1,2}|[a-z])", re.IGNORECASE),
              re.compile(r"()([A-Z])"))
 """Options in a key each: a0, a1, ...; option_a or `option 1`; A, B, ..."""
+
+
+class FlatKeys(NamedTuple):
+    """What each key of a flat record holds."""
+
+    question: str
+    media: str
+    gold: str
+    options: str
+    """Empty where there are none."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,8 @@ class KeyPlan:
     """Keys of one medium that stand beside its entry."""
     option_base: int | None
     """Number of the first of them: 0 or 1; None for letters."""
+    flat: FlatKeys | None
+    """Where one key of each kind and nothing else that is read has a value."""
 
 
 @lru_cache(maxsize=4096)
@@ -79,12 +94,25 @@ def key_plan(keys: tuple[str, ...]) -> KeyPlan:
     words = [key for key in unknown if _MEDIA_WORD.search(key)]
     beside = tuple(key for key in keys if key in _BESIDE)
     media_keys = tuple(key for key in MEDIA_KEYS if key in keys)
-    return KeyPlan(tuple(unknown), tuple(misspelt), tuple(words), option_keys, media_keys, beside, base)
+    return KeyPlan(tuple(unknown), tuple(misspelt), tuple(words), option_keys, media_keys, beside, base, _flat(keys))
+
+
+def _flat(keys: tuple[str, ...]) -> FlatKeys | None:
+    questions, media, golds, options = groups = [
+        [key for key in keys if key in known] for known in (QUESTION_KEYS, MEDIA_KEYS, GOLD_KEYS, OPTION_KEYS)]
+    if (len(questions), len(media), len(golds)) != (1, 1, 1) or len(options) > 1:
+        return None
+    rest = set(keys).difference(*groups)
+    if questions[0] not in _PLAIN_QUESTIONS or media[0] == "frames" or not rest <= _BESIDE_FLAT:
+        return None
+    return FlatKeys(questions[0], media[0], golds[0], options[0] if options else "")
 
 
 def plan_of(row: dict[str, Any]) -> KeyPlan:
     """The plan of a record; a key without a value does not count, as Parquet gives every record all keys."""
-    return key_plan(tuple([key for key, value in row.items() if value is not None]))
+    if None in row.values():
+        return key_plan(tuple([key for key, value in row.items() if value is not None]))
+    return key_plan(tuple(row))
 
 
 def _resembled(key: str) -> str | None:

@@ -49,7 +49,7 @@ from veripo_fast.data.records import Record, RecordError, short
 from veripo_fast.reward.score import DECLARED_TYPES
 from veripo_fast.types import Media, Message, Video
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKER = re.compile(r"(<video>|<image>)")
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
@@ -72,7 +72,7 @@ def read_record(row: dict[str, Any], plan: KeyPlan, locate: Locate, config: Data
     if not messages[-1].parts:
         raise RecordError("the question is empty")
     _check_media(row, plan, messages, config)
-    declared = _declared_type(row)
+    declared = declared_type(row)
     options = read_options(row, plan)
     gold, is_number = _gold(row, _plain_text(closing["content"]) if closing else "")
     if options.texts and declared in (None, "choice"):
@@ -99,7 +99,8 @@ def _check_media(row: dict[str, Any], plan: KeyPlan, messages: tuple[Message, ..
         raise RecordError(f"says data_type {declared} and names no {declared}")
 
 
-def _declared_type(row: dict[str, Any]) -> str | None:
+def declared_type(row: dict[str, Any]) -> str | None:
+    """What `problem_type` says. Raises RecordError for what is not known."""
     declared = row.get("problem_type")
     if declared is None or declared == "":
         return None
@@ -261,7 +262,7 @@ def _gold(row: dict[str, Any], closing: str) -> tuple[str, bool]:
     if row.get("query"):
         values.append(row.get("response"))
     for value in values:
-        if isinstance(value, str) and "<answer>" in value and (tagged := _TAGGED.search(value)):
+        if isinstance(value, str) and "<answer>" in value and (tagged := TAGGED.search(value)):
             return tagged[1].strip(), False
     value = next((value for value in values if value not in (None, "")), "")
     gold = _gold_text(value)

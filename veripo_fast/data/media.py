@@ -21,7 +21,7 @@ from veripo_fast.types import Image, Media, Message, Sampling, Video
 Locate = Callable[[str | bytes], str]
 """Turns what a record says of a medium (a path, or the bytes themselves) into the path of a file."""
 MEDIA_PARTS = ("video", "image", "video_url", "image_url")
-_KINDS: dict[str, Kind] = {"video": "video", "videos": "video", "image": "image", "images": "image"}
+KINDS: dict[str, Kind] = {"video": "video", "videos": "video", "image": "image", "images": "image"}
 _IMAGES = tuple(IMAGE_SUFFIXES)
 _CLOCK = re.compile(r"(?:(?:(\d+):)?(\d{1,2}):)?(\d+(?:\.\d*)?)\s*s?")
 
@@ -35,7 +35,7 @@ def declared_kind(row: dict[str, Any]) -> Kind | str | None:
     declared = row.get("data_type")
     if not declared:
         return None
-    kind = _KINDS.get(declared, declared) if isinstance(declared, str) else None
+    kind = KINDS.get(declared, declared) if isinstance(declared, str) else None
     if kind not in ("video", "image", "text"):
         raise RecordError(f"data_type must be video, image or text, got {short(declared)}")
     return kind
@@ -63,11 +63,12 @@ def _entries(key: str, value: Any) -> list[Any]:
         return [value]
     if not isinstance(value, list):
         return [value]
-    frames = key == "video" and len(value) > 1 and all(_is_picture(entry) for entry in value)
+    frames = key == "video" and len(value) > 1 and all(is_picture(entry) for entry in value)
     return [value] if frames else value
 
 
-def _is_picture(value: Any) -> bool:
+def is_picture(value: Any) -> bool:
+    """Whether a path ends like a picture's."""
     return isinstance(value, str) and value.lower().endswith(_IMAGES)
 
 
@@ -99,7 +100,7 @@ def _kind_of_path(row: dict[str, Any]) -> Kind:
         return "video" if declared == "video" else "image"
     if declared:
         raise RecordError(f"data_type is {declared}, and path names {short(row['path'])}")
-    return "image" if _is_picture(row["path"]) else "video"
+    return "image" if is_picture(row["path"]) else "video"
 
 
 def with_times(row: dict[str, Any], beside: Sequence[str], messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -18,11 +18,12 @@ from itertools import islice
 from typing import Any
 
 from veripo_fast.config.inputs import DataConfig
-from veripo_fast.data.files import Source, parsed, read_sources
+from veripo_fast.data.files import Source, json_object, parsed, read_sources
+from veripo_fast.data.flat import read_flat
 from veripo_fast.data.keys import plan_of
 from veripo_fast.data.layouts import read_record
 from veripo_fast.data.places import MediaPlaces, missing
-from veripo_fast.data.records import UNUSABLE, Record, reason_of
+from veripo_fast.data.records import UNUSABLE, FlatRecord, Record, reason_of
 from veripo_fast.data.skipped import Skipped
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.reward.score import check_gold, infer_problem_type
@@ -116,8 +117,10 @@ class _Reading:
                 places = places or MediaPlaces(file, self.config)
                 row = self._row(source)
                 plan = plan_of(row)
-                self.unknown.update(plan.unknown)
-                prompt = self._prompt(read_record(row, plan, places, self.config), where)
+                if plan.unknown:
+                    self.unknown.update(plan.unknown)
+                record = read_flat(row, plan.flat, places, self.config) if plan.flat else None
+                prompt = self._prompt(record or read_record(row, plan, places, self.config), where)
             except (*UNUSABLE, DataError, MediaError) as error:
                 name = "" if row is None else _id_of(row)
                 self.skipped.append(Skipped(where + name, getattr(error, "path", "") or file, reason_of(error)))
@@ -127,21 +130,26 @@ class _Reading:
             self.prompts.append(prompt)
 
     def _row(self, source: Source) -> dict[str, Any]:
-        row = parsed(source)
+        row = json_object(source) if type(source) is bytes else parsed(source)
         return without(row, frozenset(self.config.ignore_keys)) if self.config.ignore_keys else row
 
-    def _prompt(self, record: Record, where: str) -> Prompt:
-        config = self.config
+    def _prompt(self, record: Record | FlatRecord, where: str) -> Prompt:
         problem_type = _type_of(record)
         name = where.rpartition("/")[2] if record.prompt_id is None else record.prompt_id
-        text = "\n".join([part for message in record.messages for part in message.parts if type(part) is str])
-        added = _added_lines(text, record.options, problem_type, config.template)
-        prompt = Prompt(name, _with_lines(record.messages, added), problem_type, record.gold, record.options,
+        prompt = Prompt(name, self._messages(record, problem_type), problem_type, record.gold, record.options,
                         sys.intern(record.data_source))
         _check_gold(prompt)
         unique = self._unique(name)
         return prompt if unique is name else Prompt(unique, prompt.messages, problem_type, record.gold, record.options,
                                                     prompt.data_source)
+
+    def _messages(self, record: Record | FlatRecord, problem_type: ProblemType) -> tuple[Message, ...]:
+        if type(record) is FlatRecord:
+            added = _added_lines(record.question, record.options, problem_type, self.config.template)
+            return (Message("user", (record.medium, "\n".join([record.question, *added]))),)
+        assert type(record) is Record
+        text = "\n".join([part for message in record.messages for part in message.parts if type(part) is str])
+        return _with_lines(record.messages, _added_lines(text, record.options, problem_type, self.config.template))
 
     def _unique(self, name: str) -> str:
         """The name, or name#2, name#3, ... when it was given before."""
@@ -170,7 +178,7 @@ class _Reading:
         self.prompts, self.skipped = kept, [*skipped, *self.skipped[done:]]
 
 
-def _type_of(record: Record) -> ProblemType:
+def _type_of(record: Record | FlatRecord) -> ProblemType:
     if record.options:
         letter = record.declared_type in (None, "choice") and _is_letter(record.gold, record.options)
         return "choice" if letter else infer_problem_type(record.declared_type, record.gold, record.options)
@@ -237,15 +245,20 @@ def _added_lines(text: str, options: Sequence[str], problem_type: ProblemType, t
 
 def _with_lines(messages: tuple[Message, ...], lines: list[str]) -> tuple[Message, ...]:
     """The lines put at the end of the last turn."""
-    *parts, last = messages[-1].parts
-    parts += ["\n".join([last, *lines])] if isinstance(last, str) else [last, *(["\n".join(lines)] if lines else [])]
-    return (*messages[:-1], Message("user", tuple(parts)))
+    if not lines:
+        return messages
+    parts = messages[-1].parts
+    text = "\n".join(lines)
+    last = parts[-1]
+    ended = (*parts[:-1], f"{last}\n{text}") if isinstance(last, str) else (*parts, text)
+    return (*messages[:-1], Message("user", ended))
 
 
 def _holds_options(text: str, options: Sequence[str]) -> bool:
     """Whether the text names every option with its letter; true without options."""
-    if any(option not in text for option in options):
-        return False
+    for option in options:
+        if option not in text:
+            return False
     return all(_named_option(number, option).search(text) for number, option in enumerate(options))
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from veripo_fast.types import Message
+from veripo_fast.types import Media, Message
 
 
 class RecordError(Exception):
@@ -33,11 +32,22 @@ def reason_of(error: BaseException) -> str:
     return re.sub(r"\s*\n\s*", " ", str(error)) or type(error).__name__
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """What a record says, before the gold is checked and an instruction is added."""
 
     messages: tuple[Message, ...]
+    gold: str
+    options: tuple[str, ...]
+    declared_type: str | None
+    prompt_id: str | None
+    data_source: str
+
+
+class FlatRecord(NamedTuple):
+    """A record whose only message is a medium and a question; else as `Record`."""
+
+    medium: Media
+    question: str
     gold: str
     options: tuple[str, ...]
     declared_type: str | None
