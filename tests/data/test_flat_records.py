@@ -18,8 +18,8 @@ from veripo_fast.data.prompts import read_prompts
 
 VALUES: dict[str, list[Any]] = {
     "question": ["What?", "<video>What?", "<image>\nWhat?", "<video><video>What?", "a < b?", " What?\n", "\nWhat?\n",
-                 "", "   ", "[{x", '[{"role": "user", "content": "Hi?"}]', "<video>", "<video> \n", "Why?\n\n", None, 3,
-                 ["What?"], [{"role": "user", "content": "What?"}], "A. cat B. dog?", "say <answer>"],
+                 "", "   ", "[{x", '[{"role": "user", "content": "Hi?"}]', "<video>", "<video> \n", "Why?\n\n", "Why? ",
+                 None, 3, ["What?"], [{"role": "user", "content": "What?"}], "A. cat B. dog?", "say <answer>"],
     "media": ["a.mp4", "./a.mp4", "b.PNG", "", None, ["a.mp4"], ["a.mp4", "b.mp4"], [], 3, {"video": "a.mp4"},
               "http://x/a.mp4", ["b.png"], "/abs//a.mp4", "x\ny", [["1.png", "2.png"]], [None]],
     "gold": ["B", "<answer>B</answer>", "<answer> a red cube </answer>", "<answer></answer>", "<answer>", " 2 ", 2, 0,
