@@ -13,7 +13,7 @@ from veripo_fast.config.schema import Config
 from veripo_fast.run.folder import RunDir
 
 PER_PROCESS = ("seconds", "video_decodes", "tower_runs", "cache_hits", "decoder_fallbacks", "sync_bytes",
-               "sync_seconds", "engine_rebuilds")
+               "sync_over_plain_copy", "engine_rebuilds")
 """Metrics of a step that tell what this process had to do for it."""
 
 

@@ -32,11 +32,13 @@ METRICS: dict[str, tuple[str, str, tuple[float, float] | None]] = {
     "parity_max": ("Parity", "largest |trainer − engine|, nats", None),
     "learning_rate": ("Learning rate", "", None),
     "packed_tokens": ("Packed tokens", "per optimizer step", None),
+    "engine_parity_max": ("Parity gate", "largest |trainer − engine| of its prompts, nats", None),
+    "sync_bytes": ("Bytes of a sync", "trainer to engine", None),
 }
 """Known metrics in drawing order: title, what the axis shows, fixed range. Other numeric keys are drawn after them."""
 NO_METRIC = {"global_step", "step", "seconds"}
-PHASES = ("decode", "vision", "rollout", "reward", "verify", "reference", "forward", "update", "sync", "checkpoint",
-          "eval")
+PHASES = ("decode", "vision", "sync", "rollout", "parity", "reward", "verify", "reference", "forward", "update",
+          "checkpoint", "eval")
 """Known phases in the order of the data flow; others follow."""
 KINDS = {"grpo": "GRPO", "dpo": "DPO"}
 

@@ -33,6 +33,7 @@ from veripo_fast.weights.layouts import Geometry
 from veripo_fast.weights.sync import WeightSync
 
 log = logging.getLogger(__name__)
+Weights = Literal["alias", "copy"]
 _IDLE_STEPS = 1000
 """Engine steps in a row that compute nothing while requests wait."""
 
@@ -48,17 +49,16 @@ class VllmEngine:
         tensor_parallel: neighbouring ranks that share one engine; torch.distributed must be initialised.
 
     Raises:
-        ConfigError: vLLM is not installed, or in a version that was not tested or does not call what is replaced.
+        ConfigError: no vLLM, or a version that was not tested or does not call what is replaced.
     """
 
-    def __init__(self, policy: Policy, limits: EngineLimits, *, vision: Vision = "output",
-                 weights: Literal["alias", "copy"] = "alias", stall_seconds: float = 600.0,
-                 tensor_parallel: int = 1) -> None:
+    def __init__(self, policy: Policy, limits: EngineLimits, *, vision: Vision = "output", weights: Weights = "alias",
+                 stall_seconds: float = 600.0, tensor_parallel: int = 1) -> None:
         self.library_version = library.check_version()
         self.policy = policy
         self.limits = limits
         self.vision: Vision = vision
-        self.weights: Literal["alias", "copy"] = weights
+        self.weights: Weights = weights
         self.tensor_parallel = tensor_parallel
         self.watchdog = Watchdog(stall_seconds)
         self.rebuilds = self._requests = 0
@@ -91,16 +91,17 @@ class VllmEngine:
             raise TrainingError(f"the engine failed again after it was built anew for the batch: {error}") from error
 
     def sync(self) -> dict[str, float]:
-        """See `RolloutEngine`: `sync_bytes` and `sync_seconds`."""
+        """See `RolloutEngine`: the bytes moved, and the time over that of a plain copy of as many."""
         if self._version == self.policy.version:
             return {}
         self._wake("weights")
         report = self._sync.sync(self.policy.version, everything=self._version is None)
         self._version = self.policy.version
-        return {"sync_bytes": float(report.bytes), "sync_seconds": report.seconds}
+        values = {"sync_bytes": float(report.bytes), "sync_over_plain_copy": report.ratio_to_plain_copy}
+        return {name: value for name, value in values.items() if value is not None}
 
     def sleep(self) -> None:
-        """See `RolloutEngine`. Shared weights stay; on a CPU the same calls are made and free nothing."""
+        """See `RolloutEngine`. Shared weights stay; a CPU frees nothing."""
         if self._asleep:
             return
         if self.weights == "copy":
@@ -182,7 +183,8 @@ class VllmEngine:
             TrainingError: the engine refuses.
         """
         self._reset_prefix_cache()
-        self._reset_tower_outputs()
+        self.engine.reset_encoder_cache()
+        self.engine.reset_mm_cache()
 
     def remedies(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """See `RolloutEngine`."""
@@ -194,10 +196,6 @@ class VllmEngine:
         if not self.engine.reset_prefix_cache():
             raise TrainingError("the engine refused to reset its prefix cache, so stale keys and values would be used; "
                                 "a request of an earlier batch must still be running")
-
-    def _reset_tower_outputs(self) -> None:
-        self.engine.reset_encoder_cache()
-        self.engine.reset_mm_cache()
 
     def _sync_again(self) -> None:
         self._sync.sync(self.policy.version, everything=True)
