@@ -2,8 +2,8 @@
 
     python bench/bench_demo.py --seeds 0 1 2 --out /tmp/demo-seeds [--engine vllm]
 
-Appends one line per seed to bench/results/demo.jsonl and draws demo.png beside it from the newest line of each seed
-that the torch engine sampled.
+Appends one line per seed to bench/results/demo.jsonl. With the torch engine it also draws demo.png beside it, from the
+newest line of each seed.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ def main() -> None:
         minutes = (time.monotonic() - started) / 60
         recipe.append("demo", {"bench": "demo", "seed": seed, "engine": args.engine, "minutes": round(minutes, 1),
                                **measure(RunDir(folder / "run"))})
+    if args.engine != "torch":
+        return
     results = recipe.RESULTS / "demo.jsonl"
     rows = map(json.loads, results.read_text().splitlines())
     newest = {row["seed"]: row for row in rows if row.get("engine", "torch") == "torch"}
