@@ -60,7 +60,7 @@ __device__ int64_t words(T value) {
   int64_t sum = 0;
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
-    int16_t word;
+    uint16_t word;
     memcpy(&word, reinterpret_cast<const char*>(&value) + 2 * i, 2);
     sum += word;
   }

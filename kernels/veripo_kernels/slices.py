@@ -2,8 +2,8 @@
 weights.
 
 Slices are matrices whose rows may lie apart (a part of the columns of a larger one). A checksum is the sum of the words
-of 16 bits that elements consist of, each read as a signed integer, modulo 2^64: no order of threads or blocks changes
-it. `slices_torch.py` defines the op in plain torch.
+of 16 bits that elements consist of, modulo 2^64: no order of threads or blocks changes it. `slices_torch.py` defines
+the op in plain torch.
 """
 
 from __future__ import annotations

@@ -18,5 +18,6 @@ def copy_slices(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
 
 
 def _sum_of_words(values: torch.Tensor) -> torch.Tensor:
-    """int64 []: sum of the words of 16 bits that make up the values, each read as a signed integer."""
-    return values.contiguous().view(torch.int16).sum(dtype=torch.int64)
+    """int64 []: sum of the words of 16 bits that make up the values, each 0 to 65535."""
+    words = values.contiguous().view(torch.int16)
+    return words.sum(dtype=torch.int64) + 65536 * (words < 0).sum()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines.conftest import LIMITS, own_policy
+from tests.engines.conftest import own_policy
 from tests.support.children import run
 from tests.support.engine_runs import SAMPLED, TRUNCATED, completions, largest_gap, prompts_of
 from tests.support.paths import PYTHONPATH
@@ -162,7 +162,8 @@ def test_a_prompt_that_is_too_long(engine_of: Callable[..., VllmEngine]) -> None
 
 
 @pytest.mark.parametrize("name", ["compute_logits", "get_mrope_input_positions"])
-def test_a_version_that_does_not_call_what_is_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_that_does_not_call_what_is_replaced(name: str, engine_of: Callable[..., VllmEngine],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """Another runner: found at the start, by a request of one token."""
     plain = Hooks.install
 
@@ -173,10 +174,11 @@ def test_a_version_that_does_not_call_what_is_replaced(name: str, monkeypatch: p
 
     monkeypatch.setattr(Hooks, "install", install)
     with pytest.raises(ConfigError, match=f"with its CPUModelRunner does not call {name} of its model"):
-        VllmEngine(own_policy("qwen3_vl"), LIMITS)
+        engine_of(own_policy("qwen3_vl"))
 
 
-def test_a_reload_that_disagrees_with_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reload_that_disagrees_with_the_plan(engine_of: Callable[..., VllmEngine],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-test at the start: vLLM's own loader puts another weight there."""
     plain = VllmEngine._reload
 
@@ -186,10 +188,10 @@ def test_a_reload_that_disagrees_with_the_plan(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(VllmEngine, "_reload", reload)
     with pytest.raises(TrainingError, match=r"layers\.1\.self_attn\.qkv_proj\.weight: the plan writes other weights"):
-        VllmEngine(own_policy("qwen3_vl"), LIMITS)
+        engine_of(own_policy("qwen3_vl"))
 
 
-def test_the_process_is_left_as_it_was() -> None:
+def test_the_process_is_left_as_it_was(engine_of: Callable[..., VllmEngine]) -> None:
     """What an engine changes of the process is put back: threads and the generators are the trainer's."""
     import random
 
@@ -201,7 +203,7 @@ def test_the_process_is_left_as_it_was() -> None:
     random.seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     policy = own_policy("qwen3_vl")
-    engine = VllmEngine(policy, LIMITS)
+    engine = engine_of(policy)
     engine.generate(prompts_of(policy), SAMPLED)
     engine.close()
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()

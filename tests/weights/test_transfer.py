@@ -61,9 +61,9 @@ def test_weights_are_rounded_to_the_engines_dtype(dtype: torch.dtype, engine_dty
 def test_a_bucket_is_no_larger_than_asked_unless_a_row_is(bucket_bytes: int) -> None:
     copies, policy, engine, _ = case(Sizes())
     transfer = Transfer(copies, policy, engine, bucket_bytes=bucket_bytes)
-    buckets = list(transfer._buckets(transfer.copies))
-    sizes = [sum(map(transfer._bytes, bucket)) for bucket in buckets]
-    assert all(size <= bucket_bytes or (len(bucket) == 1 and bucket[0].target.shape[0] == 1)
+    buckets = list(transfer._buckets(transfer.pieces))
+    sizes = [sum(piece.bytes for piece in bucket) for bucket in buckets]
+    assert all(size <= bucket_bytes or (len(bucket) == 1 and bucket[0].size[0] == 1)
                for size, bucket in zip(sizes, buckets, strict=True))
     assert sum(sizes) == 4 * sum(copy.target.numel for copy in copies)
 
@@ -122,9 +122,12 @@ def test_an_engine_that_lost_what_was_written_is_found(monkeypatch: pytest.Monke
 def test_a_parameter_that_is_not_contiguous_is_refused() -> None:
     copies, policy, engine, _ = case(Sizes())
     name = "model.language_model.layers.1.mlp.down_proj.weight"
-    policy[name] = Parameter(policy[name].detach().t().contiguous().t())
-    with pytest.raises(ValueError, match=rf"the policy's {name} must be contiguous, got strides \(1, 24\)"):
-        Transfer(copies, policy, engine)
+    transfer = Transfer(copies, policy, engine)
+    policy[name].data = policy[name].detach().t().contiguous().t()
+    for refused in (transfer.send, lambda: Transfer(copies, policy, engine)):
+        with pytest.raises(ValueError, match=rf"{name} and the engine's \S+down_proj.weight must be contiguous, "
+                                             r"got strides \(1, 24\) and \(40, 1\)"):
+            refused()
 
 
 def test_weights_that_the_trainer_moved_elsewhere_are_found() -> None:

@@ -42,8 +42,7 @@ class VllmEngine:
     """Samples with vLLM from weights that are the policy's own, or follow it.
 
     Args:
-        policy: whose weights are sampled; its encoder renders the prompts.
-        limits, vision: what the engine is built for, and what it gets of a medium.
+        policy, limits, vision: whose weights are sampled, what the engine is built for, what it gets of a medium.
         weights: `alias` shares the trainer's weights wherever it can, `copy` keeps a second copy.
         stall_seconds: an engine that computes nothing for so long ends the process.
         tensor_parallel: neighbouring ranks that share one engine; torch.distributed must be initialised.
@@ -66,7 +65,6 @@ class VllmEngine:
         self._asleep: set[str] = set()
         self._version: int | None = None
         self._gpu = policy.device.type == "cuda"
-        self._foreign_group = torch.distributed.is_initialized()
         self._start()
 
     # -- protocol -----------------------------------------------------------------------------------------------------
@@ -217,10 +215,20 @@ class VllmEngine:
     # -- life of the engine -------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Build the engine, hook its model, and let its weights follow the trainer's."""
+        """Build the engine; one that cannot be used does not stay."""
         started = time.perf_counter()
         self.engine = library.build(str(self.policy.encoder.path), self.policy.model.dtype, self.limits, gpu=self._gpu,
                                     tensor_parallel=self.tensor_parallel)
+        try:
+            self._connect(started)
+        except BaseException as error:
+            self._shut_down()
+            if isinstance(error, EngineFailure):
+                raise TrainingError(f"the engine cannot complete a first prompt: {error}") from error
+            raise
+
+    def _connect(self, started: float) -> None:
+        """Hook the model of a new engine, share or copy the weights, and see that it works."""
         runner = library.runner_of(self.engine)
         self.model = runner.model
         if not self._gpu:
@@ -263,9 +271,9 @@ class VllmEngine:
         self._start()
 
     def _shut_down(self) -> None:
-        library.shut_down(self.engine, keep_process_group=self._foreign_group)
-        del self.engine, self.model, self._sync
-        self._version, self._asleep = None, set()
+        library.shut_down(self.engine)
+        self.engine = self.model = self._version = None
+        self._asleep = set()
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -274,25 +282,18 @@ class VllmEngine:
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def _wake(self, kind: str) -> None:
-        """Take back the memory of `weights` or `kv_cache` where it was given away.
-
-        Raises:
-            TrainingError: there is not enough, also after what the trainer does not use was given back.
-        """
+        """Take back the memory of `weights` or `kv_cache` where it was given away. Raises TrainingError without it."""
         if kind not in self._asleep:
             return
-        try:
-            self.engine.wake_up([kind])
-        except RuntimeError as error:  # out of memory
-            log.warning("the engine could not take back the memory of its %s (%s); tried once more", kind, error)
-            torch.cuda.empty_cache()
-            self._wake_again(kind)
+        for last_try in (False, True):
+            try:
+                self.engine.wake_up([kind])
+                break
+            except RuntimeError as error:  # out of memory
+                free = memory(free_bytes(self.policy.device))
+                if last_try:
+                    raise TrainingError(f"the engine cannot take back the memory of its {kind}, {free} are free; lower "
+                                        "rollout.kv_cache_gb or optimizer.max_tokens") from error
+                log.warning("the engine could not take back the memory of its %s (%s); tried once more", kind, error)
+                torch.cuda.empty_cache()
         self._asleep.discard(kind)
-
-    def _wake_again(self, kind: str) -> None:
-        try:
-            self.engine.wake_up([kind])
-        except RuntimeError as error:
-            raise TrainingError(
-                f"the engine cannot take back the memory of its {kind}, {memory(free_bytes(self.policy.device))} are "
-                "free; lower rollout.kv_cache_gb or optimizer.max_tokens") from error

@@ -73,7 +73,7 @@ def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool, t
         from vllm.v1.engine.llm_engine import LLMEngine
 
         ranks: dict[str, Any] = {}
-        if torch.distributed.is_initialized():
+        if has_ranks():
             ranks = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
         if not gpu:
             _keep_linear_weights()
@@ -90,6 +90,11 @@ def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool, t
 def runner_of(engine: Any) -> Any:
     """The model runner of an engine of this process; `model` is its model."""
     return engine.model_executor.driver_worker.worker.model_runner
+
+
+def has_ranks() -> bool:
+    """Whether the trainer has a process group, as under torchrun; vLLM makes one of its own where there is none."""
+    return torch.distributed.is_initialized() and "RANK" in os.environ
 
 
 def tensor_parallel_rank(size: int) -> int:
@@ -201,13 +206,13 @@ class TowerStub(torch.nn.Module):
         raise RuntimeError("the engine was asked to run a vision tower that it does not have")
 
 
-def shut_down(engine: Any, *, keep_process_group: bool) -> None:
-    """End an engine and what it holds of the process; `keep_process_group`: it is not the engine's own."""
+def shut_down(engine: Any) -> None:
+    """End an engine and what it holds of the process, but not the trainer's process group."""
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
     engine.engine_core.shutdown()
     destroy_model_parallel()
-    if not keep_process_group:
+    if not has_ranks():
         destroy_distributed_environment()
     gc.collect()
 

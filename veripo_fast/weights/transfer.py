@@ -8,6 +8,7 @@ that a trainer has moved to the host come through two buffers in turn (`staging.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -27,6 +28,30 @@ BUCKET_BYTES = 64 << 20
 """One call of `copy_slices`, which costs 50 us on a CPU, and what a checksum that differs points at."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A copy that fits into a bucket, as views of flat memory: `size` is [rows, columns], offsets count elements."""
+
+    source: str
+    target: str
+    size: tuple[int, int]
+    source_strides: tuple[int, int]
+    target_strides: tuple[int, int]
+    source_offset: int
+    target_offset: int
+    bytes: int
+    """In the engine."""
+
+    @classmethod
+    def of(cls, copy: SliceCopy, itemsize: int) -> _Piece:
+        """One row where both ends allow it."""
+        source, target = copy.source, copy.target
+        size, strides = target.shape, ((source.width, 1), (target.width, 1))
+        if source.contiguous and target.contiguous:
+            size, strides = (1, target.numel), ((target.numel, 1), (target.numel, 1))
+        return cls(source.name, target.name, size, *strides, source.offset, target.offset, target.numel * itemsize)
+
+
 class Transfer:
     """The copies of a plan between the parameters of a policy and those of an engine."""
 
@@ -42,11 +67,10 @@ class Transfer:
         Raises:
             ValueError: a parameter that is not contiguous, by name.
         """
-        _check_contiguous(copies, sources, targets)
-        self.sources, self.targets = sources, targets
-        device = next((targets[copy.target.name].device for copy in copies), torch.device("cpu"))
-        self.bucket_bytes = bucket_bytes
-        self.copies = tuple(piece for copy in copies for piece in self._cut(copy))
+        self.sources, self.targets, self.bucket_bytes = sources, targets, bucket_bytes
+        self.pieces = tuple(piece for copy in copies for piece in self._cut(copy))
+        self._check_contiguous(self.pieces)
+        device = next((targets[piece.target].device for piece in self.pieces), torch.device("cpu"))
         self._sent: set[str] = set()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staging: Staging | None = None
@@ -60,8 +84,10 @@ class Transfer:
 
         Raises:
             TrainingError: the engine does not hold what was sent; names the bucket.
+            ValueError: a parameter that is no longer contiguous, by name.
         """
         due = self._due(everything)
+        self._check_contiguous(due)
         buckets = list(self._buckets(due))
         if self._stream is None:
             for bucket in buckets:
@@ -69,17 +95,17 @@ class Transfer:
         else:
             self._send_on(self._stream, buckets)
         self._sent = {name for name, tensor in self.sources.items() if not tensor.requires_grad}
-        return sum(map(self._bytes, due))
+        return sum(piece.bytes for piece in due)
 
     def due_bytes(self, *, everything: bool = False) -> int:
         """Bytes that `send` would write."""
-        return sum(map(self._bytes, self._due(everything)))
+        return sum(piece.bytes for piece in self._due(everything))
 
-    def _due(self, everything: bool) -> list[SliceCopy]:
-        wanted = [copy for copy in self.copies if everything or copy.source.name not in self._sent]
-        return [copy for copy in wanted if not self._shared(copy)]
+    def _due(self, everything: bool) -> list[_Piece]:
+        return [piece for piece in self.pieces
+                if (everything or piece.source not in self._sent) and not self._shared(piece)]
 
-    def _send_on(self, stream: torch.cuda.Stream, buckets: Sequence[Sequence[SliceCopy]]) -> None:
+    def _send_on(self, stream: torch.cuda.Stream, buckets: Sequence[Sequence[_Piece]]) -> None:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             sums = [self._move(bucket) for bucket in buckets]
@@ -87,8 +113,8 @@ class Transfer:
         for bucket, pair in zip(buckets, sums, strict=True):
             _compare(bucket, pair)
 
-    def _move(self, bucket: Sequence[SliceCopy]) -> Checksums:
-        sources, targets = zip(*map(self._views, bucket), strict=True)
+    def _move(self, bucket: Sequence[_Piece]) -> Checksums:
+        sources, targets = zip(*map(self.views, bucket), strict=True)
         if sources[0].device == targets[0].device:
             sums = copy_slices(sources, targets)
             return sums[0], sums[1]
@@ -96,64 +122,55 @@ class Transfer:
             self._staging = Staging(self.bucket_bytes, targets[0].device)
         return self._staging.move(sources, targets)
 
-    def _buckets(self, copies: Iterable[SliceCopy]) -> Iterator[list[SliceCopy]]:
-        """Copies in order, as many as fit into a bucket, all from one device."""
-        bucket: list[SliceCopy] = []
+    def _buckets(self, pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+        """Pieces in order, as many as fit into a bucket, all from one device."""
+        bucket: list[_Piece] = []
         room = self.bucket_bytes
-        for copy in copies:
-            if bucket and (self._bytes(copy) > room or self._device(copy) != self._device(bucket[0])):
+        for piece in pieces:
+            if bucket and (piece.bytes > room or self._device(piece) != self._device(bucket[0])):
                 yield bucket
                 bucket, room = [], self.bucket_bytes
-            bucket.append(copy)
-            room -= self._bytes(copy)
+            bucket.append(piece)
+            room -= piece.bytes
         if bucket:
             yield bucket
 
-    def _cut(self, copy: SliceCopy) -> Iterator[SliceCopy]:
+    def _cut(self, copy: SliceCopy) -> Iterator[_Piece]:
         """The copy in pieces of whole rows that fit into a bucket each."""
         rows, columns = copy.target.shape
-        row_bytes = columns * self.targets[copy.target.name].element_size()
-        step = max(1, self.bucket_bytes // row_bytes)
+        itemsize = self.targets[copy.target.name].element_size()
+        step = max(1, self.bucket_bytes // (columns * itemsize))
         for first in range(0, rows, step):
             last = min(first + step, rows)
-            yield SliceCopy(_rows(copy.source, first, last), _rows(copy.target, first, last))
+            yield _Piece.of(SliceCopy(_rows(copy.source, first, last), _rows(copy.target, first, last)), itemsize)
 
-    def _views(self, copy: SliceCopy) -> Views:
-        flat = copy.source.contiguous and copy.target.contiguous
-        return (_view(self.sources[copy.source.name], copy.source, flat),
-                _view(self.targets[copy.target.name], copy.target, flat))
+    def views(self, piece: _Piece) -> Views:
+        """Both ends of a piece, as they lie in memory now."""
+        source, target = self.sources[piece.source].detach(), self.targets[piece.target].detach()
+        return (source.as_strided(piece.size, piece.source_strides, source.storage_offset() + piece.source_offset),
+                target.as_strided(piece.size, piece.target_strides, target.storage_offset() + piece.target_offset))
 
-    def _shared(self, copy: SliceCopy) -> bool:
-        source, target = self._views(copy)
-        return source.data_ptr() == target.data_ptr() and source.device == target.device
+    def _shared(self, piece: _Piece) -> bool:
+        source, target = self.sources[piece.source], self.targets[piece.target]
+        return (source.data_ptr() + piece.source_offset * source.element_size()
+                == target.data_ptr() + piece.target_offset * target.element_size() and source.device == target.device)
 
-    def _bytes(self, copy: SliceCopy) -> int:
-        return copy.target.numel * self.targets[copy.target.name].element_size()
+    def _device(self, piece: _Piece) -> torch.device:
+        return self.sources[piece.source].device
 
-    def _device(self, copy: SliceCopy) -> torch.device:
-        return self.sources[copy.source.name].device
-
-
-def _check_contiguous(copies: Sequence[SliceCopy], sources: Mapping[str, torch.Tensor],
-                      targets: Mapping[str, torch.Tensor]) -> None:
-    for copy in copies:
-        for owner, part, tensors in (("the policy's", copy.source, sources), ("the engine's", copy.target, targets)):
-            if not tensors[part.name].is_contiguous():
-                raise ValueError(f"{owner} {part.name} must be contiguous, got strides {tensors[part.name].stride()}")
+    def _check_contiguous(self, pieces: Iterable[_Piece]) -> None:
+        for piece in pieces:
+            if not self.sources[piece.source].is_contiguous() or not self.targets[piece.target].is_contiguous():
+                raise ValueError(f"{piece.source} and the engine's {piece.target} must be contiguous, got strides "
+                                 f"{self.sources[piece.source].stride()} and {self.targets[piece.target].stride()}")
 
 
 def _rows(part: Part, first: int, last: int) -> Part:
     return Part(part.name, (part.rows[0] + first, part.rows[0] + last), part.columns, part.width)
 
 
-def _view(tensor: torch.Tensor, part: Part, flat: bool) -> torch.Tensor:
-    """The part as [rows, columns], or as one row where both ends allow it."""
-    size, stride = ((1, part.numel), (part.numel, 1)) if flat else (part.shape, (part.width, 1))
-    return tensor.detach().as_strided(size, stride, tensor.storage_offset() + part.offset)
-
-
-def _compare(bucket: Sequence[SliceCopy], sums: Checksums) -> None:
+def _compare(bucket: Sequence[_Piece], sums: Checksums) -> None:
     sent, held = (int(value) for value in sums)
     if sent != held:
         raise TrainingError(f"the engine does not hold the weights that were sent: in the bucket from "
-                            f"{bucket[0].target.name} to {bucket[-1].target.name} the checksum is {held}, not {sent}")
+                            f"{bucket[0].target} to {bucket[-1].target} the checksum is {held}, not {sent}")
