@@ -67,6 +67,24 @@ def test_every_rank_holds_what_was_made_by_hand(layout: tuple[Sizes, int]) -> No
         assert [name for name in engine if not torch.equal(engine[name], expected[name])] == []
 
 
+@pytest.mark.parametrize(("change", "tp"), [
+    ({"heads": 8, "kv_heads": 2}, 4),  # each key head on two ranks, next to each other
+    ({"heads": 8, "kv_heads": 1}, 4),
+    ({"heads": 8, "kv_heads": 4}, 2),
+    ({"vocabulary": 10}, 4),  # three ranks have nothing but padding
+    ({"vocabulary": 64}, 2),  # no padding
+    ({"vocabulary": 65}, 2),  # the second rank has one token
+])
+@pytest.mark.parametrize("family", policies.FAMILIES)
+def test_layouts_that_chance_may_miss(family: str, change: dict, tp: int) -> None:
+    sizes = dataclasses.replace(Sizes(family, tied=False), **change)
+    weights = policy_weights(sizes)
+    for rank in range(tp):
+        _, engine = planned(weights, sizes, tp, rank)
+        expected = engine_weights(weights, sizes, tp, rank)
+        assert [name for name in engine if not torch.equal(engine[name], expected[name])] == []
+
+
 @hypothesis.settings(deadline=None, max_examples=60)
 @hypothesis.given(layouts())
 def test_the_ranks_together_hold_every_element(layout: tuple[Sizes, int]) -> None:

@@ -122,12 +122,11 @@ class WeightSync:
         return (torch.randn(like.shape, generator=generator) * 0.02).to(like.device, like.dtype)
 
     def _compare(self, planned: dict[str, torch.Tensor], places: dict[str, int]) -> None:
-        reloaded = _on_host(self.targets)
         for copy in self.copies:
             part = copy.target
             if self.targets[part.name].data_ptr() != places[part.name]:
                 raise TrainingError(f"the engine's reload has moved {part.name} to other memory, where no sync reaches")
-            one, other = (_elements(tensors[part.name], part) for tensors in (planned, reloaded))
+            one, other = _elements(planned[part.name], part), _elements(self.targets[part.name].detach(), part).cpu()
             if not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
                 raise TrainingError(f"{part.name}: the plan writes other weights than the engine's reload, for "
                                     f"{copy.source.name}")
