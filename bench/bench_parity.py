@@ -1,0 +1,97 @@
+"""vLLM against the trainer on real clips: greedy completions beside the torch engine's, and log-probs of every token.
+
+    make engines && .venv-engines/bin/python bench/bench_parity.py [--prompts 100]
+
+The demo's policy on held-out questions about rendered H.264 clips. A greedy completion that differs is named, with the
+gap between its two likeliest tokens where both engines part: a tie, if rounding can turn it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
+
+import torch
+
+from bench import recipe
+from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.inputs import DataConfig, ModelConfig
+from veripo_fast.data.prompts import load_prompts
+from veripo_fast.demo.corpus import write_corpus
+from veripo_fast.demo.run import demo_config
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import Policy, load_policy
+from veripo_fast.rollout.limits import EngineLimits
+from veripo_fast.rollout.parity import TOLERANCES, logprob_gaps, trainer_logprobs
+from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.rollout.torch_engine import TorchEngine
+from veripo_fast.rollout.vllm_engine import VllmEngine
+from veripo_fast.types import LoadedPrompt, RolloutGroup
+
+GREEDY = Sampling(1, 0.0, 80, 0)
+WAYS = {"greedy": GREEDY, "T=1": replace(GREEDY, group_size=4, temperature=1.0),
+        "T=0.7, top_p 0.9, top_k 20": replace(GREEDY, group_size=4, temperature=0.7, top_p=0.9, top_k=20)}
+
+
+def held_out(policy: Policy, folder: Path, count: int) -> list[LoadedPrompt]:
+    """The first held-out prompts of a rendered corpus, with the tower's output."""
+    write_corpus(folder, 4, count, 0)
+    prompts, _ = load_prompts([str(folder / "heldout.jsonl")], DataConfig())
+    loader = PromptLoader(policy, demo_config(folder, 0, quick=False).video, 4096, lambda prompt, reason: None)
+    loaded = loader.load(prompts[:count])
+    loader.close()
+    return loaded
+
+
+def largest_gap(policy: Policy, prompts: list[LoadedPrompt], groups: list[RolloutGroup], temperature: float) -> float:
+    """Largest difference of a log-prob from the trainer's, in nats."""
+    gaps = [0.0]
+    for item, group in zip(prompts, groups, strict=True):
+        trained = trainer_logprobs(policy, item, group.completions, temperature)
+        for own, row in zip(trained, group.completions, strict=True):
+            gaps += logprob_gaps(own, row.rollout_logprobs)
+    return max(gaps)
+
+
+@torch.no_grad()
+def parting(policy: Policy, item: LoadedPrompt, one: list[int], other: list[int]) -> dict[str, Any]:
+    """Where two greedy completions part, and how far the two likeliest tokens lie apart there."""
+    index = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    batch = pack([(item.encoded, [[*one[:index], one[index]]])])
+    logits = policy.head(policy.hidden(batch, [item.features])[batch.logit_index[-1]])
+    best = torch.log_softmax(logits.float(), -1).topk(2).values
+    return {"prompt": item.prompt.prompt_id, "token": index, "gap": float(best[0] - best[1])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    policy = load_policy(ModelConfig(path="tiny", device="cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = held_out(policy, Path(folder), args.prompts)
+    engine = VllmEngine(policy, EngineLimits(2048, 8192, 64, 1 << 30))
+    gaps = {name: largest_gap(policy, prompts, engine.generate(prompts, sampling), sampling.temperature)
+            for name, sampling in WAYS.items()}
+    theirs, ours = engine.generate(prompts, GREEDY), TorchEngine(policy).generate(prompts, GREEDY)
+    pairs = [(group.completions[0].token_ids, other.completions[0].token_ids)
+             for group, other in zip(theirs, ours, strict=True)]
+    partings = [parting(policy, item, *pair) for item, pair in zip(prompts, pairs, strict=True) if pair[0] != pair[1]]
+    equal = len(prompts) - len(partings)
+    print(f"{equal} of {len(prompts)} greedy completions are equal; the others: {partings or 'none'}")
+    print(f"largest difference of a log-prob, in nats: {gaps}")
+    recipe.append("parity", {"bench": "parity", "prompts": len(prompts), "equal": equal, "partings": partings, "largest_gap": gaps, "tolerance": TOLERANCES[policy.model.dtype]})
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()
