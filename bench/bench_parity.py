@@ -89,7 +89,8 @@ def main() -> None:
     equal = len(prompts) - len(partings)
     print(f"{equal} of {len(prompts)} greedy completions are equal; the others: {partings or 'none'}")
     print(f"largest difference of a log-prob, in nats: {gaps}")
-    recipe.append("parity", {"bench": "parity", "prompts": len(prompts), "equal": equal, "partings": partings, "largest_gap": gaps, "tolerance": TOLERANCES[policy.model.dtype]})
+    recipe.append("parity", {"bench": "parity", "prompts": len(prompts), "equal": equal, "partings": partings,
+                             "largest_gap": gaps, "tolerance": TOLERANCES[policy.model.dtype]})
     engine.close()
 
 
