@@ -271,7 +271,8 @@ class VllmEngine:
         self._start()
 
     def _shut_down(self) -> None:
-        library.shut_down(self.engine)
+        if self.engine is not None:
+            library.shut_down(self.engine)
         self.engine = self.model = self._version = None
         self._asleep = set()
 
