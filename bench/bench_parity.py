@@ -3,7 +3,8 @@
     make engines && .venv-engines/bin/python bench/bench_parity.py [--prompts 100]
 
 The demo's policy on held-out questions about rendered H.264 clips. A greedy completion that differs is named, with the
-gap between its two likeliest tokens where both engines part: a tie, if rounding can turn it.
+gap between its two likeliest tokens where both engines part: a tie, if rounding can turn it. Accuracy over many sampled
+completions shows whether both draw from the same distribution.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ import torch
 from bench import recipe
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.inputs import DataConfig, ModelConfig
+from veripo_fast.config.schema import Config
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.demo.corpus import write_corpus
 from veripo_fast.demo.run import demo_config
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy, load_policy
+from veripo_fast.reward.groups import reward_groups
+from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.limits import EngineLimits
 from veripo_fast.rollout.parity import TOLERANCES, logprob_gaps, trainer_logprobs
-from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rollout.vllm_engine import VllmEngine
 from veripo_fast.types import LoadedPrompt, RolloutGroup
@@ -60,6 +64,16 @@ def largest_gap(policy: Policy, prompts: list[LoadedPrompt], groups: list[Rollou
     return max(gaps)
 
 
+def accuracy_of(engine: RolloutEngine, prompts: list[LoadedPrompt], samples: int) -> tuple[float, float]:
+    """Accuracy of sampled completions and its standard error over the draws: equal distributions give equal ones."""
+    groups = engine.generate(prompts, Sampling(samples, 1.0, 80, 0))
+    reward_groups(groups, Config())
+    shares = [sum(scores_of(group, "accuracy")) / samples for group in groups]
+    spread = sum((value - share) ** 2 for group, share in zip(groups, shares, strict=True)
+                 for value in scores_of(group, "accuracy"))
+    return sum(shares) / len(shares), (spread / (samples - 1) / samples) ** 0.5 / len(shares)
+
+
 @torch.no_grad()
 def parting(policy: Policy, item: LoadedPrompt, one: list[int], other: list[int]) -> dict[str, Any]:
     """Where two greedy completions part, and how far the two likeliest tokens lie apart there."""
@@ -74,6 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=32,
+                        help="completions per prompt for the accuracy of each engine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     policy = load_policy(ModelConfig(path="tiny", device="cpu"))
@@ -86,11 +102,15 @@ def main() -> None:
     pairs = [(group.completions[0].token_ids, other.completions[0].token_ids)
              for group, other in zip(theirs, ours, strict=True)]
     partings = [parting(policy, item, *pair) for item, pair in zip(prompts, pairs, strict=True) if pair[0] != pair[1]]
+    accuracy = {name: accuracy_of(each, prompts, args.samples)
+                for name, each in (("vllm", engine), ("torch engine", TorchEngine(policy)))}
     equal = len(prompts) - len(partings)
     print(f"{equal} of {len(prompts)} greedy completions are equal; the others: {partings or 'none'}")
     print(f"largest difference of a log-prob, in nats: {gaps}")
+    print(f"accuracy at T = 1 and its standard error over {args.samples} completions per prompt: {accuracy}")
     recipe.append("parity", {"bench": "parity", "prompts": len(prompts), "equal": equal, "partings": partings,
-                             "largest_gap": gaps, "tolerance": TOLERANCES[policy.model.dtype]})
+                             "largest_gap": gaps, "samples": args.samples, "accuracy": accuracy,
+                             "tolerance": TOLERANCES[policy.model.dtype]})
     engine.close()
 
 

@@ -84,7 +84,8 @@ def evaluate_stage(session: Session) -> None:
     prompts = session.load_prompts(config.data.eval)[:config.eval.limit]
     session.media.check(prompts)
     records = evaluate(session.engine, session.loader, prompts, config, stage=names[-1],
-                       rows=partial(run.eval_rows, names[-1]), check=session.stop_if_asked)
+                       rows=partial(run.eval_rows, names[-1]), check=session.stop_if_asked,
+                       gate=session.gate)
     session.engine.sleep()
     atomic_write_text(run.evals, dump_objects([*done, *records]))
     for record in records:

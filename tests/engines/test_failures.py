@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines.conftest import own_policy
+from tests.engines.conftest import own_policy, policy_of
+from tests.support import policies
 from tests.support.children import run
 from tests.support.engine_runs import SAMPLED, TRUNCATED, completions, largest_gap, prompts_of
 from tests.support.paths import PYTHONPATH
@@ -40,13 +43,57 @@ def test_an_engine_that_fails_is_built_again(engine_of: Callable[..., VllmEngine
     engine = engine_of(own_policy("qwen3_vl"))
     prompts = prompts_of(engine.policy)
     expected = completions(engine.generate(prompts, SAMPLED))
-    fail_at(engine, 5, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    fail_at(engine, 5, RuntimeError("the scheduler lost a block"))
     groups = engine.generate(prompts, SAMPLED)
     assert completions(groups) == expected and engine.rebuilds == 1
-    assert "an illegal memory access" in caplog.text and "with the same seeds" in caplog.text
+    assert "the scheduler lost a block" in caplog.text and "with the same seeds" in caplog.text
     assert largest_gap(engine.policy, prompts, groups, 1.0) < 5e-5
     places = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
     assert {p.untyped_storage().data_ptr() for _, p in engine.policy.parameters()} == places
+
+
+def test_a_cuda_error_ends_the_run(engine_of: Callable[..., VllmEngine]) -> None:
+    """It stays with the process, so nothing can be built again there."""
+    engine = engine_of(own_policy("qwen3_vl"))
+    fail_at(engine, 2, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(TrainingError, match=r"illegal memory access .*cannot be mended in the process; --resume"):
+        engine.generate(prompts_of(engine.policy), SAMPLED)
+
+
+def test_a_cache_that_cannot_be_reset_and_requests_that_cannot_be_aborted(engine_of: Callable[..., VllmEngine]) -> None:
+    """Whatever else fails with the engine, it is built again."""
+    engine = engine_of(own_policy("qwen3_vl"))
+    prompts = prompts_of(engine.policy)
+    expected = completions(engine.generate(prompts, SAMPLED))
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("dead")
+
+    engine.engine.reset_encoder_cache = engine.engine.abort_request = broken
+    assert completions(engine.generate(prompts, SAMPLED)) == expected and engine.rebuilds == 1
+
+
+def test_an_error_of_the_caller_is_the_callers(engine_of: Callable[..., VllmEngine]) -> None:
+    engine = engine_of(own_policy("qwen3_vl"))
+    prompts = prompts_of(engine.policy)
+
+    def on_group(number: int, group: object) -> None:
+        raise ValueError("callback broke")
+
+    with pytest.raises(ValueError, match="callback broke"):
+        engine.generate(prompts, SAMPLED, on_group)
+    assert engine.rebuilds == 0 and not engine.engine.has_unfinished_requests()
+    assert len(engine.generate(prompts, SAMPLED)) == len(prompts)
+
+
+def test_a_model_folder_that_is_gone(tmp_path: Path, engine_of: Callable[..., VllmEngine]) -> None:
+    """The engine reads config.json when it is built again; the first failure is in the message too."""
+    shutil.copytree(policies.checkpoint("qwen3_vl"), tmp_path / "model")
+    engine = engine_of(policy_of(tmp_path / "model"))
+    shutil.rmtree(tmp_path / "model")
+    fail_at(engine, 2, RuntimeError("first"))
+    with pytest.raises(TrainingError, match=r"failed \(RuntimeError: first\) and cannot be built again"):
+        engine.generate(prompts_of(engine.policy), SAMPLED)
 
 
 def test_an_engine_that_fails_twice_ends_the_run(engine_of: Callable[..., VllmEngine],
@@ -157,7 +204,7 @@ def test_a_prompt_read_otherwise(engine_of: Callable[..., VllmEngine], monkeypat
 
 def test_a_prompt_that_is_too_long(engine_of: Callable[..., VllmEngine]) -> None:
     engine = engine_of(own_policy("qwen3_vl"))
-    with pytest.raises(TrainingError, match=r"of 1000 does not fit .* context of 1024; raise data.max_prompt_tokens"):
+    with pytest.raises(TrainingError, match=r"of 1000 does not fit .* of 1024: .* Lower data.max_prompt_tokens"):
         engine.generate(prompts_of(engine.policy), replace(SAMPLED, max_new_tokens=1000))
 
 

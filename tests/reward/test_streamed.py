@@ -29,6 +29,7 @@ def test_streamed_scores_are_the_same() -> None:
     with StreamedScores(Config()) as scores:
         for number, group in list(enumerate(streamed))[::-1]:
             scores.add(number, group)
+        scores.wait()
     assert all(row.reward is not None and row.advantage is None for group in streamed for row in group.completions)
     reward_groups(streamed, Config())
     assert streamed == plain
@@ -41,6 +42,7 @@ def test_a_group_that_was_not_streamed_is_scored_at_the_end() -> None:
     with StreamedScores(Config()) as scores:
         scores.add(0, groups[0])
         scores.add(1, deepcopy(groups[1]))
+        scores.wait()
     reward_groups(groups, Config())
     assert groups == plain
 
@@ -67,6 +69,7 @@ def test_an_error_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError, match="p0"), StreamedScores(Config()) as scores:
         for number, group in enumerate(groups_of(2)):
             scores.add(number, group)
+        scores.wait()
 
 
 def test_an_interrupt_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

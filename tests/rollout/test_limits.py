@@ -45,6 +45,21 @@ def test_a_cache_too_small_for_one_prompt() -> None:
         limits_of(config, policies.policy("qwen3_vl"))
 
 
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"rollout.kv_cache_gb": 1e-10}, "kv_cache_gb 1e-10 is too small"),
+    ({"rollout.max_new_tokens": 40_000}, "max_new_tokens 40000 leaves no room for a prompt: the model has 4096"),
+])
+def test_what_can_never_fit(changes: dict[str, object], words: str) -> None:
+    config = apply_overrides(Config(rollout=ENGINE, data=DataConfig(max_prompt_tokens=900)), changes)
+    with pytest.raises(ConfigError, match=words):
+        limits_of(config, policies.policy("qwen3_vl"))
+
+
+def test_a_batch_holds_every_sequence() -> None:
+    config = Config(rollout=replace(ENGINE, max_sequences=100_000), data=DataConfig(max_prompt_tokens=900))
+    assert limits_of(config, policies.policy("qwen3_vl")).batched_tokens == 100_000
+
+
 def test_a_memory_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policies.policy("qwen3_vl")
     with pytest.raises(ConfigError, match=r"needs .* are free on cpu; lower rollout.kv_cache_gb"):

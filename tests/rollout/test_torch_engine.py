@@ -287,3 +287,14 @@ def test_another_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
         pq.write_table(pa.table({"ref_logprobs": [[1.0, 2.0]]}), path)
     with pytest.raises(DataError, match=r"a\.parquet is not a rollout file of veripo"):
         read_groups(path)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_a_temperature_near_zero(temperature: float) -> None:
+    """Banned tokens may have all of the probability that float32 can hold."""
+    policy = policies.policy("qwen3_vl")
+    logits = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    logits[:, policy.encoder.banned_ids[0]] = 50.0
+    sampling = replace(SAMPLED, temperature=temperature)
+    tokens, logprobs = sample(logits, sampling, policy.encoder.banned_ids, torch.Generator().manual_seed(1))
+    assert logprobs.isfinite().all() and not set(tokens.tolist()) & set(policy.encoder.banned_ids)

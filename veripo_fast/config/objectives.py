@@ -55,7 +55,8 @@ class RolloutConfig:
     parity_every: int = 50
     """vllm's log-probs are compared with the trainer's at the start and every so many steps."""
     parity_tolerance: float = 0.0
-    """Largest difference of a log-prob that passes; 0: 5e-5 for float32 weights, 1.0 for bfloat16."""
+    """Largest difference of a log-prob that passes, in nats; 0: 5e-5 for float32 weights, and for bfloat16 1.0 on a
+    token and 0.05 in the mean. Below temperature 1 it is divided by the temperature."""
     stall_seconds: float = 600.0
     """A vllm engine that computes nothing for so long ends the process, which can then be resumed."""
 

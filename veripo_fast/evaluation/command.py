@@ -12,6 +12,7 @@ from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.evaluate import evaluate, summary
 from veripo_fast.model.policy import load_policy
 from veripo_fast.rollout.engine import make_engine
+from veripo_fast.rollout.parity import gate_of
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.jsonlines import dump_objects
 
@@ -38,13 +39,15 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
     policy = load_policy(config.model)
     loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
                           config.cache)
-    engine = make_engine(config, policy)
     try:
-        records = evaluate(engine, loader, prompts, config, stage="eval",
-                           rows=lambda mode: folder / f"{mode}.parquet")
+        engine = make_engine(config, policy)
+        try:
+            records = evaluate(engine, loader, prompts, config, stage="eval",
+                               rows=lambda mode: folder / f"{mode}.parquet", gate=gate_of(config, policy, engine))
+        finally:
+            engine.close()
     finally:
         loader.close()
-        engine.close()
     counts = {"skipped_records": len(skipped), "skipped_prompts": len(loader.bad)}
     records = [record | counts for record in records]
     atomic_write_text(folder / "evals.jsonl", dump_objects(records))

@@ -20,6 +20,7 @@ from veripo_fast.errors import DataError
 from veripo_fast.evaluation.intervals import bootstrap_interval
 from veripo_fast.reward.groups import reward_groups
 from veripo_fast.reward.score import scores_of
+from veripo_fast.rollout.parity import ParityGate
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.store import write_groups
 from veripo_fast.run.seeds import derive_seed
@@ -36,8 +37,12 @@ def modes(config: Config) -> dict[str, tuple[int, float]]:
 
 
 def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prompt], config: Config, *, stage: str,
-             rows: Callable[[str], Path], check: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+             rows: Callable[[str], Path], check: Callable[[], None] = lambda: None,
+             gate: ParityGate | None = None) -> list[dict[str, Any]]:
     """Evaluate a policy in every mode; completions are stored at `rows(mode)`, `check` may stop between batches.
+
+    `gate` compares the engine's log-probs with the trainer's in the first batch of each mode, before anything is
+    stored.
 
     Returns:
         one record per mode, as evals.jsonl holds them.
@@ -56,7 +61,10 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
                 sampling = Sampling(samples, temperature, config.rollout.max_new_tokens,
                                     derive_seed(config.seed, "eval", mode, start), config.rollout.top_p,
                                     config.rollout.top_k)
-                groups += engine.generate(loaded, sampling, partial(_advance, bar))
+                found = engine.generate(loaded, sampling, partial(_advance, bar))
+                if gate is not None and not groups:
+                    gate.check(loaded, found, sampling)
+                groups += found
                 check()
         if not groups:
             raise DataError("no evaluation prompt could be loaded; skipped.jsonl says why for each")

@@ -34,25 +34,30 @@ def reward_groups(groups: Sequence[RolloutGroup], config: Config) -> None:
 class StreamedScores:
     """Scores groups in a thread of its own while others are still sampled: a context manager around the sampling.
 
-    `add` is what an engine calls with each finished group. What goes wrong in the thread is raised when the block ends.
+    `add` is what an engine calls with each finished group; `wait` returns when all that were added have scores.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._groups: SimpleQueue[RolloutGroup | None] = SimpleQueue()
         self._error: Exception | None = None
+        self._ended = False
         self._thread = Thread(target=self._work, name="rewards", daemon=True)
 
     def __enter__(self) -> StreamedScores:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._ended = True
         self._groups.put(None)
-        if kind is None:
-            self._thread.join()
-            if self._error is not None:
-                raise self._error
+
+    def wait(self) -> None:
+        """Wait for the scores. Raises what went wrong in the thread."""
+        self._groups.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def add(self, number: int, group: RolloutGroup) -> None:
         """Score a group soon."""
@@ -61,6 +66,8 @@ class StreamedScores:
     def _work(self) -> None:
         with math_budget(self._config.reward.math_seconds_per_batch):
             for group in iter(self._groups.get, None):
+                if self._ended:
+                    break
                 try:
                     _score_group(group, self._config)
                 except Exception as error:  # of whatever a reward does; it belongs to the thread that samples

@@ -37,8 +37,9 @@ class EngineLimits:
         if max(prompt_tokens) + max_new_tokens > self.context_tokens:
             raise TrainingError(
                 f"a prompt of {max(prompt_tokens)} tokens with a completion of {max_new_tokens} does not fit into the "
-                f"engine's context of {self.context_tokens}; raise data.max_prompt_tokens (up to what the model has "
-                "positions for), or lower rollout.max_new_tokens, video.max_frames or video.max_pixels")
+                f"engine's context of {self.context_tokens}: data.max_prompt_tokens + rollout.max_new_tokens, or what "
+                "the model has positions for. Lower data.max_prompt_tokens, and such prompts are skipped, or "
+                "video.max_frames or video.max_pixels")
 
 
 def limits_of(config: Config, policy: Policy) -> EngineLimits:
@@ -48,13 +49,18 @@ def limits_of(config: Config, policy: Policy) -> EngineLimits:
         ConfigError: the memory is too small, with the number and the option to change.
     """
     rollouts = [config.rollout, *(apply_overrides(config, stage.set).rollout for stage in config.stages)]
-    context = min(config.data.max_prompt_tokens + max(rollout.max_new_tokens for rollout in rollouts),
-                  policy.model.config.get_text_config().max_position_embeddings)
+    longest = max(rollout.max_new_tokens for rollout in rollouts)
+    positions = policy.model.config.get_text_config().max_position_embeddings
+    if longest >= positions:
+        raise ConfigError(f"rollout.max_new_tokens {longest} leaves no room for a prompt: the model has {positions} "
+                          "positions")
+    context = min(config.data.max_prompt_tokens + longest, positions)
     least = kv_bytes_per_token(policy) * (-(-context // _BLOCK) + 1) * _BLOCK
-    wanted = int(config.rollout.kv_cache_gb * 2 ** 30) or max(_default_bytes(policy.device), least)
+    asked = config.rollout.kv_cache_gb
+    wanted = int(asked * 2 ** 30) if asked else max(_default_bytes(policy.device), least)
     if wanted < least:
         raise ConfigError(
-            f"rollout.kv_cache_gb {config.rollout.kv_cache_gb:g} is too small: one prompt of {context} tokens "
+            f"rollout.kv_cache_gb {asked:g} is too small: one prompt of {context} tokens "
             f"(data.max_prompt_tokens + rollout.max_new_tokens) takes {least / 2 ** 30:.2f} GiB; raise it, or lower "
             "data.max_prompt_tokens")
     free = free_bytes(policy.device)
@@ -64,7 +70,8 @@ def limits_of(config: Config, policy: Policy) -> EngineLimits:
             f"rollout.engine vllm needs {memory(needed)} of memory ({memory(needed - wanted)} of weights while it "
             f"starts, {memory(wanted)} of key/value cache) and {memory(free)} are free on {policy.device}; lower "
             "rollout.kv_cache_gb or data.max_prompt_tokens, or take a smaller model")
-    return EngineLimits(context, max(_SMALLEST_BATCH, context), config.rollout.max_sequences, wanted)
+    sequences = config.rollout.max_sequences
+    return EngineLimits(context, max(_SMALLEST_BATCH, context, sequences), sequences, wanted)
 
 
 def kv_bytes_per_token(policy: Policy) -> int:

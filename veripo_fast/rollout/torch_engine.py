@@ -123,8 +123,15 @@ def sample(logits: torch.Tensor, sampling: Sampling, banned_ids: Sequence[int],
     if sampling.temperature == 0:
         tokens = allowed.argmax(-1)
     else:
-        tokens = torch.multinomial(_truncate(allowed, sampling).exp(), 1, generator=generator)[:, 0]
+        tokens = torch.multinomial(_weights(_truncate(allowed, sampling)), 1, generator=generator)[:, 0]
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _weights(logprobs: torch.Tensor) -> torch.Tensor:
+    """Probabilities up to a factor per row. There is one where banned tokens have taken all but nothing, as they may
+    near temperature 0."""
+    best = logprobs.amax(-1, keepdim=True)
+    return (logprobs - torch.where(best < -50, best, 0.0)).exp()
 
 
 def _truncate(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:

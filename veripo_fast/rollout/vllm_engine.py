@@ -4,7 +4,7 @@ Prompts are rendered here: token ids with expanded pads, media keys, and the tow
 template, processor or decoder of vLLM runs. Two methods of its model are replaced; both of its model runners call them.
 `compute_logits` divides by the temperature, because no `logprobs_mode` gives log softmax(logits / T) before bans, top-k
 and top-p; `get_mrope_input_positions` gives the trainer's positions. Noise comes from a seed per completion, and no
-cache outlives a call, so completions depend on weights, prompts and sampling alone.
+cache outlives a call, so completions depend on weights, prompts, sampling and the engine's limits alone.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 
-from veripo_fast.errors import ConfigError, TrainingError, UserError
+from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.model.policy import Policy
 from veripo_fast.rollout import vllm_library as library
 from veripo_fast.rollout.engine_input import Vision, media_of
 from veripo_fast.rollout.limits import EngineLimits, free_bytes
 from veripo_fast.rollout.protocol import OnGroup, Sampling
-from veripo_fast.rollout.vllm_hooks import EngineFailure, Hooks
+from veripo_fast.rollout.vllm_hooks import EngineFailure, Hooks, call, guarded
 from veripo_fast.rollout.vllm_output import group_of
 from veripo_fast.rollout.watchdog import Watchdog
 from veripo_fast.run.seeds import derive_seed
@@ -60,12 +59,17 @@ class VllmEngine:
         self.weights: Weights = weights
         self.tensor_parallel = tensor_parallel
         self.watchdog = Watchdog(stall_seconds)
+        self.engine: Any = None
         self.rebuilds = self._requests = 0
         self.hooks = Hooks()
         self._asleep: set[str] = set()
         self._version: int | None = None
         self._gpu = policy.device.type == "cuda"
-        self._start()
+        try:
+            self._start()
+        except EngineFailure as error:
+            raise ConfigError(f"{self.library_version} cannot be used here: {error}") from error
+        self.sleep()
 
     # -- protocol -----------------------------------------------------------------------------------------------------
 
@@ -120,28 +124,31 @@ class VllmEngine:
     def _attempt(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, on_group: OnGroup | None = None,
                  keep_caches: bool = False) -> list[RolloutGroup]:
         """One try to complete every prompt."""
-        self.sync()
-        self._wake("kv_cache")
-        if not keep_caches:
-            self.reset_caches()
-        self.hooks.positions.clear()
-        self.hooks.temperature = sampling.temperature or 1.0
         numbers: dict[str, int] = {}
         groups: dict[int, RolloutGroup] = {}
-        with self._batch(numbers):
+        with guarded(lambda: self.engine.abort_request(list(numbers)), self.watchdog):
+            self.sync()
+            self._wake("kv_cache")
+            if not keep_caches:
+                self.reset_caches()
+            self.hooks.positions.clear()
+            self.hooks.temperature = sampling.temperature or 1.0
             if self.tensor_parallel > 1:
                 library.check_same_requests([item.encoded.token_ids.tolist() for item in prompts], sampling)
             for number, item in enumerate(prompts):
-                numbers[self._add(item, sampling, number)] = number
+                name = f"veripo-{self._requests}"
+                self._requests += 1
+                numbers[name] = number  # before: Ctrl-C may come right behind
+                self._add(name, item, sampling, number)
             for output in self._steps():
                 number = numbers[output.request_id]
                 groups[number] = group_of(prompts[number], output, sampling, self.policy)
                 if on_group is not None:
-                    on_group(number, groups[number])
+                    call(on_group, number, groups[number])
         return [groups[number] for number in range(len(prompts))]
 
-    def _add(self, item: LoadedPrompt, sampling: Sampling, number: int) -> str:
-        """Hand over a prompt; returns the name of its request.
+    def _add(self, name: str, item: LoadedPrompt, sampling: Sampling, number: int) -> None:
+        """Hand over a prompt.
 
         vLLM gives the completions of a prompt the seeds s, s + 1, ..., so prompts get seeds far from each other.
         """
@@ -152,10 +159,7 @@ class VllmEngine:
             banned_ids=encoder.banned_ids)
         media = media_of(encoder, item, self.vision)
         self.hooks.positions.add(item.encoded, [medium.key for medium in media])
-        name = f"veripo-{self._requests}"
-        self._requests += 1
         self.engine.add_request(name, library.rendered(item.encoded.token_ids.tolist(), media), parameters)
-        return name
 
     def _steps(self) -> Iterator[Any]:
         """Finished requests as they come. Raises EngineFailure when the engine computes nothing any more."""
@@ -199,33 +203,15 @@ class VllmEngine:
         self._sync.sync(self.policy.version, everything=True)
         self.reset_caches()
 
-    @contextmanager
-    def _batch(self, requests: dict[str, int]) -> Iterator[None]:
-        """Whatever vLLM raises becomes an EngineFailure; requests of a batch that ends early, by Ctrl-C too, are
-        taken out of the engine."""
-        try:
-            with torch.random.fork_rng(devices=()), self.watchdog.watching():
-                yield
-        except BaseException as error:
-            self.engine.abort_request(list(requests))
-            if isinstance(error, (UserError, EngineFailure)) or not isinstance(error, Exception):
-                raise
-            raise EngineFailure(f"{type(error).__name__}: {error}") from error
-
     # -- life of the engine -------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         """Build the engine; one that cannot be used does not stay."""
         started = time.perf_counter()
-        self.engine = library.build(str(self.policy.encoder.path), self.policy.model.dtype, self.limits, gpu=self._gpu,
-                                    tensor_parallel=self.tensor_parallel)
-        try:
+        with guarded(self._shut_down):
+            self.engine = library.build(str(self.policy.encoder.path), self.policy.model.dtype, self.limits,
+                                        gpu=self._gpu, tensor_parallel=self.tensor_parallel)
             self._connect(started)
-        except BaseException as error:
-            self._shut_down()
-            if isinstance(error, EngineFailure):
-                raise TrainingError(f"the engine cannot complete a first prompt: {error}") from error
-            raise
 
     def _connect(self, started: float) -> None:
         """Hook the model of a new engine, share or copy the weights, and see that it works."""
@@ -242,6 +228,10 @@ class VllmEngine:
                                 rank=library.tensor_parallel_rank(self.tensor_parallel))
         self._sync.self_test(self._reload)
         aliasing, report = self._sync.start(self.policy.version)
+        library.return_freed_memory()
+        if self.weights == "alias" and aliasing.copied and self.tensor_parallel == 1:
+            log.warning("the engine keeps copies of %d parameters, which it cannot share: %s", len(aliasing.copied),
+                        ", ".join(aliasing.copied[:3]))
         self._version = self.policy.version
         self._probe(type(runner).__name__)
         log.info("%s (%s) is ready after %.1f s; of %d parameters %d are the trainer's own, %d are copied: %s",
@@ -264,11 +254,20 @@ class VllmEngine:
 
     def _rebuild(self, error: EngineFailure) -> None:
         """Build the engine again after a failure; the weights are the trainer's."""
+        if "CUDA error" in str(error):  # it stays with the process
+            raise TrainingError(f"the rollout engine failed: {error}. A CUDA error cannot be mended in the process; "
+                                "--resume goes on from the last checkpoint") from error
         log.warning("the rollout engine failed (%s); it is built again, and the batch is sampled again with the same "
                     "seeds", error)
         self.rebuilds += 1
+        if self.weights == "alias":  # out of the engine's memory, which ends with it
+            for parameter in self.policy.model.parameters():
+                parameter.data = parameter.data.clone()
         self._shut_down()
-        self._start()
+        try:
+            self._start()
+        except EngineFailure as again:
+            raise TrainingError(f"the rollout engine failed ({error}) and cannot be built again: {again}") from again
 
     def _shut_down(self) -> None:
         if self.engine is not None:

@@ -1,17 +1,51 @@
-"""Two methods of vLLM's model, replaced: the trainer's temperature and the trainer's positions."""
+"""What is put into vLLM's model, the trainer's temperature and positions, and what is put around a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 
+from veripo_fast.errors import UserError
 from veripo_fast.rollout.engine_input import PositionTable
+from veripo_fast.rollout.protocol import OnGroup
+from veripo_fast.rollout.watchdog import Watchdog
+from veripo_fast.types import RolloutGroup
 
 
 class EngineFailure(RuntimeError):
     """The engine stopped working in the middle of a batch."""
+
+
+class CallerError(Exception):
+    """What a caller's own function raised in the middle of a batch; its cause is that error."""
+
+
+def call(on_group: OnGroup, number: int, group: RolloutGroup) -> None:
+    """Give a finished group to the caller."""
+    try:
+        on_group(number, group)
+    except Exception as error:  # the caller's, not the engine's
+        raise CallerError from error
+
+
+@contextmanager
+def guarded(abort: Callable[[], None], watchdog: Watchdog | None = None) -> Iterator[None]:
+    """Whatever vLLM raises in the block becomes an EngineFailure, after `abort` has taken its requests out of the
+    engine. Ctrl-C, what the user can mend, and what a caller's function raised pass."""
+    try:
+        with torch.random.fork_rng(devices=()), watchdog.watching() if watchdog else nullcontext():
+            yield
+    except BaseException as error:
+        with suppress(Exception):  # an engine that failed may not abort either
+            abort()
+        if isinstance(error, CallerError) and error.__cause__ is not None:
+            raise error.__cause__ from None
+        if isinstance(error, (UserError, EngineFailure)) or not isinstance(error, Exception):
+            raise
+        raise EngineFailure(f"{type(error).__name__}: {error}") from error
 
 
 class Hooks:

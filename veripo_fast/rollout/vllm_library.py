@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import importlib.metadata
@@ -18,7 +19,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ TESTED = ("0.31", "0.32")
 BAN = -100.0
 """What is added to the logits of tokens that may not be written, the lowest bias that vLLM takes."""
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-_CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+_CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _MEDIA_PER_PROMPT = 1000
 
 
@@ -76,6 +77,7 @@ def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool, t
         if has_ranks():
             ranks = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
         if not gpu:
+            torch._dynamo.config.disable = True  # helpers of the sampler would be compiled: half a minute for nothing
             _keep_linear_weights()
         return LLMEngine.from_engine_args(EngineArgs(
             model=folder, load_format="dummy", dtype=str(dtype).removeprefix("torch."),
@@ -215,6 +217,12 @@ def shut_down(engine: Any) -> None:
     if not has_ranks():
         destroy_distributed_environment()
     gc.collect()
+
+
+def return_freed_memory() -> None:
+    """Give freed blocks back to the system: glibc keeps them, and views have just replaced all of the weights."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _keep_linear_weights() -> None:

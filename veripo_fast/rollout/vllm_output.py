@@ -34,8 +34,8 @@ def _completion(row: Any, policy: Policy) -> Completion:
     if not all(map(math.isfinite, logprobs)):
         raise not_finite(policy.version)
     if not set(ids).isdisjoint(policy.encoder.banned_ids):
-        raise TrainingError("the engine wrote a token that may not be written: its logit lies 100 above all others, so "
-                            "the policy has collapsed; go back to an earlier checkpoint and lower the learning rate")
+        raise TrainingError("the engine wrote a token that may not be written: over the temperature its logit lies 100 "
+                            "above all others; rollout.temperature is far too low, or the policy has collapsed")
     return Completion(
         token_ids=ids, text=policy.encoder.decode_completion(ids), rollout_logprobs=logprobs,
         finish_reason="stop" if ids[-1] in policy.encoder.end_ids else "length", policy_version=policy.version)

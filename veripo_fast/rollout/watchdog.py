@@ -1,6 +1,7 @@
 """Ends a process whose engine hangs: a call into it cannot be taken back, but a run goes on from its checkpoint.
 
-It looks at progress, not at total time: a long batch is no hang as long as tokens come.
+It looks at progress, not at total time: a long batch is no hang as long as tokens come. Neither is a process that was
+stopped as a whole.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(self.seconds / 4, 5.0)):
+        pause, seen = min(self.seconds / 4, 5.0), time.monotonic()
+        while not self._closed.wait(pause):
+            now = time.monotonic()
+            if now - seen > 2 * pause:  # the whole process stood still (Ctrl-Z, a suspended job), not the engine
+                self._last += now - seen
+            seen = now
             if self._watching and time.monotonic() - self._last > self.seconds:
                 self._end()
 

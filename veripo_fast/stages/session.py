@@ -26,7 +26,7 @@ from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import Policy, load_policy, save_policy
 from veripo_fast.rollout.engine import make_engine
-from veripo_fast.rollout.parity import ParityGate
+from veripo_fast.rollout.parity import gate_of
 from veripo_fast.rollout.protocol import OnGroup, Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.run.checkpoint import latest_checkpoint, save_checkpoint
@@ -83,9 +83,6 @@ class Session:
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
         self.policy.encoder.path = resolve_path(config.model.path)
-        self.engine = make_engine(config, self.policy)
-        self.gate = ParityGate(self.policy, self.engine, config.rollout.parity_tolerance)
-        self._checked_parity = config.rollout.engine == "torch"  # it runs the trainer's own forward
         self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self._skip_prompt,
                                    config.cache)
         self.high_water = HighWater(self.policy.device)
@@ -95,6 +92,9 @@ class Session:
         self._stage: StageConfig
         self._optimizer: Optimizer
         self._bar: Any = None
+        self.engine = make_engine(config, self.policy)  # last: what is built must be closed
+        self.gate = gate_of(config, self.policy, self.engine)
+        self._checked_parity = False
 
     def close(self) -> None:
         """Stop the decoding threads, finish writing to the cache, and end the engine."""
@@ -141,8 +141,9 @@ class Session:
             self._engine_values |= self.engine.sync()
         with self.phase("rollout"):
             groups = self.engine.generate(prompts, sampling, on_group)
-        due = self.config.rollout.engine != "torch" and self.state.global_step % self.config.rollout.parity_every == 0
-        if due or not self._checked_parity:
+        self.engine.sleep()
+        due = self.state.global_step % self.config.rollout.parity_every == 0
+        if self.gate is not None and groups and (due or not self._checked_parity):
             with self.phase("parity"):
                 parity = self.gate.check(prompts, groups, sampling)
             self._checked_parity = True
@@ -150,7 +151,6 @@ class Session:
                 self._engine_values["engine_parity_max"] = parity.largest
         if self.engine.rebuilds:
             self._engine_values["engine_rebuilds"] = float(self.engine.rebuilds)
-        self.engine.sleep()
         return groups
 
     def _add_seconds(self, name: str, seconds: float) -> None:
