@@ -49,7 +49,9 @@ def test_demo(handed_over):
     calls = handed_over("veripo_fast.demo.run", "run_demo")
     assert main(["demo"]) == 0
     assert main(["demo", "--out", "x", "--seed", "4", "--quick"]) == 0
-    assert calls == [(Path("demo"), 0, False), (Path("x"), 4, True)]
+    assert main(["demo", "--rollout.engine", "vllm"]) == 0
+    assert calls == [(Path("demo"), 0, False, []), (Path("x"), 4, True, []),
+                     (Path("demo"), 0, False, ["--rollout.engine", "vllm"])]
 
 
 def test_train(handed_over, config_file):
@@ -104,7 +106,7 @@ def test_show_config_can_be_used_as_a_file(tmp_path, capsys):
     (["show-config", "--grpo.clip-hgh", "1"], "unknown option grpo.clip_hgh; did you mean grpo.clip_high?"),
     (["synth", "x", "--tain", "3"], "unknown option --tain; did you mean --train?"),
     (["synth", "x", "--train", "many"], "argument --train: invalid int value: 'many'"),
-    (["demo", "--grpo.steps", "3"], "unknown option --grpo.steps; there are --help, --out, --seed, --quick"),
+    (["demo", "--grpo.stps", "3"], "unknown option grpo.stps; did you mean grpo.steps?"),
     (["init-model", "x", "--family", "gpt"], "argument --family: invalid choice: 'gpt'"),
     (["report"], "the following arguments are required: RUN"),
 ])

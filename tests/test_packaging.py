@@ -213,6 +213,6 @@ def test_without_any_index_the_missing_one_is_named(install, tmp_path, monkeypat
     assert log.count("No matching distribution found for torch") == 2 and "no such option" not in log
 
 
-def test_ci_calls_make_test_and_nothing_else():
+def test_ci_calls_the_two_test_targets_and_nothing_else():
     commands = [line for line in (REPOSITORY / ".ci" / "run").read_text("utf-8").splitlines() if line[:1] != "#"]
-    assert commands == ['cd "$(dirname "$0")/.." && exec make test']
+    assert commands == ['cd "$(dirname "$0")/.." && make test-engines && exec make test']

@@ -270,7 +270,7 @@ def test_the_whole_check_runs_on_cpu_tensors(results):
 
     tests = [gpu_check.tests_row("...\nFAILED tests/test_a.py::test_b - x\n1 failed, 3 passed in 2s\n", 1)]
     rows = gpu_check.check("cpu", part, lambda seconds: tests)
-    assert [row["row"] for row in results("h100")] == [row["row"] for row in rows] and len(rows) == 13
+    assert [row["row"] for row in results("h100")] == [row["row"] for row in rows] and len(rows) == 14
     assert {row["part"] for row in results("h100")} == {*gpu_check.PARTS, "tests"} - {"sweep"}
     assert rows[-1]["failures"] == ["tests/test_a.py::test_b - x"] and rows[-1]["summary"] == "1 failed, 3 passed in 2s"
     assert all(gpu_check.told(row) for row in rows)

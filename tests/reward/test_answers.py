@@ -1,4 +1,5 @@
 import math
+import os
 import signal
 import threading
 import time
@@ -241,6 +242,7 @@ def test_runaway_expression_ends_and_the_next_one_is_answered():
 def test_a_worker_that_hangs_is_replaced(monkeypatch):
     math_parses("1")
     before = math_answers._worker.process.pid
+    os.kill(before, signal.SIGSTOP)
     with monkeypatch.context() as patch:
         patch.setattr(math_answers, "_WORKER_SECONDS", 0.0)
         assert not math_equal(r"\sqrt{75}", r"5\sqrt{3}")
