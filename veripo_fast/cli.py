@@ -89,7 +89,7 @@ def _run(argv: list[str]) -> None:
     if argv and argv[0] in COMMANDS and COMMANDS[argv[0]].takes_overrides:
         from veripo_fast.config.describe import split_options
 
-        argv, overrides = split_options(argv)
+        argv, overrides = split_options(argv, [flag for flag, _ in COMMANDS[argv[0]].arguments])
     options, unknown = parser.parse_known_args(argv)
     if options.command is None:
         parser.print_help()

@@ -9,7 +9,7 @@ import ast
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -74,13 +74,14 @@ def hint(word: str, choices: Iterable[str]) -> str:
     return f"did you mean {found}?" if found else f"there are {', '.join(list(choices)[:12])}"
 
 
-def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Separate the options of the configuration (`--grpo.steps 5`, `--seed=1`) from those of the command."""
+def split_options(argv: list[str], flags: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """Separate the options of the configuration (`--grpo.steps 5`, `--seed=1`) from those of the command, `flags`."""
     own, overrides, rest = [], [], list(argv)
     while rest:
         token = rest.pop(0)
         name, equals, _ = token[2:].partition("=")
-        if not token.startswith("--") or not ("." in name or name.replace("-", "_") in Config.__dataclass_fields__):
+        known = "." in name or name.replace("-", "_") in Config.__dataclass_fields__
+        if not token.startswith("--") or f"--{name}" in flags or not known:
             own.append(token)
             continue
         overrides.append(token)
