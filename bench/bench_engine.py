@@ -33,7 +33,7 @@ from bench.tied import PATHS, tied
 from bench.wide_model import TEXT, video_prompts, write_checkpoint
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.model.packing import pack
-from veripo_fast.model.policy import Policy, load_policy
+from veripo_fast.model.policy import in_own_memory, load_policy
 from veripo_fast.rollout.limits import EngineLimits
 from veripo_fast.rollout.parity import ParityGate
 from veripo_fast.rollout.protocol import Sampling
@@ -44,14 +44,6 @@ from veripo_fast.types import LoadedPrompt, RolloutGroup
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLING = Sampling(4, 0.7, 16, 0, top_p=0.9, top_k=20)
 _RESULT = "RESULT "
-
-
-def loaded_policy(folder: Path, dtype: str) -> Policy:
-    """The policy with its weights in memory of its own, as a run has it."""
-    policy = load_policy(ModelConfig(path=str(folder), dtype=dtype))
-    for parameter in policy.model.parameters():
-        parameter.data = parameter.data.clone()
-    return policy
 
 
 def held_bytes(device: torch.device) -> int:
@@ -68,7 +60,7 @@ def held_bytes(device: torch.device) -> int:
 
 def measure(folder: Path, weights: str, dtype: str, updates: int, rounds: int) -> dict[str, Any]:
     """The row of one way."""
-    policy = loaded_policy(folder, dtype)
+    policy = in_own_memory(load_policy(ModelConfig(path=str(folder), dtype=dtype)))  # as a run has it
     device = policy.device
     alone = held_bytes(device)
     engine = VllmEngine(policy, EngineLimits(1024, 2048, 64, 1 << 30), weights=weights)

@@ -33,11 +33,11 @@ from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.reward.groups import reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.limits import EngineLimits
-from veripo_fast.rollout.parity import TOLERANCES, logprob_gaps, trainer_logprobs
+from veripo_fast.rollout.parity import TOLERANCES, largest_gap
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rollout.vllm_engine import VllmEngine
-from veripo_fast.types import LoadedPrompt, RolloutGroup
+from veripo_fast.types import LoadedPrompt
 
 GREEDY = Sampling(1, 0.0, 80, 0)
 WAYS = {"greedy": GREEDY, "T=1": replace(GREEDY, group_size=4, temperature=1.0),
@@ -52,16 +52,6 @@ def held_out(policy: Policy, folder: Path, count: int) -> list[LoadedPrompt]:
     loaded = loader.load(prompts[:count])
     loader.close()
     return loaded
-
-
-def largest_gap(policy: Policy, prompts: list[LoadedPrompt], groups: list[RolloutGroup], temperature: float) -> float:
-    """Largest difference of a log-prob from the trainer's, in nats."""
-    gaps = [0.0]
-    for item, group in zip(prompts, groups, strict=True):
-        trained = trainer_logprobs(policy, item, group.completions, temperature)
-        for own, row in zip(trained, group.completions, strict=True):
-            gaps += logprob_gaps(own, row.rollout_logprobs)
-    return max(gaps)
 
 
 def accuracy_of(engine: RolloutEngine, prompts: list[LoadedPrompt], samples: int) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from bench.wide_model import video_prompts, write_checkpoint
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.rollout.limits import EngineLimits
-from veripo_fast.rollout.parity import logprob_gaps, trainer_logprobs
+from veripo_fast.rollout.parity import largest_gap
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rollout.vllm_engine import VllmEngine
@@ -76,16 +76,6 @@ class Rollouts:
         self.written.setdefault("transformers generate", []).append(int(lengths.sum()))
 
 
-def largest_gap(policy: Policy, prompts: list[LoadedPrompt], groups: list[RolloutGroup]) -> float:
-    """Largest difference of vLLM's log-probs from the trainer's, in nats."""
-    gaps = [0.0]
-    for item, group in zip(prompts, groups, strict=True):
-        trained = trainer_logprobs(policy, item, group.completions, 1.0)
-        for own, row in zip(trained, group.completions, strict=True):
-            gaps += logprob_gaps(own, row.rollout_logprobs)
-    return max(gaps)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, value in (("prompts", 32), ("group", 8), ("tokens", 64), ("rounds", 3), ("threads", 2)):
@@ -100,7 +90,7 @@ def main() -> None:
     prompts = video_prompts(policy, args.prompts)
     sampling = Sampling(args.group, 1.0, args.tokens, 0)
     rollouts = Rollouts(policy, plain, prompts, sampling, engine)
-    gap = largest_gap(policy, prompts, rollouts.by_engine("vllm"))
+    gap = largest_gap(policy, prompts, rollouts.by_engine("vllm"), sampling.temperature)
     rollouts.written.clear()
     seconds = paired(rollouts.ways(), args.rounds, clock_of(torch.device("cpu")), warmups=0)
     rates = {name: [count / second for count, second in zip(rollouts.written[name], seconds[name], strict=True)]

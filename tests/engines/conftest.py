@@ -16,7 +16,7 @@ import torch
 
 from tests.support import policies
 from veripo_fast.config.inputs import ModelConfig
-from veripo_fast.model.policy import Policy, load_policy
+from veripo_fast.model.policy import Policy, in_own_memory, load_policy
 from veripo_fast.rollout.limits import EngineLimits
 from veripo_fast.rollout.vllm_engine import VllmEngine
 
@@ -30,10 +30,7 @@ def own_policy(family: str, *, freeze_vision: bool = True, tied: bool = True) ->
 
 def policy_of(folder: Path, freeze_vision: bool = True) -> Policy:
     """The policy of a checkpoint with its weights in memory of its own."""
-    policy = load_policy(ModelConfig(path=str(folder), device="cpu", freeze_vision=freeze_vision))
-    for parameter in policy.model.parameters():
-        parameter.data = parameter.data.clone()
-    return policy
+    return in_own_memory(load_policy(ModelConfig(path=str(folder), device="cpu", freeze_vision=freeze_vision)))
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ from tests.support.engine_runs import (
     SAMPLED,
     TRUNCATED,
     completions,
-    largest_gap,
     prompts_of,
     tokens,
 )
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.model.policy import load_policy
 from veripo_fast.rollout.limits import EngineLimits
+from veripo_fast.rollout.parity import largest_gap
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rollout.vllm_engine import VllmEngine

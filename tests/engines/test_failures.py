@@ -15,10 +15,11 @@ import pytest
 from tests.engines.conftest import own_policy, policy_of
 from tests.support import policies
 from tests.support.children import run
-from tests.support.engine_runs import SAMPLED, TRUNCATED, completions, largest_gap, prompts_of
+from tests.support.engine_runs import SAMPLED, TRUNCATED, completions, prompts_of
 from tests.support.paths import PYTHONPATH
 from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.rollout import vllm_engine as module
+from veripo_fast.rollout.parity import largest_gap
 from veripo_fast.rollout.vllm_engine import VllmEngine
 from veripo_fast.rollout.vllm_hooks import Hooks
 from veripo_fast.types import LoadedPrompt

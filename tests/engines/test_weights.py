@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from tests.engines.conftest import own_policy
 from tests.support import policies
-from tests.support.engine_runs import MEDIA, SAMPLED, TRUNCATED, Updates, completions, largest_gap, prompts_of
+from tests.support.engine_runs import MEDIA, SAMPLED, TRUNCATED, Updates, completions, prompts_of
 from veripo_fast.errors import TrainingError
 from veripo_fast.model.policy import save_policy
+from veripo_fast.rollout.parity import largest_gap
 from veripo_fast.rollout.vllm_engine import VllmEngine
 
 FLOAT32 = 5e-5

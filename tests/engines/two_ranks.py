@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from tests.engines.conftest import LIMITS, policy_of
-from tests.support.engine_runs import SAMPLED, TRUNCATED, completions, largest_gap, prompts_of
+from tests.support.engine_runs import SAMPLED, TRUNCATED, completions, prompts_of
 from veripo_fast.errors import TrainingError
+from veripo_fast.rollout.parity import largest_gap
 from veripo_fast.rollout.vllm_engine import VllmEngine
 
 

@@ -10,7 +10,6 @@ import torch
 from tests.support import policies
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
-from veripo_fast.rollout.parity import logprob_gaps, trainer_logprobs
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.types import LoadedPrompt, RolloutGroup
 
@@ -26,17 +25,6 @@ def prompts_of(policy: Policy, media: Sequence[list[tuple[str, int, int, int]]] 
                ) -> list[LoadedPrompt]:
     """Loaded prompts around random media, with the tower's output of the policy as it is."""
     return [policies.loaded(policy, sizes, seed + number) for number, sizes in enumerate(media)]
-
-
-def largest_gap(policy: Policy, prompts: Sequence[LoadedPrompt], groups: Sequence[RolloutGroup], temperature: float
-                ) -> float:
-    """Largest difference between the engine's log-probs and the trainer's, in nats."""
-    gaps = []
-    for prompt, group in zip(prompts, groups, strict=True):
-        trained = trainer_logprobs(policy, prompt, group.completions, temperature)
-        for own, completion in zip(trained, group.completions, strict=True):
-            gaps += logprob_gaps(own, completion.rollout_logprobs)
-    return max(gaps)
 
 
 def completions(groups: Sequence[RolloutGroup]) -> list[list[tuple[list[int], list[float]]]]:

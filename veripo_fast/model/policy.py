@@ -105,6 +105,17 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
     return Policy(model, encoder, freeze_vision=config.freeze_vision, attention=attention)
 
 
+def in_own_memory(policy: Policy) -> Policy:
+    """Move the weights into memory of their own, out of a mapped file or of what an engine shares.
+
+    In the file they lie at any offset, and a matmul of one row depends on alignment (1e-7 in greedy log-probs between a
+    resumed run and an uninterrupted one); the file may be deleted, too.
+    """
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.clone()
+    return policy
+
+
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with."""
     policy.model.save_pretrained(folder)

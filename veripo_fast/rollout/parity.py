@@ -164,6 +164,17 @@ def trainer_logprobs(policy: Policy, prompt: LoadedPrompt, completions: Sequence
     return [row.tolist() for row in logprobs.split([len(completion.token_ids) for completion in completions])]
 
 
+def largest_gap(policy: Policy, prompts: Sequence[LoadedPrompt], groups: Sequence[RolloutGroup], temperature: float
+                ) -> float:
+    """Largest difference between the log-probs of sampled groups and the policy's, in nats."""
+    gaps = [0.0]
+    for prompt, group in zip(prompts, groups, strict=True):
+        trained = trainer_logprobs(policy, prompt, group.completions, temperature)
+        for completion, own in zip(group.completions, trained, strict=True):
+            gaps += logprob_gaps(own, completion.rollout_logprobs)
+    return max(gaps)
+
+
 def logprob_gaps(one: Sequence[float], other: Sequence[float]) -> list[float]:
     """Absolute differences; infinite where either is not finite, because NaN would pass every comparison."""
     return [abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf for a, b in zip(one, other, strict=True)]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from veripo_fast.errors import ConfigError, TrainingError
-from veripo_fast.model.policy import Policy
+from veripo_fast.model.policy import Policy, in_own_memory
 from veripo_fast.rollout import vllm_library as library
 from veripo_fast.rollout.engine_input import Vision, media_of
 from veripo_fast.rollout.limits import EngineLimits, free_bytes
@@ -261,8 +261,7 @@ class VllmEngine:
                     "seeds", error)
         self.rebuilds += 1
         if self.weights == "alias":  # out of the engine's memory, which ends with it
-            for parameter in self.policy.model.parameters():
-                parameter.data = parameter.data.clone()
+            in_own_memory(self.policy)
         self._shut_down()
         try:
             self._start()

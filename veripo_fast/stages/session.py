@@ -24,7 +24,7 @@ from veripo_fast.data.prompts import load_prompts
 from veripo_fast.data.skipped import Skipped, SkippedLog
 from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.checkpoint_files import resolve_path
-from veripo_fast.model.policy import Policy, load_policy, save_policy
+from veripo_fast.model.policy import in_own_memory, load_policy, save_policy
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
 from veripo_fast.rollout.protocol import OnGroup, Sampling
@@ -79,7 +79,7 @@ class Session:
         self.checkpoint = latest_checkpoint(run.checkpoints)
         self.state = _read_state(self.checkpoint)
         metrics.truncate_after(self.state.global_step)
-        self.policy = _in_own_memory(load_policy(config.model, self.checkpoint))
+        self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
         self.policy.encoder.path = resolve_path(config.model.path)
@@ -261,14 +261,6 @@ class Session:
     def _skip_prompt(self, prompt: Prompt, reason: str) -> None:
         paths = ", ".join(medium.path for medium in prompt.media)
         self.skipped.add(Skipped(record=prompt.prompt_id, path=paths, reason=reason))
-
-
-def _in_own_memory(policy: Policy) -> Policy:
-    """Copy the weights out of the mapped file, where they lie at any offset: a matmul of one row depends on alignment
-    (1e-7 in greedy log-probs between a resumed run and an uninterrupted one), and the file may be deleted."""
-    for parameter in policy.model.parameters():
-        parameter.data = parameter.data.clone()
-    return policy
 
 
 def _read_state(checkpoint: Path | None) -> State:
