@@ -37,3 +37,7 @@ class JudgeError(UserError):
 
 class TrainingError(UserError):
     """Training that cannot go on (for example NaN in every step)."""
+
+
+class PeerFailed(UserError):
+    """Another rank failed and says why; this one ends without a word."""

@@ -1,0 +1,175 @@
+"""The one seam between an update and the ranks: where weights, gradients and AdamW's state lie, and who steps.
+
+`LocalBackend` is one process, `fsdp.py` and `zero.py` shard. All of them give the same update, up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+from veripo_fast.config.schema import OptimizerConfig
+
+Named: TypeAlias = list[tuple[str, torch.nn.Parameter]]
+Held: TypeAlias = Mapping[str, tuple[int, torch.Tensor]]
+"""What a rank holds of each parameter: its first element in the flattened parameter, and the elements [n]."""
+
+
+class Backend(Protocol):
+    """A policy's weights with their gradients and optimizer state, on one rank or over many.
+
+    Methods are collective, `forward` and `backward` too where weights are sharded.
+    """
+
+    sharded: bool
+    """Whether a forward pass of one rank waits for the others."""
+
+    def begin(self, config: OptimizerConfig, peak: float) -> None:
+        """Start AdamW anew, as each stage does."""
+        ...
+
+    def forward(self, *inputs: Any) -> Any:
+        """`PolicyStep.forward` with whole weights."""
+        ...
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradients of one micro-batch; its loss is weighted to the update of all ranks.
+
+        Args:
+            last: whether the update has no further micro-batch on any rank.
+        """
+        ...
+
+    def step(self, loss: float, rate: float, max_norm: float) -> float:
+        """Clip, step and forget the gradients; returns their norm before clipping, the same on all ranks.
+
+        Weights and optimizer stay as they are when `loss`, the sum over all ranks, or the norm is not finite.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A block in which this rank holds every weight whole, and runs the model as it likes."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and whole value of each parameter, one after the other; on rank 0, elsewhere an empty tensor."""
+        ...
+
+    def held(self) -> Held:
+        """What this rank holds, for the weights' way into an engine."""
+        ...
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """AdamW's state in tensors, sharded ones as DTensors by rows: KIND/NAME, where kind is step, exp_avg,
+        exp_avg_sq, or master where there is a float32 copy of the weight. A checkpoint is filled into them in place,
+        then given to `restored`.
+        """
+        ...
+
+    def restored(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `optimizer_state` gave and a checkpoint filled."""
+        ...
+
+
+class LocalBackend:
+    """One process: everything is whole."""
+
+    sharded = False
+
+    def __init__(self, step: torch.nn.Module, parameters: Named) -> None:
+        self._step = step
+        self.named = parameters
+        self.parameters = [parameter for _, parameter in parameters]
+        self.masters: list[torch.nn.Parameter] = []
+        self.adamw: torch.optim.AdamW
+
+    def begin(self, config: OptimizerConfig, peak: float) -> None:
+        """See `Backend`."""
+        self.masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
+                        for p in self.parameters]
+        self.adamw = adamw(self.masters, config, peak)
+
+    def forward(self, *inputs: Any) -> Any:
+        """See `Backend`."""
+        return self._step(*inputs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
+        """See `Backend`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, loss: float, rate: float, max_norm: float) -> float:
+        """See `Backend`."""
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        if math.isfinite(loss) and math.isfinite(norm):
+            scale = min(1.0, max_norm / (norm + 1e-6))
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if parameter.grad is not None:
+                    master.grad = parameter.grad.float().mul_(scale)
+            step_adamw(self.adamw, rate)
+            with torch.no_grad():
+                for parameter, master in zip(self.parameters, self.masters, strict=True):
+                    if master is not parameter:
+                        parameter.copy_(master)
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """See `Backend`."""
+        for parameter in (*self.parameters, *self.masters):
+            parameter.grad = None
+
+    def whole(self) -> AbstractContextManager[None]:
+        """See `Backend`."""
+        return nullcontext()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `Backend`."""
+        yield from self.named
+
+    def held(self) -> Held:
+        """See `Backend`."""
+        return {name: (0, parameter.detach().view(-1)) for name, parameter in self.named}
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """See `Backend`."""
+        state = moments(self.adamw, [name for name, _ in self.named], self.masters)
+        own = {f"master/{name}": master.detach() for (name, parameter), master in zip(
+            self.named, self.masters, strict=True) if master is not parameter}
+        return state | own
+
+    def restored(self, state: dict[str, torch.Tensor]) -> None:
+        """See `Backend`: the tensors are AdamW's own."""
+
+
+def adamw(parameters: Sequence[torch.nn.Parameter], config: OptimizerConfig, peak: float) -> torch.optim.AdamW:
+    """AdamW as every backend runs it."""
+    return torch.optim.AdamW(parameters, lr=peak, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def step_adamw(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One step at a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+
+
+def moments(optimizer: torch.optim.Optimizer, names: Sequence[str], masters: Sequence[torch.nn.Parameter]
+            ) -> dict[str, torch.Tensor]:
+    """AdamW's own step counts and moments by name, made where no step has made them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, master in zip(names, masters, strict=True):
+        state = optimizer.state[master]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+        found[f"step/{name}"] = state["step"]
+        found[f"exp_avg/{name}"], found[f"exp_avg_sq/{name}"] = state["exp_avg"], state["exp_avg_sq"]
+    return found

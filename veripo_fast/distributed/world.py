@@ -1,0 +1,164 @@
+"""The ranks of a run, one process per device as torchrun starts them; one process alone is a world of its own.
+
+Whatever ranks say to each other that is not a gradient or a weight goes through `World`, over the CPU. All of its
+methods but the properties are collective: every rank has to call them, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from veripo_fast.distributed.peers import Peers
+from veripo_fast.errors import ConfigError, PeerFailed, UserError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks 0 to `size` - 1."""
+
+    rank: int = 0
+    size: int = 1
+    peers: Peers | None = None
+    """Watches the other ranks; None in a world of one."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank owns the run folder and speaks for all."""
+        return self.rank == 0
+
+    def gather(self, value: Value) -> list[Value]:
+        """The value of every rank, on every rank; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Value) -> Value:
+        """Rank 0's value."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each number summed over the ranks, in float64: the same bits on every rank."""
+        if self.size == 1:
+            return list(values)
+        return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]
+
+    def most(self, value: float) -> float:
+        """The largest of the ranks' numbers."""
+        return max(self.gather(value))
+
+    def agreed(self, work: Callable[[], Value]) -> Value:
+        """Do something on every rank that any of them may be unable to do.
+
+        Raises:
+            UserError: of the first rank that failed, there; PeerFailed on all others, which stay silent.
+        """
+        failure: UserError | None = None
+        try:
+            value = work()
+        except UserError as error:
+            if self.size == 1:
+                raise
+            failure = error
+        failed = [rank for rank, bad in enumerate(self.gather(failure is not None)) if bad]
+        if failure is not None and failed[0] == self.rank:
+            raise failure
+        if failed:
+            raise PeerFailed(f"rank {failed[0]} failed")
+        return value
+
+    def on_main(self, work: Callable[[], Value]) -> Value:
+        """Do something on rank 0, and give its result to all. Raises as `agreed`."""
+        value = self.agreed(work if self.main else lambda: None)
+        return self.broadcast(value)  # type: ignore[return-value]
+
+    def same(self, what: str, digest: str, remedy: str) -> None:
+        """Compare what has to be equal on all ranks.
+
+        Raises:
+            ConfigError: it is not; names the ranks, on the first of them.
+        """
+        digests = self.gather(digest)
+        others = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
+        if others:
+            plural = "s" if len(others) > 1 else ""
+            self.agreed(lambda: self._complain(f"rank{plural} {', '.join(others)} started with {what} other than rank "
+                                               f"0's; {remedy}"))
+
+    def _complain(self, sentence: str) -> None:
+        if self.main:
+            raise ConfigError(sentence)
+
+
+ONE = World()
+"""A process alone."""
+
+
+def started_by_torchrun() -> bool:
+    """Whether the environment names several ranks."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+@contextmanager
+def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
+    """The world that torchrun (or `deepspeed`, or Slurm with its variables) has set up; ended with the block.
+
+    Args:
+        timeout_seconds: an exchange that takes longer has lost a rank.
+        device: of the configuration; on a GPU each rank takes the one of its local number.
+
+    Raises:
+        ConfigError: the variables are incomplete, there are fewer GPUs than ranks, or the ranks cannot meet.
+    """
+    if not started_by_torchrun():
+        yield ONE
+        return
+    import torch
+    import torch.distributed as dist
+
+    rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    gpu = device != "cpu" and torch.cuda.is_available()
+    if gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"rank {rank} is number {local_rank} on its machine, which has {torch.cuda.device_count()}"
+                              " GPUs; start as many processes as there are GPUs (torchrun --nproc-per-node)")
+        torch.cuda.set_device(local_rank)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        store.set_timeout(timedelta(seconds=timeout_seconds))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=timedelta(seconds=timeout_seconds))
+    except (dist.DistError, ValueError, OSError) as error:
+        raise ConfigError(f"rank {rank} of {size} could not meet the others at "
+                          f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}: "
+                          f"{str(error).splitlines()[0]}") from error
+    peers = Peers(store, rank, size)
+    try:
+        with peers:
+            yield World(rank, size, peers)
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise ConfigError(f"WORLD_SIZE is set, as torchrun does, but {name} is {text!r}; start with torchrun, or set "
+                          "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT")
+    return int(text)
