@@ -86,6 +86,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How training is spread over ranks, as torchrun starts them."""
+
+    backend: Literal["auto", "none", "fsdp", "deepspeed"] = "auto"
+    """FSDP2, DeepSpeed, or none: one process; `auto` takes FSDP2 where there are several ranks."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """Of deepspeed: what is sharded besides AdamW's state (1): gradients (2), weights (3)."""
+    offload: Literal["none", "cpu"] = "none"
+    """Of deepspeed: where AdamW's state lies, on the GPUs or in host memory."""
+    deepspeed_config: str = ""
+    """Of deepspeed: a JSON file of its own options; one that contradicts this configuration is refused."""
+    timeout_seconds: float = 1800.0
+    """An exchange between ranks that takes longer ends the run: a rank hangs."""
+
+    def __post_init__(self) -> None:
+        positive(self, "timeout_seconds")
+        changed = [name for name in ("zero_stage", "offload", "deepspeed_config")
+                   if getattr(self, name) != getattr(DistributedConfig, name)]
+        require(self.backend == "deepspeed" or not changed,
+                f"{', '.join(changed)} changes nothing while backend is {self.backend}")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage of the loop. A grpo stage explores; a dpo stage verifies the rollouts of an earlier one and aligns."""
 
@@ -121,6 +144,7 @@ class Config:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -133,6 +157,10 @@ class Config:
         require(self.rollout.vision == "output" or not self.model.freeze_vision,
                 "rollout.vision pixels needs a tower that is trained (model.freeze_vision false); of a frozen one the "
                 "output is at hand")
+        require(self.rollout.engine != "torch" or self.distributed.backend != "deepspeed"
+                or self.distributed.zero_stage < 3,
+                "rollout.engine torch cannot sample from weights that distributed.zero_stage 3 has sharded: ranks would "
+                "wait for each other in every token; take rollout.engine vllm, zero_stage 2, or backend fsdp")
         object.__setattr__(self, "stages", _named(self.stages))
 
 

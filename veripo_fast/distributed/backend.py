@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
@@ -84,15 +84,23 @@ class LocalBackend:
 
     sharded = False
 
-    def __init__(self, step: torch.nn.Module, parameters: Named) -> None:
+    def __init__(self, step: torch.nn.Module, named: Callable[[], Named]) -> None:
+        """
+        Args:
+            step: `model.step.PolicyStep`.
+            named: the policy's parameters, frozen ones too.
+        """
         self._step = step
-        self.named = parameters
-        self.parameters = [parameter for _, parameter in parameters]
+        self._named = named
+        self.names: list[str] = []
+        self.parameters: list[torch.nn.Parameter] = []
         self.masters: list[torch.nn.Parameter] = []
         self.adamw: torch.optim.AdamW
 
     def begin(self, config: OptimizerConfig, peak: float) -> None:
         """See `Backend`."""
+        trained = [(name, parameter) for name, parameter in self._named() if parameter.requires_grad]
+        self.names, self.parameters = [name for name, _ in trained], [parameter for _, parameter in trained]
         self.masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
                         for p in self.parameters]
         self.adamw = adamw(self.masters, config, peak)
@@ -132,18 +140,19 @@ class LocalBackend:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Backend`."""
-        yield from self.named
+        yield from self._named()
 
     def held(self) -> Held:
         """See `Backend`."""
-        return {name: (0, parameter.detach().view(-1)) for name, parameter in self.named}
+        return {name: (0, parameter.detach().view(-1)) for name, parameter in self._named()}
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """See `Backend`."""
-        state = moments(self.adamw, [name for name, _ in self.named], self.masters)
-        own = {f"master/{name}": master.detach() for (name, parameter), master in zip(
-            self.named, self.masters, strict=True) if master is not parameter}
-        return state | own
+        state = moments(self.adamw, self.names, self.masters)
+        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                state[f"master/{name}"] = master.detach()
+        return state
 
     def restored(self, state: dict[str, torch.Tensor]) -> None:
         """See `Backend`: the tensors are AdamW's own."""

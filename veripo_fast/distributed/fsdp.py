@@ -7,6 +7,7 @@ rank runs it for its own videos whenever it likes; only its optimizer is shared 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from veripo_fast.config.schema import OptimizerConfig
 from veripo_fast.distributed.backend import Held, Named, adamw, moments, step_adamw
+
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Its name since torch 2.13, and the one before."""
 
 
 def rows_of(count: int, rank: int, size: int) -> tuple[int, int]:
@@ -62,7 +67,7 @@ class FsdpBackend:
         self.mesh = _mesh(next(step.parameters()).device)
         self.modules = shard(step, self.mesh)
         self._step = step
-        self._named = named
+        self._all = named
         with torch.no_grad():
             warm_up(step)  # sets up the modules from the root: a layer that ran first would be a root of its own
         self.rank, self.size = self.mesh.get_local_rank(), self.mesh.size()
@@ -79,8 +84,8 @@ class FsdpBackend:
         return self._step(*inputs)
 
     def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
-        """See `Backend`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        """See `Backend`. FSDP2 takes the mean over ranks, of sharded weights alone."""
+        (loss * self.size).backward()  # type: ignore[no-untyped-call]
 
     def step(self, loss: float, rate: float, max_norm: float) -> float:
         """See `Backend`."""
@@ -154,6 +159,11 @@ class FsdpBackend:
     def restored(self, state: dict[str, Any]) -> None:
         """See `Backend`: the tensors are AdamW's own."""
 
+    def _named(self) -> Named:
+        """The parameters as they are sharded: after a forward the root's are still whole."""
+        self._step.reshard()
+        return self._all()
+
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def _owned(self, name: str, parameter: torch.nn.Parameter) -> _Owned:
@@ -176,7 +186,7 @@ class FsdpBackend:
             if ranks:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=self.mesh.get_group())
+                dist.all_reduce(parameter.grad.div_(self.size), group=self.mesh.get_group())
 
     @torch.no_grad()
     def _publish(self) -> None:
@@ -193,23 +203,21 @@ class FsdpBackend:
         sent = own.new_zeros((share, *parameter.shape[1:]))
         sent[:len(own)] = own
         everything = own.new_empty((share * self.size, *parameter.shape[1:]))
-        dist.all_gather_into_tensor(everything, sent, group=self.mesh.get_group())
+        _all_gather(everything, sent, group=self.mesh.get_group())
         parameter.copy_(everything[:parameter.shape[0]])
 
 
 def shard(step: Any, mesh: DeviceMesh) -> list[FSDPModule]:
     """Shard the layers and the rest of a `PolicyStep`; returns the modules that gather, the root last.
 
-    Gradients are summed in float32, not averaged: losses are weighted to the update of all ranks.
+    Gradients are added up in float32.
     """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into it
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in step.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(step, mesh=mesh, mp_policy=precision)
-    modules: list[FSDPModule] = [*step.language_model.layers, step]
-    for module in modules:
-        module.set_gradient_divide_factor(1.0)
-    return modules
+    return [*step.language_model.layers, step]
 
 
 def shard_frozen(step: Any) -> list[FSDPModule]:

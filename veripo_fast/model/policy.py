@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from veripo_fast.config.inputs import ModelConfig
+from veripo_fast.distributed.backend import Backend, LocalBackend
 from veripo_fast.model.attention import AttentionShape, implementation, select
 from veripo_fast.model.checkpoint_files import (
     COPIED_FILES,
@@ -25,11 +26,11 @@ from veripo_fast.model.checkpoint_files import (
 )
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.liger import apply_liger
-from veripo_fast.model.packing import PackedBatch
+from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.shared_prefix import PromptCache
-from veripo_fast.model.step import LogprobInputs, PolicyStep
+from veripo_fast.model.step import LogprobInputs, LossInputs, PolicyStep, StepOutput
 from veripo_fast.model.tower import Tower
-from veripo_fast.types import LoadedPrompt, VisionFeatures
+from veripo_fast.types import LoadedPrompt, Message, Prompt, VisionFeatures
 
 
 class Policy(Tower):
@@ -39,7 +40,9 @@ class Policy(Tower):
         super().__init__(model.model.visual, encoder, frozen=freeze_vision)
         self.model = model
         self.version = 0
+        self._idle_batch: PackedBatch | None = None
         self.step = PolicyStep(model, list(encoder.pad_ids.values()))
+        self.backend: Backend = LocalBackend(self.step, lambda: list(model.named_parameters()))
         model.model.language_model.set_attn_implementation(implementation(attention))
 
     @property
@@ -61,7 +64,23 @@ class Policy(Tower):
     def completion_logprobs(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], *,
                             temperature: float = 1.0) -> torch.Tensor:
         """Log-probabilities float32 [M] of the completion tokens of a packed row."""
-        return self.step(batch, features, LogprobInputs(temperature)).logprobs
+        return self.forward(batch, features, LogprobInputs(temperature)).logprobs
+
+    def forward(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], inputs: LossInputs) -> StepOutput:
+        """`PolicyStep.forward`, wherever the weights lie. Collective where they are sharded."""
+        output: StepOutput = self.backend.forward(batch, features, inputs)
+        return output
+
+    def idle_inputs(self) -> tuple[PackedBatch, list[None], LogprobInputs]:
+        """Inputs of `forward` that are a few tokens long."""
+        if self._idle_batch is None:
+            prompt = self.encoder.encode(Prompt("idle", (Message("user", ("?",)),), "text", ""), None)
+            self._idle_batch = pack([(prompt, [[self.encoder.eos_id]])])
+        return self._idle_batch, [None], LogprobInputs()
+
+    def idle(self) -> torch.Tensor:
+        """A loss of 0 with a gradient of 0: what a rank runs while others have a micro-batch left."""
+        return self.forward(*self.idle_inputs()).logprobs.sum() * 0.0
 
     def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
                cache: PromptCache | None = None) -> torch.Tensor:

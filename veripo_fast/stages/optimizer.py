@@ -1,4 +1,4 @@
-"""AdamW with a schedule per stage, float32 master weights, and a guard against NaN.
+"""AdamW with a schedule per stage, over whatever ranks hold the weights, and a guard against NaN.
 
 A step whose loss or gradient is not finite is skipped and counted; too many in a row stop the run, because the weights
 behind them are still those of the last good step.
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from veripo_fast.config.schema import OptimizerConfig
+from veripo_fast.distributed.backend import Backend
+from veripo_fast.distributed.state_files import read_state, write_state
+from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import TrainingError
 from veripo_fast.model.policy import Policy
 
@@ -34,23 +38,22 @@ def step_policy(policy: Policy, optimizer: Optimizer) -> dict[str, float]:
 
 
 class Optimizer:
-    """Backward passes, clipping, the step and its guard, for one stage.
+    """Schedule, clipping and guard of one stage, around the backend that steps.
 
     `total_steps` is the number of optimizer steps that the schedule spans.
     """
 
-    def __init__(self, parameters: list[tuple[str, torch.nn.Parameter]], config: OptimizerConfig, peak: float,
-                 total_steps: int) -> None:
+    def __init__(self, backend: Backend, config: OptimizerConfig, peak: float, total_steps: int,
+                 world: World = ONE) -> None:
+        self.backend = backend
         self.config = config
         self.peak = peak
         self.total_steps = total_steps
+        self.world = world
         self.steps = self.bad_steps = 0
         self.loss = 0.0
-        """Sum of the losses given to `backward` since the last step."""
-        self.parameters = [p for _, p in parameters]
-        self.masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
-                        for p in self.parameters]
-        self.adamw = torch.optim.AdamW(self.masters, lr=peak, betas=config.betas, weight_decay=config.weight_decay)
+        """Sum of the losses given to `backward` since the last step, on this rank."""
+        backend.begin(config, peak)
 
     def learning_rate(self) -> float:
         """Of the next step: linear warm-up, then constant or cosine to a tenth of the peak."""
@@ -62,9 +65,13 @@ class Optimizer:
         done = min((self.steps - self.config.warmup_steps) / span, 1.0)
         return self.peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def backward(self, loss: torch.Tensor) -> float:
-        """Add the gradients of one micro-batch; returns its loss."""
-        loss.backward()
+    def backward(self, loss: torch.Tensor, *, last: bool = True) -> float:
+        """Add the gradients of one micro-batch; returns its loss.
+
+        Args:
+            last: whether no rank has another micro-batch for this step.
+        """
+        self.backend.backward(loss, last=last)
         value = loss.item()
         self.loss += value
         return value
@@ -75,51 +82,40 @@ class Optimizer:
         Raises:
             TrainingError: `max_bad_steps` steps in a row were skipped.
         """
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
-        if not (math.isfinite(self.loss) and math.isfinite(norm)):
-            self._skip(self.loss, norm)
+        [loss] = self.world.total([self.loss])
+        self.loss = 0.0
+        norm = self.backend.step(loss, self.learning_rate(), self.config.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._skip(loss, norm)
             return None
-        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter.grad is not None:
-                master.grad = parameter.grad.float().mul_(scale)
-        self.adamw.param_groups[0]["lr"] = self.learning_rate()
-        self.adamw.step()
-        with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                if master is not parameter:
-                    parameter.copy_(master)
-        self.zero_grad()
         self.steps += 1
         self.bad_steps = 0
         return norm
 
-    def zero_grad(self) -> None:
-        """Forget gradients and losses."""
-        self.loss = 0.0
-        for parameter in (*self.parameters, *self.masters):
-            parameter.grad = None
+    def save(self, folder: Path) -> None:
+        """Write what `load` needs. Collective."""
+        write_state(folder, self.backend.optimizer_state() | {"steps": torch.tensor(self.steps)}, self.world)
 
-    def save(self, path: Path) -> None:
-        """Write what `load` needs."""
-        masters = [m.detach() for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
-        torch.save({"adamw": self.adamw.state_dict(), "masters": masters, "steps": self.steps}, path)
+    def load(self, folder: Path) -> None:
+        """Continue from `save`; the weights themselves come with the model. Collective.
 
-    def load(self, path: Path) -> None:
-        """Continue from `save`; the parameters themselves come with the model."""
-        state = torch.load(path, map_location=self.parameters[0].device, weights_only=True)
-        self.adamw.load_state_dict(state["adamw"])
-        own = [m for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
-        with torch.no_grad():
-            for master, saved in zip(own, state["masters"], strict=True):
-                master.copy_(saved)
-        self.steps = state["steps"]
+        Raises:
+            CheckpointError: the folder holds another state.
+        """
+        state = self.backend.optimizer_state()
+        steps = torch.tensor(0)
+        read_state(folder, state | {"steps": steps}, self.world)
+        self.backend.restored(state)
+        self.steps = int(steps)
 
     def _skip(self, loss: float, norm: float) -> None:
-        self.zero_grad()
         self.bad_steps += 1
-        log.warning("optimizer step skipped: loss %s, gradient norm %s (%d in a row)", loss, norm, self.bad_steps)
+        if self.world.main:
+            log.warning("optimizer step skipped: loss %s, gradient norm %s (%d in a row)", loss, norm, self.bad_steps)
         if self.bad_steps >= self.config.max_bad_steps:
-            raise TrainingError(f"{self.bad_steps} optimizer steps in a row had a loss or gradient that is not finite "
-                                f"(last loss {loss}, gradient norm {norm}); the last checkpoint is untouched. "
-                                "Lower the learning rate or look at the newest rollouts")
+            self.world.agreed(partial(self._give_up, loss, norm))
+
+    def _give_up(self, loss: float, norm: float) -> None:
+        raise TrainingError(f"{self.bad_steps} optimizer steps in a row had a loss or gradient that is not finite "
+                            f"(last loss {loss}, gradient norm {norm}); the last checkpoint is untouched. "
+                            "Lower the learning rate or look at the newest rollouts")

@@ -1,0 +1,51 @@
+"""Which backend holds a policy: `distributed.backend` of the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from veripo_fast.config.schema import DistributedConfig
+from veripo_fast.distributed.world import World
+from veripo_fast.errors import ConfigError
+
+
+def check_ranks(config: DistributedConfig, world: World) -> None:
+    """Whether the configuration and the number of ranks go together.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if world.size > 1 and config.backend == "none":
+        raise ConfigError(f"distributed.backend is none, which is one process, and {world.size} ranks were started; "
+                          "start it without torchrun, or take fsdp or deepspeed")
+
+
+def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
+    """Lay the weights of a `model.policy.Policy` over the ranks, by way of its `backend`; of one process none."""
+    if world.size == 1:
+        return
+    named = _Named(policy.model)
+    if config.backend == "deepspeed":
+        raise NotImplementedError
+    from veripo_fast.distributed.fsdp import FsdpBackend
+
+    policy.backend = FsdpBackend(policy.step, named, lambda step: step(*policy.idle_inputs()))
+
+
+def distribute_frozen(policy: Any, world: World) -> None:
+    """The same for a policy that only gives log-probs."""
+    if world.size > 1:
+        from veripo_fast.distributed.fsdp import shard_frozen
+
+        shard_frozen(policy.step)
+        policy.backend.sharded = True
+
+
+class _Named:
+    """The parameters of a model as they are now."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self) -> list[Any]:
+        return list(self._model.named_parameters())

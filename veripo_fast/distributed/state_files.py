@@ -1,0 +1,52 @@
+"""The optimizer's state on disk, by torch.distributed.checkpoint: any number of ranks and any backend read it back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from veripo_fast.distributed.world import World
+from veripo_fast.errors import CheckpointError
+
+
+def write_state(folder: Path, state: dict[str, Any], world: World) -> None:
+    """Write tensors, each rank its own rows of those that are DTensors. Collective."""
+    import torch.distributed.checkpoint as dcp
+
+    with _quiet():
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=True), no_dist=world.size == 1)
+
+
+def read_state(folder: Path, state: dict[str, Any], world: World) -> None:
+    """Fill tensors of `state` in place, whatever ranks wrote them. Collective.
+
+    Raises:
+        CheckpointError: the folder holds no such state, or not all of it.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if not (folder / ".metadata").is_file():
+        raise CheckpointError(f"{folder} holds no optimizer state that this version reads; another version of "
+                              "veripo-fast may have written the checkpoint (inputs.json in the run folder says which)")
+    try:
+        with _quiet():
+            dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=world.size == 1)
+    except (CheckpointException, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"the optimizer state in {folder} is not that of this model: {_reason(error)}"
+                              ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """It warns that one process is one process, and of tensors that it copies."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", (UserWarning, FutureWarning))
+        yield
