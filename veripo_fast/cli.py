@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
-from veripo_fast.errors import Interrupted, UserError
+from veripo_fast.errors import Interrupted, PeerFailed, UserError
 from veripo_fast.text import OneLine, one_line
 
 if TYPE_CHECKING:
@@ -49,16 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user error, 130 after Ctrl-C."""
     set_environment()
     handler = logging.StreamHandler()
-    handler.setFormatter(OneLine())
+    handler.setFormatter(OneLine(rank_prefix()))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger("veripo_fast").setLevel(logging.INFO)
+    logging.getLogger("veripo_fast").setLevel(logging.WARNING if rank_prefix() else logging.INFO)
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return 0
+    except PeerFailed:
+        return EXIT_USER
     except UserError as error:
         return _complain(str(error))
     except Interrupted as error:
+        if rank_prefix():  # rank 0 says it for all
+            return error.exit_code
         return _complain(f"{error}; {error.remedy}", error.exit_code)
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
@@ -77,6 +81,14 @@ def set_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads warn after every fork
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard looks for TensorFlow, which then talks
+    if rank_prefix():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # rank 0 shows how far all are
+
+
+def rank_prefix() -> str:
+    """What stands before the messages of a rank that is not the first; empty where there are no others."""
+    rank = os.environ.get("RANK", "0")
+    return f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and rank != "0" else ""
 
 
 def _run(argv: list[str]) -> None:
@@ -292,7 +304,7 @@ def _unknown_argument(command: str, token: str, names: list[str]) -> str:
 
 def _complain(sentence: str, code: int = EXIT_USER) -> int:
     label = "error: " if code == EXIT_USER else ""
-    print(f"veripo: {label}{one_line(sentence)}", file=sys.stderr)
+    print(f"veripo: {label}{rank_prefix()}{one_line(sentence)}", file=sys.stderr)
     return code
 
 

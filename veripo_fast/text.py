@@ -85,8 +85,12 @@ def one_line(text: str) -> str:
 class OneLine(logging.Formatter):
     """Log messages on one line that starts with our name, whatever they repeat; a traceback keeps its lines."""
 
+    def __init__(self, prefix: str = "") -> None:
+        super().__init__()
+        self.prefix = prefix
+
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return f"veripo: {one_line(record.message)}"
+        return f"veripo: {self.prefix}{one_line(record.message)}"
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(map(printable, super().formatException(ei).split("\n")))

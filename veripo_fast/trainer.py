@@ -10,6 +10,7 @@ The whole GRPO step reads in this order: stages/grpo.py (a stage), stages/sessio
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -17,15 +18,15 @@ from tqdm import tqdm
 
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
+from veripo_fast.distributed.world import joined
 from veripo_fast.evaluation.evaluate import evaluate, summary
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.interrupt import StopRequests
 from veripo_fast.run.jsonlines import dump_objects
-from veripo_fast.run.lock import RunLock
 from veripo_fast.run.metrics import MetricsLog, read_records
 from veripo_fast.stages import dpo, grpo
 from veripo_fast.stages.session import Session
-from veripo_fast.stages.start import begin_run, check_run, discard_run
+from veripo_fast.stages.start import check_ranks, check_run, claimed
 
 STAGES = {"grpo": grpo.run, "dpo": dpo.run}
 
@@ -40,23 +41,20 @@ def train(config: Config, resume: bool = False, allow_changes: Collection[str] =
         UserError: anything a user can mend.
         Interrupted: after Ctrl-C, SIGTERM, SIGHUP or train.max_hours, with the state saved.
     """
-    run = check_run(config, resume, allow_changes)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    run.root.mkdir(parents=True, exist_ok=True)
-    with RunLock(run.root):
-        began = False
-        try:
-            begin_run(run, config, resume, allow_changes)
-            with StopRequests(config.train.max_hours) as requests, MetricsLog(run.metrics, run.tensorboard) as metrics:
-                session = Session(config, run, metrics, requests, allow_changes)
-                began = True
-                try:
-                    run_stages(session)
-                finally:
-                    session.close()
-        finally:
-            if not began and not resume:
-                discard_run(run.root)  # it was free: the next attempt shall find it so
+    with joined(config.distributed.timeout_seconds, config.model.device) as world, ExitStack() as folder:
+        run = world.on_main(lambda: check_run(config, resume, allow_changes))
+        check_ranks(config, world)
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        began = world.agreed(lambda: folder.enter_context(
+            claimed(run, config, resume, allow_changes)) if world.main else None)
+        with StopRequests(config.train.max_hours) as requests, MetricsLog(run.metrics, run.tensorboard) as metrics:
+            session = Session(config, run, metrics, requests, allow_changes, world)
+            if began is not None:
+                began()
+            try:
+                run_stages(session)
+            finally:
+                session.close()
 
 
 def run_stages(session: Session) -> None:
@@ -78,18 +76,21 @@ def evaluate_stage(session: Session) -> None:
     if not config.data.eval or not _evaluation_due(config, finished):
         return
     names = ["start", *(stage.name for stage in config.stages[:finished])]
-    done = [record for record in read_records(run.evals) if record["stage"] in names]
+    records = session.world.on_main(lambda: read_records(run.evals))
+    done = [record for record in records if record["stage"] in names]
     if any(record["stage"] == names[-1] for record in done):
         return
     prompts = session.load_prompts(config.data.eval)[:config.eval.limit]
-    session.media.check(prompts)
+    session.world.on_main(lambda: session.books.media.check(prompts))
     records = evaluate(session.engine, session.loader, prompts, config, stage=names[-1],
-                       rows=partial(run.eval_rows, names[-1]), check=session.stop_if_asked,
-                       gate=session.gate)
+                       rows=partial(run.eval_rows, names[-1]), check=session.stop_if_asked, gate=session.gate,
+                       world=session.world)
     session.engine.sleep()
-    atomic_write_text(run.evals, dump_objects([*done, *records]))
-    for record in records:
-        tqdm.write(summary(record))
+    session.books.write()
+    if session.world.main:
+        atomic_write_text(run.evals, dump_objects([*done, *records]))
+        for record in records:
+            tqdm.write(summary(record))
 
 
 def _evaluation_due(config: Config, finished: int) -> bool:

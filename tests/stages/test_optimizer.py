@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from veripo_fast.config.schema import OptimizerConfig
+from veripo_fast.distributed.backend import LocalBackend
 from veripo_fast.errors import TrainingError
 from veripo_fast.stages.optimizer import Optimizer
 
@@ -19,6 +20,11 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.nn.P
     generator = torch.Generator().manual_seed(0)
     return [(f"p{i}", torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
             for i, shape in enumerate(SHAPES)]
+
+
+def backend_of(named: list[tuple[str, torch.nn.Parameter]]) -> LocalBackend:
+    """One process that holds these and no model."""
+    return LocalBackend(torch.nn.Identity(), lambda: named)
 
 
 def set_gradients(named: list[tuple[str, torch.nn.Parameter]], step: int, scale: float = 1.0) -> None:
@@ -46,13 +52,13 @@ def assert_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
 
 def rates(steps: int, **options: object) -> list[float]:
     named = parameters()
-    optimizer = Optimizer(named, OptimizerConfig(**options), peak=0.02, total_steps=10)
+    optimizer = Optimizer(backend_of(named), OptimizerConfig(**options), peak=0.02, total_steps=10)
     found = []
     for step in range(steps):
         set_gradients(named, step)
         found.append(optimizer.learning_rate())
         step_after(optimizer, 0.0)
-        assert optimizer.adamw.param_groups[0]["lr"] == found[-1]
+        assert optimizer.backend.adamw.param_groups[0]["lr"] == found[-1]
     return found
 
 
@@ -73,7 +79,7 @@ def test_cosine_falls_to_a_tenth_and_stays_there() -> None:
 def test_steps_are_those_of_adamw_with_clipped_gradients(scale: float, clips: bool) -> None:
     ours, theirs = parameters(), parameters()
     config = OptimizerConfig(betas=(0.8, 0.9), weight_decay=0.1, max_grad_norm=1.0, warmup_steps=3)
-    optimizer = Optimizer(ours, config, peak=0.01, total_steps=100)
+    optimizer = Optimizer(backend_of(ours), config, peak=0.01, total_steps=100)
     adamw = torch.optim.AdamW([p for _, p in theirs], lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
     for step in range(6):
         set_gradients(ours, step, scale)
@@ -91,7 +97,7 @@ def test_steps_are_those_of_adamw_with_clipped_gradients(scale: float, clips: bo
 
 def test_a_parameter_without_gradient_stays() -> None:
     named = parameters()
-    optimizer = Optimizer(named, OptimizerConfig(weight_decay=0.5), peak=0.1, total_steps=1)
+    optimizer = Optimizer(backend_of(named), OptimizerConfig(weight_decay=0.5), peak=0.1, total_steps=1)
     before = values(named)
     set_gradients(named, 0)
     named[1][1].grad = None
@@ -101,7 +107,7 @@ def test_a_parameter_without_gradient_stays() -> None:
 
 def test_updates_below_bfloat16_resolution_add_up_in_the_master_weights() -> None:
     parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
-    optimizer = Optimizer([("p", parameter)], OptimizerConfig(), peak=1e-4, total_steps=100)
+    optimizer = Optimizer(backend_of([("p", parameter)]), OptimizerConfig(), peak=1e-4, total_steps=100)
     plain = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     adamw = torch.optim.AdamW([plain], lr=1e-4, weight_decay=0.0)
     for _ in range(100):
@@ -109,9 +115,9 @@ def test_updates_below_bfloat16_resolution_add_up_in_the_master_weights() -> Non
         step_after(optimizer, 0.0)
         adamw.step()
     assert torch.equal(plain, torch.ones_like(plain)), "bfloat16 alone forgets every step"
-    torch.testing.assert_close(optimizer.masters[0].detach(), torch.full((8,), 0.99), rtol=1e-4, atol=0)
-    assert torch.equal(parameter, optimizer.masters[0].bfloat16())
-    assert optimizer.adamw.state[optimizer.masters[0]]["exp_avg"].dtype == torch.float32
+    torch.testing.assert_close(optimizer.backend.masters[0].detach(), torch.full((8,), 0.99), rtol=1e-4, atol=0)
+    assert torch.equal(parameter, optimizer.backend.masters[0].bfloat16())
+    assert optimizer.backend.adamw.state[optimizer.backend.masters[0]]["exp_avg"].dtype == torch.float32
 
 
 # -- what is not finite ----------------------------------------------------------------------------------------------
@@ -122,7 +128,7 @@ def test_updates_below_bfloat16_resolution_add_up_in_the_master_weights() -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bad_step_is_skipped_and_leaves_no_trace(loss: float, gradient: float, dtype: torch.dtype) -> None:
     trained, spared = parameters(dtype), parameters(dtype)
-    with_bad, without = (Optimizer(named, OptimizerConfig(warmup_steps=5), peak=0.01, total_steps=9)
+    with_bad, without = (Optimizer(backend_of(named), OptimizerConfig(warmup_steps=5), peak=0.01, total_steps=9)
                          for named in (trained, spared))
     for step in range(4):
         for named, optimizer in ((trained, with_bad), (spared, without)):
@@ -140,7 +146,7 @@ def test_a_bad_step_is_skipped_and_leaves_no_trace(loss: float, gradient: float,
 
 def test_the_run_stops_after_too_many_bad_steps_in_a_row() -> None:
     named = parameters()
-    optimizer = Optimizer(named, OptimizerConfig(max_bad_steps=3), peak=0.01, total_steps=9)
+    optimizer = Optimizer(backend_of(named), OptimizerConfig(max_bad_steps=3), peak=0.01, total_steps=9)
     for step, loss in enumerate([math.nan, math.nan, 0.0, math.nan, math.nan]):
         set_gradients(named, step)
         assert (step_after(optimizer, loss) is None) == math.isnan(loss)
@@ -153,7 +159,7 @@ def test_the_run_stops_after_too_many_bad_steps_in_a_row() -> None:
 
 def test_losses_of_micro_batches_add_up_and_one_that_is_nan_spoils_the_step() -> None:
     named = parameters()
-    optimizer = Optimizer(named, OptimizerConfig(), peak=0.01, total_steps=9)
+    optimizer = Optimizer(backend_of(named), OptimizerConfig(), peak=0.01, total_steps=9)
     weights = named[0][1]
     assert [optimizer.backward((weights * scale).sum()) for scale in (0.0, 0.0)] == [0.0, 0.0] and optimizer.loss == 0
     value = optimizer.backward(weights.sum())
@@ -172,7 +178,7 @@ def test_losses_of_micro_batches_add_up_and_one_that_is_nan_spoils_the_step() ->
 def test_a_loaded_optimizer_continues_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     config = OptimizerConfig(warmup_steps=2, schedule="cosine", weight_decay=0.01)
     straight, resumed = parameters(dtype), parameters(dtype)
-    first = Optimizer(straight, config, peak=1e-3, total_steps=8)
+    first = Optimizer(backend_of(straight), config, peak=1e-3, total_steps=8)
 
     def advance(named: list, optimizer: Optimizer, steps: range) -> None:
         for step in steps:
@@ -180,14 +186,14 @@ def test_a_loaded_optimizer_continues_bitwise(tmp_path: Path, dtype: torch.dtype
             step_after(optimizer, 0.0)
 
     advance(straight, first, range(4))
-    first.save(tmp_path / "optimizer.pt")
+    first.save(tmp_path / "optimizer")
     with torch.no_grad():  # the parameters come with the model
         for (_, own), (_, other) in zip(resumed, straight, strict=True):
             own.copy_(other)
     advance(straight, first, range(4, 8))
-    second = Optimizer(resumed, config, peak=1e-3, total_steps=8)
-    second.load(tmp_path / "optimizer.pt")
+    second = Optimizer(backend_of(resumed), config, peak=1e-3, total_steps=8)
+    second.load(tmp_path / "optimizer")
     advance(resumed, second, range(4, 8))
     assert_equal(values(resumed), values(straight))
-    assert_equal([m.detach() for m in second.masters], [m.detach() for m in first.masters])
+    assert_equal([m.detach() for m in second.backend.masters], [m.detach() for m in first.backend.masters])
     assert second.steps == first.steps == 8 and second.learning_rate() == first.learning_rate()

@@ -75,8 +75,8 @@ class Gradients(Optimizer):
 
     def step(self) -> float:
         self.recorded = getattr(self, "recorded", [])
-        self.recorded.append(flat(self.parameters))
-        self.zero_grad()
+        self.recorded.append(flat(self.backend.parameters))
+        self.backend.discard()
         self.steps += 1
         return 1.0
 
@@ -101,7 +101,7 @@ def test_every_option_of_a_loss_reaches_it() -> None:
 
 
 def optimizer_of(policy: Policy, config: Config, kind: type[Optimizer] = Gradients, peak: float = 1e-3) -> Optimizer:
-    return kind(policy.parameters(), config.optimizer, peak, 10)
+    return kind(policy.backend, config.optimizer, peak, 10)
 
 
 @pytest.fixture

@@ -119,6 +119,11 @@ class PromptLoader:
                 self._skip(prompt, str(error))
         return loaded
 
+    def load_some(self, batch: Sequence[Prompt], numbers: Sequence[int]) -> dict[int, LoadedPrompt]:
+        """Load the prompts at some places of a batch, by place, leaving out the bad ones."""
+        loaded = self.load([batch[number] for number in numbers])
+        return dict(zip([number for number in numbers if batch[number] not in self.bad], loaded, strict=True))
+
     def load_one(self, prompt: Prompt) -> LoadedPrompt:
         """Load a prompt. Raises MediaError when it is a bad one."""
         for loaded in self.load([prompt]):

@@ -91,7 +91,7 @@ class DistributedConfig:
 
     backend: Literal["auto", "none", "fsdp", "deepspeed"] = "auto"
     """FSDP2, DeepSpeed, or none: one process; `auto` takes FSDP2 where there are several ranks."""
-    zero_stage: Literal[1, 2, 3] = 2
+    zero_stage: int = 2
     """Of deepspeed: what is sharded besides AdamW's state (1): gradients (2), weights (3)."""
     offload: Literal["none", "cpu"] = "none"
     """Of deepspeed: where AdamW's state lies, on the GPUs or in host memory."""
@@ -102,6 +102,7 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         positive(self, "timeout_seconds")
+        require(self.zero_stage in (1, 2, 3), f"zero_stage must be 1, 2 or 3, got {self.zero_stage}")
         changed = [name for name in ("zero_stage", "offload", "deepspeed_config")
                    if getattr(self, name) != getattr(DistributedConfig, name)]
         require(self.backend == "deepspeed" or not changed,
@@ -159,8 +160,8 @@ class Config:
                 "output is at hand")
         require(self.rollout.engine != "torch" or self.distributed.backend != "deepspeed"
                 or self.distributed.zero_stage < 3,
-                "rollout.engine torch cannot sample from weights that distributed.zero_stage 3 has sharded: ranks would "
-                "wait for each other in every token; take rollout.engine vllm, zero_stage 2, or backend fsdp")
+                "rollout.engine torch cannot sample from weights that distributed.zero_stage 3 has sharded: ranks "
+                "would wait for each other in every token; take rollout.engine vllm, zero_stage 2, or backend fsdp")
         object.__setattr__(self, "stages", _named(self.stages))
 
 

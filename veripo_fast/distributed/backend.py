@@ -25,6 +25,8 @@ class Backend(Protocol):
     Methods are collective, `forward` and `backward` too where weights are sharded.
     """
 
+    distributed: bool
+    """Whether there are several ranks."""
     sharded: bool
     """Whether a forward pass of one rank waits for the others."""
 
@@ -82,7 +84,7 @@ class Backend(Protocol):
 class LocalBackend:
     """One process: everything is whole."""
 
-    sharded = False
+    distributed = sharded = False
 
     def __init__(self, step: torch.nn.Module, named: Callable[[], Named]) -> None:
         """
@@ -111,7 +113,7 @@ class LocalBackend:
 
     def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
         """See `Backend`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, loss: float, rate: float, max_norm: float) -> float:
         """See `Backend`."""

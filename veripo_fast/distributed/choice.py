@@ -9,7 +9,7 @@ from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError
 
 
-def check_ranks(config: DistributedConfig, world: World) -> None:
+def check_backend(config: DistributedConfig, world: World) -> None:
     """Whether the configuration and the number of ranks go together.
 
     Raises:
@@ -18,6 +18,13 @@ def check_ranks(config: DistributedConfig, world: World) -> None:
     if world.size > 1 and config.backend == "none":
         raise ConfigError(f"distributed.backend is none, which is one process, and {world.size} ranks were started; "
                           "start it without torchrun, or take fsdp or deepspeed")
+
+
+def gpu_name(device: str) -> str:
+    """Of the GPU that this rank takes; empty on a CPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else ""
 
 
 def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
@@ -38,7 +45,6 @@ def distribute_frozen(policy: Any, world: World) -> None:
         from veripo_fast.distributed.fsdp import shard_frozen
 
         shard_frozen(policy.step)
-        policy.backend.sharded = True
 
 
 class _Named:

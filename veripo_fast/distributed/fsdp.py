@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, Shard
 from veripo_fast.config.schema import OptimizerConfig
 from veripo_fast.distributed.backend import Held, Named, adamw, moments, step_adamw
 
-
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """Its name since torch 2.13, and the one before."""
 
@@ -55,7 +54,7 @@ class _Owned:
 class FsdpBackend:
     """See `Backend`. Shards the modules of `step` in place."""
 
-    sharded = True
+    distributed = sharded = True
 
     def __init__(self, step: Any, named: Callable[[], Named], warm_up: Callable[[Any], object]) -> None:
         """
@@ -85,7 +84,7 @@ class FsdpBackend:
 
     def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
         """See `Backend`. FSDP2 takes the mean over ranks, of sharded weights alone."""
-        (loss * self.size).backward()  # type: ignore[no-untyped-call]
+        (loss * self.size).backward()
 
     def step(self, loss: float, rate: float, max_norm: float) -> float:
         """See `Backend`."""

@@ -22,7 +22,7 @@ SILENT_SECONDS = 20.0
 """A rank whose beat stands still for so long is lost; a suspended job stands still as a whole."""
 _GRACE_SECONDS = 5.0
 """How long a rank whose exchange broke waits to hear why, and a failed one for the others to hear of it."""
-_FAILED = "veripo/failed"
+_FAILED, _CLAIMS = "veripo/failed", "veripo/claims"
 
 
 class Peers:
@@ -51,20 +51,25 @@ class Peers:
         self._thread.join(timeout=_GRACE_SECONDS)
         if error is None or isinstance(error, (PeerFailed, Interrupted)):
             return
-        if _is_broken_exchange(error) and (culprit := self._failed()):
+        broken = _is_broken_exchange(error)
+        if broken and (culprit := self._failed()):
             raise PeerFailed(culprit) from error
-        self._announce(f"rank {self.rank} failed")
-        if _is_broken_exchange(error):
+        if not self._is_first():
+            raise PeerFailed("another rank failed too") from error
+        if broken:
             first = str(error).splitlines()[0][:200]
             raise TrainingError(f"another rank was lost while this one was {self.doing} ({first}); the last checkpoint "
                                 "is whole, and --resume goes on from it") from error
 
-    def _announce(self, sentence: str) -> None:
-        """Tell the others, who then end in silence."""
+    def _is_first(self) -> bool:
+        """Whether no other rank has failed before; if so tell them, and they end in silence."""
         try:
-            self._store.set(_FAILED, sentence)
+            first = self._store.add(_CLAIMS, 1) == 1
+            if first:
+                self._store.set(_FAILED, f"rank {self.rank} failed")
         except RuntimeError:  # the machine with the store is gone
-            return
+            return True
+        return first
 
     def _failed(self) -> str:
         """Which rank said that it failed; waits a moment for it."""

@@ -1,7 +1,7 @@
 """The ranks of a run, one process per device as torchrun starts them; one process alone is a world of its own.
 
-Whatever ranks say to each other that is not a gradient or a weight goes through `World`, over the CPU. All of its
-methods but the properties are collective: every rank has to call them, in the same order.
+Whatever ranks say to each other that is not a gradient or a weight goes through `World`, over the CPU. Its methods are
+collective, `move` excepted: every rank has to call them, in the same order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from veripo_fast.distributed.peers import Peers
 from veripo_fast.errors import ConfigError, PeerFailed, UserError
@@ -53,6 +53,19 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def move(self, value: Value | None, source: int, target: int) -> Value | None:
+        """Hand a value from rank to rank; the target gets it, all others None. Only these two need to call it."""
+        if source == target or self.rank not in (source, target):
+            return None
+        import torch.distributed as dist
+
+        values: list[Any] = [value]
+        if self.rank == source:
+            dist.send_object_list(values, dst=target)
+            return None
+        dist.recv_object_list(values, src=source)
+        return values[0]
+
     def total(self, values: Sequence[float]) -> list[float]:
         """Each number summed over the ranks, in float64: the same bits on every rank."""
         if self.size == 1:
@@ -85,8 +98,8 @@ class World:
 
     def on_main(self, work: Callable[[], Value]) -> Value:
         """Do something on rank 0, and give its result to all. Raises as `agreed`."""
-        value = self.agreed(work if self.main else lambda: None)
-        return self.broadcast(value)  # type: ignore[return-value]
+        value = self.agreed(lambda: work() if self.main else None)
+        return cast(Value, self.broadcast(value))
 
     def same(self, what: str, digest: str, remedy: str) -> None:
         """Compare what has to be equal on all ranks.
@@ -136,8 +149,8 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"rank {rank} is number {local_rank} on its machine, which has {torch.cuda.device_count()}"
-                              " GPUs; start as many processes as there are GPUs (torchrun --nproc-per-node)")
+            count = torch.cuda.device_count()
+            raise ConfigError(f"rank {rank} is number {local_rank} on its machine, which has {count} GPUs; start as many processes as there are GPUs (torchrun --nproc-per-node)")
         torch.cuda.set_device(local_rank)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.schema import Config
+from veripo_fast.distributed.shares import gathered, own_numbers
+from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import DataError
 from veripo_fast.evaluation.intervals import bootstrap_interval
 from veripo_fast.reward.groups import reward_groups
@@ -38,11 +40,11 @@ def modes(config: Config) -> dict[str, tuple[int, float]]:
 
 def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prompt], config: Config, *, stage: str,
              rows: Callable[[str], Path], check: Callable[[], None] = lambda: None,
-             gate: ParityGate | None = None) -> list[dict[str, Any]]:
+             gate: ParityGate | None = None, world: World = ONE) -> list[dict[str, Any]]:
     """Evaluate a policy in every mode; completions are stored at `rows(mode)`, `check` may stop between batches.
 
     `gate` compares the engine's log-probs with the trainer's in the first batch of each mode, before anything is
-    stored.
+    stored. Collective.
 
     Returns:
         one record per mode, as evals.jsonl holds them.
@@ -55,21 +57,25 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
         with tqdm(total=len(prompts), desc=f"eval {stage} {mode}", unit="prompt") as bar:
             for start in range(0, len(prompts), config.eval.prompts_per_batch):
                 batch = prompts[start:start + config.eval.prompts_per_batch]
-                loaded = loader.load(batch)
-                loader.prefetch(prompts[start + len(batch):][:config.eval.prompts_per_batch])
-                bar.update(len(batch) - len(loaded))
+                loaded = loader.load_some(batch, own_numbers(len(batch), world))
+                following = prompts[start + len(batch):][:config.eval.prompts_per_batch]
+                loader.prefetch([following[number] for number in own_numbers(len(following), world)])
                 sampling = Sampling(samples, temperature, config.rollout.max_new_tokens,
                                     derive_seed(config.seed, "eval", mode, start), config.rollout.top_p,
                                     config.rollout.top_k)
-                found = engine.generate(loaded, sampling, partial(_advance, bar))
-                if gate is not None and not groups:
-                    gate.check(loaded, found, sampling)
-                groups += found
+                engine.sync()
+                found = engine.generate(list(loaded.values()), sampling, partial(_advance, bar), numbers=list(loaded))
+                if gate is not None and not start:
+                    gate.check(list(loaded.values()), found, sampling)
+                reward_groups(found, config)
+                groups += gathered(dict(zip(loaded, found, strict=True)), world).values()
+                bar.update(start + len(batch) - bar.n)
                 check()
         if not groups:
             raise DataError("no evaluation prompt could be loaded; skipped.jsonl says why for each")
-        reward_groups(groups, config)
-        write_groups(rows(mode), groups, stage, 0)
+        reward_groups(groups, config)  # the advantages of all, as one process gives them
+        if world.main:
+            write_groups(rows(mode), groups, stage, 0)
         records.append({"stage": stage, "mode": mode, **scores(groups, config),
                         "seconds": time.perf_counter() - started})
     return records

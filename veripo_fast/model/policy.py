@@ -135,9 +135,25 @@ def in_own_memory(policy: Policy) -> Policy:
     return policy
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with."""
-    policy.model.save_pretrained(folder)
+def save_policy(policy: Policy, folder: Path | None) -> None:
+    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with.
+
+    Collective. Of several ranks rank 0 writes; its host has room for all weights, which it is sent one after the other.
+
+    Args:
+        folder: None on other ranks.
+    """
+    if not policy.backend.distributed:
+        policy.model.save_pretrained(folder)
+    else:
+        state: dict[str, torch.Tensor] = {}
+        for name, value in policy.backend.weights():
+            if folder is not None:
+                state[name] = value.to("cpu", copy=True)
+        if folder is not None:
+            policy.model.save_pretrained(folder, state_dict=state)
+    if folder is None:
+        return
     for pattern in COPIED_FILES:
         for file in policy.encoder.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)

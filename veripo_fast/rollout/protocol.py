@@ -39,10 +39,13 @@ class RolloutEngine(Protocol):
     rebuilds: int
     """Times that it was built again after a failure."""
 
-    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
-                 on_group: OnGroup | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
+    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, on_group: OnGroup | None = None, *,
+                 numbers: Sequence[int] | None = None, keep_caches: bool = False) -> list[RolloutGroup]:
         """Complete every prompt `sampling.group_size` times; `on_group` gets each group as soon as it is finished,
-        while others are still sampled.
+        while others are still sampled. Collective: a rank without prompts calls it too.
+
+        The noise of a completion depends on the seed, on the prompt's number in the batch of all ranks (`numbers`; its
+        place in `prompts` when there are none), and on nothing else.
 
         The completions are those of the policy's weights as they are now: an engine that keeps its own syncs first.
         `keep_caches` leaves what the engine has kept of earlier calls, to find out whether it is stale.

@@ -14,6 +14,7 @@ from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.rollout.protocol import OnGroup, Sampling, not_finite
+from veripo_fast.run.seeds import derive_seed
 from veripo_fast.types import Completion, LoadedPrompt, RolloutGroup
 
 EngineOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -28,9 +29,14 @@ class TorchEngine:
         self.policy = policy
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
-                 on_group: OnGroup | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
-        """See `RolloutEngine`; nothing is kept between calls."""
+    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, on_group: OnGroup | None = None, *,
+                 numbers: Sequence[int] | None = None, keep_caches: bool = False) -> list[RolloutGroup]:
+        """See `RolloutEngine`; nothing is kept between calls. Sharded weights are whole while it samples."""
+        with self.policy.backend.whole():
+            return self._sampled(prompts, sampling, on_group, range(len(prompts)) if numbers is None else numbers)
+
+    def _sampled(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, on_group: OnGroup | None,
+                 numbers: Sequence[int]) -> list[RolloutGroup]:
         if not prompts:
             return []
         batch = pack([(item.encoded, []) for item in prompts])
@@ -43,7 +49,8 @@ class TorchEngine:
         if not logits.isfinite().all():
             raise not_finite(self.policy.version)
         groups: list[RolloutGroup | None] = [None] * len(prompts)
-        for number, output in self._decode(logits, following, cache, sampling):
+        noise = draws(sampling, numbers).to(logits.device)
+        for number, output in self._decode(logits, following, cache, sampling, noise):
             groups[number] = group = self._group(prompts[number], *output)
             if on_group is not None:
                 on_group(number, group)
@@ -63,10 +70,10 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing."""
 
-    def _decode(self, logits: torch.Tensor, following: torch.Tensor, cache: PromptCache, sampling: Sampling
-                ) -> Iterator[tuple[int, EngineOutput]]:
+    def _decode(self, logits: torch.Tensor, following: torch.Tensor, cache: PromptCache, sampling: Sampling,
+                noise: torch.Tensor) -> Iterator[tuple[int, EngineOutput]]:
         """As prompts are finished, their number with tokens [G, R], log-probabilities, and the length of each
-        completion; logits [N, V] start it."""
+        completion; logits [N, V] start it, noise is float64 [N * G, R]."""
         size = sampling.group_size
         logits, positions = logits.repeat_interleave(size, 0), following.repeat_interleave(size)
         rows = torch.arange(len(logits), device=logits.device)
@@ -76,9 +83,8 @@ class TorchEngine:
         lengths = torch.full((len(logits),), sampling.max_new_tokens, device=logits.device)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         ends = torch.tensor(self.policy.encoder.end_ids, device=logits.device)
-        generator = torch.Generator(logits.device).manual_seed(sampling.seed)
         for step in range(sampling.max_new_tokens):
-            token, logprob = sample(logits, sampling, self.policy.encoder.banned_ids, generator)
+            token, logprob = sample(logits, sampling, self.policy.encoder.banned_ids, noise[rows, step])
             tokens[rows, step], logprobs[rows, step] = token, logprob
             stops = torch.isin(token, ends) & ~ended
             lengths[rows[stops]] = step + 1
@@ -110,9 +116,20 @@ class TorchEngine:
         return RolloutGroup(item.prompt, completions, self.policy.encoder.opens_think)
 
 
+def draws(sampling: Sampling, numbers: Sequence[int]) -> torch.Tensor:
+    """Uniform float64 [prompts * G, R] in [0, 1): a number for every token of a completion, from a seed per prompt."""
+    parts = [torch.rand(sampling.group_size, sampling.max_new_tokens, dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(derive_seed(sampling.seed, number)))
+             for number in numbers]
+    return torch.cat(parts)
+
+
 def sample(logits: torch.Tensor, sampling: Sampling, banned_ids: Sequence[int],
-           generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row of logits [rows, V].
+           noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row of logits [rows, V], by the inverse of its distribution function.
+
+    Args:
+        noise: float64 [rows], uniform in [0, 1).
 
     Returns:
         int64 [rows] tokens and float32 [rows]: log softmax(logits / temperature) of each, before bans, top-k and top-p.
@@ -123,8 +140,16 @@ def sample(logits: torch.Tensor, sampling: Sampling, banned_ids: Sequence[int],
     if sampling.temperature == 0:
         tokens = allowed.argmax(-1)
     else:
-        tokens = torch.multinomial(_weights(_truncate(allowed, sampling)), 1, generator=generator)[:, 0]
+        tokens = _inverse(_weights(_truncate(allowed, sampling)), noise)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _inverse(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The first token [rows] at which the sum of weights [rows, V] passes a share of their total, never one without
+    weight."""
+    below = weights.cumsum(-1, dtype=torch.float64)
+    wanted = (noise * below[:, -1]).clamp(max=torch.nextafter(below[:, -1], torch.zeros_like(noise)))
+    return torch.searchsorted(below, wanted[:, None], right=True)[:, 0]
 
 
 def _weights(logprobs: torch.Tensor) -> torch.Tensor:

@@ -73,8 +73,8 @@ class VllmEngine:
 
     # -- protocol -----------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling,
-                 on_group: OnGroup | None = None, *, keep_caches: bool = False) -> list[RolloutGroup]:
+    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, on_group: OnGroup | None = None, *,
+                 numbers: Sequence[int] | None = None, keep_caches: bool = False) -> list[RolloutGroup]:
         """See `RolloutEngine`.
 
         Raises:
@@ -83,12 +83,13 @@ class VllmEngine:
         if not prompts:
             return []
         self.limits.check([len(item.encoded.token_ids) for item in prompts], sampling.max_new_tokens)
+        seeds = [derive_seed(sampling.seed, number) for number in numbers or range(len(prompts))]
         try:
-            return self._attempt(prompts, sampling, on_group, keep_caches)
+            return self._attempt(prompts, sampling, seeds, on_group, keep_caches)
         except EngineFailure as error:
             self._rebuild(error)
         try:
-            return self._attempt(prompts, sampling)
+            return self._attempt(prompts, sampling, seeds)
         except EngineFailure as error:
             raise TrainingError(f"the engine failed again after it was built anew for the batch: {error}") from error
 
@@ -121,8 +122,8 @@ class VllmEngine:
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 
-    def _attempt(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, on_group: OnGroup | None = None,
-                 keep_caches: bool = False) -> list[RolloutGroup]:
+    def _attempt(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, seeds: Sequence[int],
+                 on_group: OnGroup | None = None, keep_caches: bool = False) -> list[RolloutGroup]:
         """One try to complete every prompt."""
         numbers: dict[str, int] = {}
         groups: dict[int, RolloutGroup] = {}
@@ -134,12 +135,12 @@ class VllmEngine:
             self.hooks.positions.clear()
             self.hooks.temperature = sampling.temperature or 1.0
             if self.tensor_parallel > 1:
-                library.check_same_requests([item.encoded.token_ids.tolist() for item in prompts], sampling)
+                library.check_same_requests([item.encoded.token_ids.tolist() for item in prompts], sampling, seeds)
             for number, item in enumerate(prompts):
                 name = f"veripo-{self._requests}"
                 self._requests += 1
                 numbers[name] = number  # before: Ctrl-C may come right behind
-                self._add(name, item, sampling, number)
+                self._add(name, item, sampling, seeds[number])
             for output in self._steps():
                 number = numbers[output.request_id]
                 groups[number] = group_of(prompts[number], output, sampling, self.policy)
@@ -147,7 +148,7 @@ class VllmEngine:
                     call(on_group, number, groups[number])
         return [groups[number] for number in range(len(prompts))]
 
-    def _add(self, name: str, item: LoadedPrompt, sampling: Sampling, number: int) -> None:
+    def _add(self, name: str, item: LoadedPrompt, sampling: Sampling, seed: int) -> None:
         """Hand over a prompt.
 
         vLLM gives the completions of a prompt the seeds s, s + 1, ..., so prompts get seeds far from each other.
@@ -155,7 +156,7 @@ class VllmEngine:
         encoder, greedy = self.policy.encoder, sampling.temperature == 0
         parameters = library.sampling_parameters(
             completions=1 if greedy else sampling.group_size, greedy=greedy, top_p=sampling.top_p, top_k=sampling.top_k,
-            seed=derive_seed(sampling.seed, number), max_tokens=sampling.max_new_tokens, end_ids=encoder.end_ids,
+            seed=seed, max_tokens=sampling.max_new_tokens, end_ids=encoder.end_ids,
             banned_ids=encoder.banned_ids)
         media = media_of(encoder, item, self.vision)
         self.hooks.positions.add(item.encoded, [medium.key for medium in media])
@@ -246,7 +247,8 @@ class VllmEngine:
         """
         prompt = Prompt("probe", (Message("user", ("?",)),), "text", "")
         before = dict(self.hooks.calls)
-        self._attempt([LoadedPrompt(prompt, self.policy.encoder.encode(prompt, None), None)], Sampling(1, 0.5, 1, 0))
+        loaded = LoadedPrompt(prompt, self.policy.encoder.encode(prompt, None), None)
+        self._attempt([loaded], Sampling(1, 0.5, 1, 0), [0])
         unused = [name for name, count in self.hooks.calls.items() if count == before[name]]
         if unused:
             raise ConfigError(f"{self.library_version} with its {runner} does not call {' and '.join(unused)} of its "

@@ -17,6 +17,8 @@ from veripo_fast.errors import Interrupted
 
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_INTERRUPTED = 130
+"""As after Ctrl-C."""
 EXIT_TIME_UP = 75
 """Exit code of a run whose time is up: EX_TEMPFAIL of sysexits.h, try again."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from veripo_kernels import PreferenceLoss
 from veripo_kernels.reference import pair_sums
 
 from veripo_fast.config.schema import Config, StageConfig
+from veripo_fast.distributed.balance import deal
+from veripo_fast.distributed.shares import gathered, over_ranks, padded
+from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import TrainingError
 from veripo_fast.model.packing import PackedBatch, micro_batches, pack, packed_length
 from veripo_fast.model.policy import Policy
@@ -31,8 +35,9 @@ from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, PreferencePair, Prompt, RolloutGroup
+from veripo_fast.verifier.judges import Judgement
 from veripo_fast.verifier.store import read_pairs, write_result
-from veripo_fast.verifier.verify import make_judge, verify
+from veripo_fast.verifier.verify import Judging, make_judge, verify
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +57,9 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
     with session.phase("verify"):
         pairs = verified_pairs(session, stage, config, groups)
     if not pairs:
-        log.warning("%s: the verifier built no pairs from %s, so there is nothing to align on (%s says why)",
-                    stage.name, stage.rollouts_from, session.run.verifier(stage.name) / "account.json")
+        if session.world.main:
+            log.warning("%s: the verifier built no pairs from %s, so there is nothing to align on (%s says why)",
+                        stage.name, stage.rollouts_from, session.run.verifier(stage.name) / "account.json")
         return
     source = PairSource(session, pairs, {group.prompt.prompt_id: group.prompt for group in groups})
     with session.phase("reference"):
@@ -62,11 +68,8 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
     optimizer = session.stage_optimizer(config, config.dpo.learning_rate, len(steps))
     for step in session.steps(stage, len(steps), optimizer):
         with session.phase("vision"):
-            rows = source.load(steps[step])
-        source.prefetch(steps[step + 1] if step + 1 < len(steps) else [])
-        if not rows:
-            session.finish_step({})
-            continue
+            rows = source.load(source.share(steps[step]))
+        source.prefetch(source.share(steps[step + 1]) if step + 1 < len(steps) else [])
         with session.phase("update"):
             used = torch.tensor([row.number for row in rows], dtype=torch.long)
             values = dpo_update(session.policy, optimizer, rows, ref_logprobs[used], config)
@@ -80,6 +83,16 @@ class PairSource:
         self.session = session
         self.pairs = pairs
         self.prompts = prompts
+
+    def share(self, numbers: Sequence[int]) -> list[int]:
+        """Those of a step that this rank trains on: the pairs of a prompt stay together, which is loaded once."""
+        numbered: dict[str, list[int]] = {}
+        for number in numbers:
+            numbered.setdefault(self.pairs[number].prompt_id, []).append(number)
+        prompts = list(numbered.values())
+        costs = [sum(len(self.pairs[n].chosen_ids) + len(self.pairs[n].rejected_ids) for n in part) for part in prompts]
+        world = self.session.world
+        return sorted(number for index in deal(costs, world.size)[world.rank] for number in prompts[index])
 
     def load(self, numbers: Sequence[int]) -> list[PairRow]:
         """Pairs with their loaded prompts; those whose media are gone are left out."""
@@ -108,16 +121,17 @@ def verified_pairs(session: Session, stage: StageConfig, config: Config, groups:
                    ) -> list[PreferencePair]:
     """Pairs of the stage, from disk when the verifier has finished before."""
     folder = session.run.verifier(stage.name)
-    if not (folder / "pairs.parquet").is_file():
-        (folder / "ref_logprobs.parquet").unlink(missing_ok=True)  # of other pairs
-        encoder = session.policy.encoder
+    if not session.world.on_main((folder / "pairs.parquet").is_file):
+        session.world.on_main(lambda: (folder / "ref_logprobs.parquet").unlink(missing_ok=True))  # of other pairs
+        encoder, world = session.policy.encoder, session.world
         judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
                            lambda: answer_scorer(session.policy, session.loader.load_one))
-        with math_budget(config.reward.math_seconds_per_batch):
+        with math_budget(config.reward.math_seconds_per_batch), session.policy.backend.whole():
             result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
                             encoder.encode_completion, encoder.eos_id,
-                            derive_seed(config.seed, stage.name, "pairs"), check=session.stop_if_asked)
-        write_result(folder, result)
+                            derive_seed(config.seed, stage.name, "pairs"), check=session.stop_if_asked_alone,
+                            share=partial(judged_by_all, world, config.verifier.judge != "endpoint"))
+        world.on_main(lambda: write_result(folder, result))
     return read_pairs(folder / "pairs.parquet")
 
 
@@ -131,14 +145,16 @@ def stage_reference(session: Session, stage: StageConfig, config: Config, source
     with tqdm(total=len(source.pairs), desc=f"{stage.name} reference", unit="pair") as bar:
 
         def load(numbers: Sequence[int]) -> list[PairRow]:
-            rows = source.load(numbers)
+            rows = source.load(source.share(numbers))
             end = numbers[-1] + 1
-            source.prefetch(range(end, min(end + config.dpo.pairs_per_step, len(source.pairs))))
+            source.prefetch(source.share(range(end, min(end + config.dpo.pairs_per_step, len(source.pairs)))))
             return rows
 
-        ref_logprobs = reference_logprobs(session.policy, len(source.pairs), load, config, path, bar.update)
+        ref_logprobs = reference_logprobs(session.policy, len(source.pairs), load, config, path, bar.update,
+                                          session.world)
     if not ref_logprobs.isfinite().any():
-        path.unlink()  # a resume computes them again
+        if session.world.main:
+            path.unlink()  # a resume computes them again
         raise TrainingError(f"no pair of stage {stage.name} has a finite reference log-prob: its media are gone "
                             f"({session.run.skipped} says which), or the weights hold NaN or infinity")
     return ref_logprobs
@@ -146,23 +162,32 @@ def stage_reference(session: Session, stage: StageConfig, config: Config, source
 
 @torch.no_grad()
 def reference_logprobs(policy: Policy, pairs: int, load: Callable[[Sequence[int]], list[PairRow]], config: Config,
-                       path: Path, advance: Callable[[int], object]) -> torch.Tensor:
-    """Log-probs [pairs, 2] of the policy at the start of the stage, read from `path` when it is there.
+                       path: Path, advance: Callable[[int], object], world: World = ONE) -> torch.Tensor:
+    """Log-probs [pairs, 2] of the policy at the start of the stage, read from `path` when it is there. Collective.
 
     A pair whose media cannot be loaded any more gets NaN.
+
+    Args:
+        load: gives this rank's share of some pairs.
     """
-    if path.is_file():
-        return torch.tensor(pq.read_table(path).column("ref_logprobs").to_pylist())
-    values = torch.full((pairs, 2), float("nan"))
+    known = world.on_main(lambda: pq.read_table(path).column("ref_logprobs").to_pylist() if path.is_file() else None)
+    if known is not None:
+        return torch.tensor(known)
+    own: dict[int, list[float]] = {}
     for start in range(0, pairs, config.dpo.pairs_per_step):
         numbers = range(start, min(start + config.dpo.pairs_per_step, pairs))
         rows = load(numbers)
-        for part in micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens):
-            sums = pair_logprobs(policy, [rows[i] for i in part], preference_loss_of(config))
-            for i, value in zip(part, sums.cpu(), strict=True):
-                values[rows[i].number] = value
+        for part, _ in padded(micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens), world):
+            if part is None:
+                policy.idle()
+                continue
+            sums = pair_logprobs(policy, [rows[i] for i in part], preference_loss_of(config)).tolist()
+            own |= {rows[i].number: value for i, value in zip(part, sums, strict=True)}
         advance(len(numbers))
-    write_table(pa.table({"ref_logprobs": values.tolist()}), path)
+    values = torch.full((pairs, 2), float("nan"))
+    for number, value in gathered(own, world).items():
+        values[number] = torch.tensor(value)
+    world.on_main(lambda: write_table(pa.table({"ref_logprobs": values.tolist()}), path))
     return values
 
 
@@ -181,6 +206,19 @@ def usable_steps(steps: list[list[int]], ref_logprobs: torch.Tensor) -> list[lis
     """The steps without the pairs that have no finite reference log-probs."""
     finite = ref_logprobs.isfinite().all(1)
     return [[number for number in numbers if finite[number]] for numbers in steps]
+
+
+def judged_by_all(world: World, spread: bool, groups: list[RolloutGroup], judge: Judging) -> list[list[Judgement]]:
+    """What a judge says of each group. Collective.
+
+    Args:
+        spread: whether each rank judges a share; else rank 0 judges all.
+    """
+    if spread:
+        own = list(range(world.rank, len(groups), world.size))
+    else:
+        own = list(range(len(groups))) if world.main else []
+    return list(gathered(dict(zip(own, judge([groups[number] for number in own]), strict=True)), world).values())
 
 
 # -- one step --------------------------------------------------------------------------------------------------------
@@ -216,27 +254,38 @@ def pair_length(row: PairRow) -> int:
 
 def dpo_update(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], ref_logprobs: torch.Tensor,
                config: Config) -> dict[str, float]:
-    """One optimizer step over pairs with their reference log-probs [B, 2]; returns metrics, means over the pairs."""
+    """One optimizer step over pairs with their reference log-probs [B, 2]; returns metrics, means over the pairs.
+
+    `rows` are those of this rank; nothing is returned where no rank has any.
+    """
+    world = optimizer.world
+    total = int(world.total([len(rows)])[0])
+    if not total:
+        return {}
     metrics = {"loss": 0.0, "preference_accuracy": 0.0, "margin": 0.0, "chosen_logprobs_mean": 0.0,
                "rejected_logprobs_mean": 0.0, "chosen_drift": 0.0}
-    for part in micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens):
-        values = _backward(policy, optimizer, [rows[i] for i in part], ref_logprobs[part], config, len(rows))
+    for part, last in padded(micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens), world):
+        if part is None:
+            optimizer.backward(policy.idle(), last=last)
+            continue
+        values = _backward(policy, optimizer, [rows[i] for i in part], ref_logprobs[part], config, total, last)
         metrics = {name: value + values[name] for name, value in metrics.items()}
+    metrics = over_ranks(metrics, world)
     stepped = step_policy(policy, optimizer)
     if stepped["skipped_updates"]:
-        return stepped | {"pairs": float(len(rows))}
-    return metrics | stepped | {"pairs": float(len(rows))}
+        return stepped | {"pairs": float(total)}
+    return metrics | stepped | {"pairs": float(total)}
 
 
 def _backward(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], ref_logprobs: torch.Tensor,
-              config: Config, total: int) -> dict[str, float]:
+              config: Config, total: int, last: bool) -> dict[str, float]:
     """Forward and backward of one micro-batch; every metric is its share of the mean over `total` pairs.
 
     chosen_drift is policy minus reference log-prob of the chosen completion, per token: strongly negative means that
     DPO pushes both sides down and only widens the gap.
     """
     batch, mask = pack_pairs(rows, policy.device)
-    output = policy.step(batch, policy.features_of([row.prompt for row in rows]), PairLossInputs(
+    output = policy.forward(batch, policy.features_of([row.prompt for row in rows]), PairLossInputs(
         preference_loss_of(config), ref_logprobs.to(policy.device), mask, total))
-    loss = optimizer.backward(output.loss)
+    loss = optimizer.backward(output.loss, last=last)
     return {"loss": loss, **{name: value.item() for name, value in output.metrics.items()}}

@@ -19,6 +19,9 @@ from veripo_kernels import PolicyLoss
 
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.order import PromptOrder
+from veripo_fast.distributed.choice import distribute_frozen
+from veripo_fast.distributed.shares import over_ranks, padded
+from veripo_fast.distributed.world import ONE
 from veripo_fast.errors import DataError
 from veripo_fast.model.packing import micro_batches, pack, packed_length
 from veripo_fast.model.policy import Policy, load_policy
@@ -28,6 +31,7 @@ from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.run.metrics import read_records
 from veripo_fast.run.seeds import derive_seed
+from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session
@@ -43,30 +47,30 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
     optimizer = session.stage_optimizer(config, config.grpo.learning_rate,
                                         config.grpo.steps * config.grpo.updates_per_rollout)
     reference = stage_reference(session) if config.grpo.kl_coef else None
-    update = GrpoUpdate(session.policy, optimizer, config, reference)
+    update = GrpoUpdate(session.policy, optimizer, config, reference, session.dealer)
     health = StageHealth(stage.name, [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
     for step in session.steps(stage, config.grpo.steps, optimizer):
         batch, session.state.position = take(prompts, order, session.state.position, config)
         following, _ = take(prompts, order, session.state.position, config)
         with session.phase("vision"):
-            loaded = session.load(batch)
+            loaded = session.load_share(batch)
         if step + 1 < config.grpo.steps:
-            session.loader.prefetch(following)
-        if not loaded and all(prompt in session.loader.bad for prompt in prompts):
-            raise DataError(f"none of the {len(prompts)} prompts of stage {stage.name} could be loaded; "
-                            f"{session.run.skipped} says why for each")
+            session.prefetch_share(following)
+        session.check_some_loaded(prompts, f"prompts of stage {stage.name}")
         with StreamedScores(config) as scores:
-            groups = session.generate(loaded, sampling(stage, config, step), scores.add)
+            own = session.generate(loaded, sampling(stage, config, step), scores.add)
             with session.phase("reward"):
                 scores.wait()
         with session.phase("reward"):
+            numbered = session.gathered(own)
+            groups = list(numbered.values())
             reward_groups(groups, config)
             session.keep(groups)
             check_rollout_logprobs(groups, session.run.rollouts(stage.name, step))
         means = rollout_metrics(groups)
-        counts = health.observe(groups, means)
+        counts = health.observe(groups, means) if session.world.main else {}
         with session.phase("update"):
-            values = means | counts | update.run(loaded, groups)
+            values = means | counts | update.run([loaded.get(number) for number in numbered], groups)
         session.finish_step(values, reward=values["reward_mean"], accuracy=values["accuracy_mean"])
 
 
@@ -126,6 +130,7 @@ def stage_reference(session: Session) -> Policy:
     """The policy at the start of the stage, frozen, for the KL term."""
     reference = load_policy(session.config.model, session.stage_start())
     reference.model.requires_grad_(False)
+    distribute_frozen(reference, session.world)
     return reference
 
 
@@ -158,59 +163,94 @@ class UpdateRow(NamedTuple):
 
 
 class GrpoUpdate:
-    """The updates of one stage; `ref` is the policy at its start, or None without a KL term."""
+    """The updates of one stage; `ref` is the policy at its start, or None without a KL term.
 
-    def __init__(self, policy: Policy, optimizer: Optimizer, config: Config, ref: Policy | None) -> None:
+    Args:
+        dealer: shares the groups out to the ranks; None: one process.
+    """
+
+    def __init__(self, policy: Policy, optimizer: Optimizer, config: Config, ref: Policy | None,
+                 dealer: Dealer | None = None) -> None:
         self.policy = policy
         self.optimizer = optimizer
         self.config = config
         self.loss = policy_loss_of(config)
         self.ref = ref
+        self.dealer = dealer or Dealer.of(policy, ONE)
+        self.world = self.dealer.world
 
-    def run(self, prompts: Sequence[LoadedPrompt], groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """`updates_per_rollout` optimizer steps over a rewarded rollout batch; returns their mean metrics."""
+    def run(self, prompts: Sequence[LoadedPrompt | None], groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """`updates_per_rollout` optimizer steps over a rewarded rollout batch; returns their mean metrics.
+
+        Args:
+            prompts: of the groups; None where another rank has loaded it.
+            groups: those of all ranks.
+        """
         share = -(-self.config.grpo.prompts_per_step // self.config.grpo.updates_per_rollout)
         version = self.policy.version
-        updated = [UpdateRow(prompt, group, None) for prompt, group in zip(prompts, groups, strict=True)]
+        parts = [groups[start:start + share] for start in range(0, len(groups), share)]
+        own = [self._own_rows(prompts, groups, range(start, min(start + share, len(groups))))
+               for start in range(0, len(groups), share)]
         if self.config.grpo.importance:
-            updated[share:] = [self._with_old_logprobs(row) for row in updated[share:]]
+            own[1:] = [self._with_old_logprobs(rows) for rows in own[1:]]
         rows: list[dict[str, float]] = []
-        for start in range(0, len(groups), share):
-            part = updated[start:start + share]
-            metrics = self._update(part, fresh=self.policy.version == version)
+        for part, dealt in zip(parts, own, strict=True):
+            metrics = self._update(part, dealt, fresh=self.policy.version == version)
             if metrics is not None:
                 rows.append(metrics)
-        return _means(rows) | {"updates": self.policy.version - version}
+        return _means(rows) | {"updates": self.policy.version - version} | self.dealer.idle_share()
+
+    def _own_rows(self, prompts: Sequence[LoadedPrompt | None], groups: Sequence[RolloutGroup], numbers: range
+                  ) -> list[UpdateRow]:
+        """The groups of an update that carry a signal and are dealt to this rank."""
+        live = [number for number in numbers if has_signal(groups[number])]
+        dealt = self.dealer.deal(prompts, groups, live) if live else {}
+        return [UpdateRow(prompt, groups[number], None) for number, prompt in dealt.items()]
 
     @torch.no_grad()
-    def _with_old_logprobs(self, row: UpdateRow) -> UpdateRow:
+    def _with_old_logprobs(self, rows: Sequence[UpdateRow]) -> list[UpdateRow]:
         """With the trainer's log-probs before the first update, where the loss compares them with the engine's."""
-        if not has_signal(row.group):
-            return row
-        batch = pack([(row.prompt.encoded, [c.token_ids for c in row.group.completions])])
-        return row._replace(old_logprobs=self.policy.completion_logprobs(
-            batch, [row.prompt.features], temperature=self.config.rollout.temperature))
+        known: list[UpdateRow] = []
+        for row, _ in padded(rows, self.world):
+            if row is None:
+                self.policy.idle()
+                continue
+            batch = pack([(row.prompt.encoded, [c.token_ids for c in row.group.completions])])
+            known.append(row._replace(old_logprobs=self.policy.completion_logprobs(
+                batch, [row.prompt.features], temperature=self.config.rollout.temperature)))
+        return known
 
-    def _update(self, part: list[UpdateRow], fresh: bool) -> dict[str, float] | None:
-        """One optimizer step; None when no group carries a signal."""
-        live = [row for row in part if has_signal(row.group)]
-        if not live:
+    def _update(self, part: Sequence[RolloutGroup], own: list[UpdateRow], fresh: bool) -> dict[str, float] | None:
+        """One optimizer step over a part of the groups; None when no group of it carries a signal."""
+        if not any(map(has_signal, part)):
             return None
-        completions = [c for row in part for c in row.group.completions]
+        completions = [c for group in part for c in group.completions]
         counts = (len(completions), sum(len(c.token_ids) for c in completions))
-        lengths = [packed_length(row.prompt.encoded, [c.token_ids for c in row.group.completions]) for row in live]
-        metrics = {"loss": 0.0, "clip_share": 0.0, "kl": 0.0, "ratio_max": 0.0, "parity_max": 0.0}
-        for numbers in micro_batches(lengths, self.config.optimizer.max_tokens):
-            for name, value in self._backward([live[i] for i in numbers], counts, fresh).items():
+        lengths = [packed_length(row.prompt.encoded, [c.token_ids for c in row.group.completions]) for row in own]
+        metrics = {"loss": 0.0, "clip_share": 0.0, "kl": 0.0, "packed_tokens": float(sum(lengths)), "ratio_max": 0.0,
+                   "parity_max": 0.0}
+        for numbers, last in padded(micro_batches(lengths, self.config.optimizer.max_tokens), self.world):
+            if numbers is None:
+                self._idle(last)
+                continue
+            for name, value in self._backward([own[i] for i in numbers], counts, fresh, last).items():
                 metrics[name] = max(metrics[name], value) if name.endswith("_max") else metrics[name] + value
+        metrics = over_ranks(metrics, self.world)
         stepped = step_policy(self.policy, self.optimizer)
         largest = metrics.pop("parity_max")
         engine = {"parity_max": largest} if fresh else {}
         if stepped["skipped_updates"]:
             return stepped | engine
-        return metrics | engine | stepped | {"packed_tokens": float(sum(lengths))}
+        return metrics | engine | stepped
 
-    def _backward(self, rows: list[UpdateRow], counts: tuple[int, int], fresh: bool) -> dict[str, float]:
+    def _idle(self, last: bool) -> None:
+        """The passes of a micro-batch, while another rank has one."""
+        if self.ref is not None:
+            with torch.no_grad():
+                self.ref.idle()
+        self.optimizer.backward(self.policy.idle(), last=last)
+
+    def _backward(self, rows: list[UpdateRow], counts: tuple[int, int], fresh: bool, last: bool) -> dict[str, float]:
         """Forward and backward of one micro-batch; `counts`: completions and tokens of the whole update."""
         device = self.policy.device
         prompts = [row.prompt for row in rows]
@@ -224,11 +264,11 @@ class GrpoUpdate:
                 ref_logprobs = self.ref.completion_logprobs(batch, self.ref.features_of(prompts),
                                                             temperature=self.config.rollout.temperature)
         old_logprobs = None if fresh else _joined([row.old_logprobs for row in rows], rollout_logprobs)
-        output = self.policy.step(batch, self.policy.features_of(prompts), PolicyLossInputs(
+        output = self.policy.forward(batch, self.policy.features_of(prompts), PolicyLossInputs(
             self.loss, torch.tensor(advantages, device=device), old_logprobs, ref_logprobs,
             self.config.rollout.temperature, *counts,
             rollout_logprobs=rollout_logprobs if self.config.grpo.importance else None))
-        loss = self.optimizer.backward(output.loss)
+        loss = self.optimizer.backward(output.loss, last=last)
         clipped = output.metrics["clip_low_share"] + output.metrics["clip_high_share"]
         return {"loss": loss, "parity_max": parity(output.logprobs, rollout_logprobs), "clip_share": clipped.item(),
                 "kl": output.metrics["kl"].item(), "ratio_max": output.metrics["ratio_max"].item()}

@@ -20,11 +20,14 @@ class MediaLog:
 
     Args:
         allowed: whether media may differ from what they were.
+        write: whether this process writes the file; else rows wait in `waiting` for whoever does.
     """
 
-    def __init__(self, path: Path, allowed: bool) -> None:
+    def __init__(self, path: Path, allowed: bool, write: bool = True) -> None:
         self.path = path
         self.allowed = allowed
+        self.write = write
+        self.waiting: list[dict[str, object]] = []
         self._known = {row["path"]: row for row in read_objects(path)[0] if "path" in row}
         self._checked: set[str] = set()
 
@@ -48,8 +51,17 @@ class MediaLog:
                                 "or resume with --allow-changes media")
             self._known[path] = row
             new.append(row)
-        if new:
+        if new and self.write:
             append_objects(self.path, new)
+        elif new:
+            self.waiting += new
+
+    def add(self, rows: Sequence[dict[str, object]]) -> None:
+        """Write rows of other processes."""
+        new = {str(row["path"]): row for row in rows if self._known.get(str(row["path"])) != row}
+        self._known |= new
+        if new:
+            append_objects(self.path, list(new.values()))
 
     def _row(self, path: str) -> dict[str, object] | None:
         """None for a medium that cannot be read: whoever decodes it says so."""

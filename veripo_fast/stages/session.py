@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +21,10 @@ from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.prompts import load_prompts
-from veripo_fast.data.skipped import Skipped, SkippedLog
-from veripo_fast.errors import CheckpointError, DataError
+from veripo_fast.distributed.choice import distribute
+from veripo_fast.distributed.shares import gathered, over_ranks, own_numbers
+from veripo_fast.distributed.world import ONE, World
+from veripo_fast.errors import CheckpointError, DataError, Interrupted
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import in_own_memory, load_policy, save_policy
 from veripo_fast.rollout.engine import make_engine
@@ -31,10 +33,11 @@ from veripo_fast.rollout.protocol import OnGroup, Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.run.checkpoint import latest_checkpoint, save_checkpoint
 from veripo_fast.run.folder import RunDir
-from veripo_fast.run.interrupt import StopRequests
+from veripo_fast.run.interrupt import EXIT_INTERRUPTED, StopRequests
 from veripo_fast.run.memory import HighWater
 from veripo_fast.run.metrics import MetricsLog
-from veripo_fast.stages.media_log import MediaLog
+from veripo_fast.stages.books import Books
+from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
 
@@ -64,26 +67,30 @@ class Session:
 
     Args:
         requests: whether the run was asked to stop.
+        metrics: of rank 0, which alone writes into the run folder.
         allow_changes: what may differ from the run that is resumed (`start.CHANGES`).
     """
 
     def __init__(self, config: Config, run: RunDir, metrics: MetricsLog, requests: StopRequests,
-                 allow_changes: Collection[str] = ()) -> None:
+                 allow_changes: Collection[str] = (), world: World = ONE) -> None:
         self.config = config
         self.run = run
+        self.world = world
         self.metrics = metrics
         self.requests = requests
         self.allow_changes = allow_changes
-        self.skipped = SkippedLog(run.skipped)
-        self.media = MediaLog(run.media, "media" in allow_changes)
-        self.checkpoint = latest_checkpoint(run.checkpoints)
+        self.books = Books(run, world, "media" in allow_changes)
+        self.checkpoint = world.on_main(lambda: latest_checkpoint(run.checkpoints))
         self.state = _read_state(self.checkpoint)
-        metrics.truncate_after(self.state.global_step)
+        if world.main:
+            metrics.truncate_after(self.state.global_step)
         self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
         self.policy.encoder.path = resolve_path(config.model.path)
-        self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self._skip_prompt,
+        distribute(self.policy, config.distributed, world)
+        self.dealer = Dealer.of(self.policy, world)
+        self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self.books.skip_prompt,
                                    config.cache)
         self.high_water = HighWater(self.policy.device)
         self._seconds: dict[str, float] = {}
@@ -118,6 +125,8 @@ class Session:
         """
         work = self.loader.work
         started = time.perf_counter()
+        if self.world.peers is not None:
+            self.world.peers.doing = f"in {name} of step {self.state.global_step}"
         try:
             with self.high_water.phase(name):
                 yield
@@ -131,19 +140,22 @@ class Session:
                                       "cache_hits": done.cache_hits, "decoder_fallbacks": done.decoder_fallbacks}
             self._add_seconds(name, seconds)
 
-    def generate(self, prompts: Sequence[LoadedPrompt], sampling: Sampling, on_group: OnGroup) -> list[RolloutGroup]:
-        """Sample groups from the policy as it is, and check the engine's log-probs when it is time.
+    def generate(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, on_group: OnGroup
+                 ) -> dict[int, RolloutGroup]:
+        """Sample groups of this rank's share from the policy as it is, and check the engine's log-probs when it is
+        time.
 
         Raises:
             TrainingError: the engine failed twice, or its log-probs are not the trainer's.
         """
+        prompts = list(loaded.values())
         with self.phase("sync"):
             self._engine_values |= self.engine.sync()
         with self.phase("rollout"):
-            groups = self.engine.generate(prompts, sampling, on_group)
+            groups = self.engine.generate(prompts, sampling, on_group, numbers=list(loaded))
         self.engine.sleep()
         due = self.state.global_step % self.config.rollout.parity_every == 0
-        if self.gate is not None and groups and (due or not self._checked_parity):
+        if self.gate is not None and (due or not self._checked_parity):
             with self.phase("parity"):
                 parity = self.gate.check(prompts, groups, sampling)
             self._checked_parity = True
@@ -151,7 +163,7 @@ class Session:
                 self._engine_values["engine_parity_max"] = parity.largest
         if self.engine.rebuilds:
             self._engine_values["engine_rebuilds"] = float(self.engine.rebuilds)
-        return groups
+        return dict(zip(loaded, groups, strict=True))
 
     def _add_seconds(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
@@ -165,31 +177,49 @@ class Session:
         self.state.step += 1
         self.state.global_step += 1
         stage = self._stage
-        self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
-                          "step": self.state.step - 1, **values, **self._video_counts, **self._engine_values,
-                          "seconds": self._seconds})
+        counts = over_ranks(self._video_counts, self.world)
+        engine = over_ranks(self._engine_values, self.world)
+        self.books.write()
+        if self.world.main:
+            self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
+                              "step": self.state.step - 1, **values, **counts, **engine, "seconds": self._seconds})
         self._seconds, self._video_counts, self._engine_values = {}, {}, {}
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
         if self.state.step == self._bar.total:
             return
-        if self.state.global_step % self.config.checkpoint.every == 0 or self.requests.check():
+        stop = self._asked_to_stop()
+        if self.state.global_step % self.config.checkpoint.every == 0 or stop:
             with self.phase("checkpoint"):
                 self.save(self._optimizer)
         self.requests.step_done()
-        self.stop_if_asked()
+        if stop:
+            self._stop()
 
     def stop_if_asked(self) -> None:
-        """Raise Interrupted when the run was asked to stop."""
+        """Raise Interrupted on all ranks when any of them was asked to stop. Collective."""
+        if self._asked_to_stop():
+            self._stop()
+
+    def stop_if_asked_alone(self) -> None:
+        """The same where ranks do different things: of several ranks none stops there."""
+        if self.world.size == 1:
+            self.requests.stop()
+
+    def _asked_to_stop(self) -> bool:
+        return bool(self.world.most(self.requests.check()))
+
+    def _stop(self) -> None:
         self.requests.stop()
+        raise Interrupted("interrupted because another rank was", EXIT_INTERRUPTED)
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
     def stage_optimizer(self, config: Config, peak: float, total_steps: int) -> Optimizer:
         """A new optimizer, or the saved one inside a stage."""
-        optimizer = Optimizer(self.policy.parameters(), config.optimizer, peak, total_steps)
+        optimizer = Optimizer(self.policy.backend, config.optimizer, peak, total_steps, self.world)
         if self.state.step and self.checkpoint is not None:
-            optimizer.load(self.checkpoint / "trainer" / "optimizer.pt")
+            optimizer.load(self.checkpoint / "trainer" / "optimizer")
         elif not self.state.step:
             self.state.stage_start = self.checkpoint.name if self.checkpoint else ""
         return optimizer
@@ -205,7 +235,8 @@ class Session:
     def finish_stage(self) -> None:
         """Count the stage and write a checkpoint of its end."""
         stage = self.config.stages[self.state.stage]
-        self.high_water.write(self.run.memory, stage.name)
+        if self.world.main:
+            self.high_water.write(self.run.memory, stage.name)
         self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step)
         self.save(None)
 
@@ -213,13 +244,34 @@ class Session:
 
     def keep(self, groups: Sequence[RolloutGroup]) -> None:
         """Store the groups of the step that runs."""
-        stage, step = self._stage.name, self.state.step
-        write_groups(self.run.rollouts(stage, step), groups, stage, step)
+        if self.world.main:
+            stage, step = self._stage.name, self.state.step
+            write_groups(self.run.rollouts(stage, step), groups, stage, step)
 
     def load(self, prompts: Sequence[Prompt]) -> list[LoadedPrompt]:
         """Load prompts whose media are still what they were. Raises DataError."""
-        self.media.check(prompts)
+        self.books.media.check(prompts)
         return self.loader.load(prompts)
+
+    def load_share(self, batch: Sequence[Prompt]) -> dict[int, LoadedPrompt]:
+        """This rank's share of a batch, by place in it; those that cannot be loaded are left out. Raises DataError."""
+        own = own_numbers(len(batch), self.world)
+        self.books.media.check([batch[number] for number in own])
+        return self.loader.load_some(batch, own)
+
+    def prefetch_share(self, batch: Sequence[Prompt]) -> None:
+        """Decode the media of a batch that comes next, of this rank's share."""
+        self.loader.prefetch([batch[number] for number in own_numbers(len(batch), self.world)])
+
+    def gathered(self, own: Mapping[int, RolloutGroup]) -> dict[int, RolloutGroup]:
+        """The groups of all ranks, by their numbers. Collective."""
+        return gathered(own, self.world)
+
+    def check_some_loaded(self, prompts: Sequence[Prompt], what: str) -> None:
+        """Raise DataError when every prompt turned out to be bad. Collective: a rank alone may have bad ones only."""
+        bad = set().union(*self.world.gather(set(self.loader.bad)))
+        if all(prompt in bad for prompt in prompts):
+            raise DataError(f"none of the {len(prompts)} {what} could be loaded; {self.run.skipped} says why for each")
 
     def stage_groups(self, name: str) -> list[RolloutGroup]:
         """All rollouts of an earlier stage, in the order they were made. Raises DataError when some are gone."""
@@ -240,27 +292,29 @@ class Session:
     def load_prompts(self, files: tuple[str, ...]) -> list[Prompt]:
         """Prompts of data files; records that cannot be used are named in skipped.jsonl."""
         prompts, skipped = load_prompts(files, self.config.data)
-        self.skipped.add(*skipped)
+        self.books.skip_records(skipped)
         return prompts
 
     def save(self, optimizer: Optimizer | None) -> None:
-        """Write a checkpoint of the state as it is; without optimizer at the end of a stage."""
+        """Write a checkpoint of the state as it is; without optimizer at the end of a stage. Collective."""
         self.state.policy_version = self.policy.version
+        start = self.stage_start()
 
         def write(folder: Path) -> None:
             save_policy(self.policy, folder)
             (folder / "trainer").mkdir()
             (folder / "trainer" / "state.json").write_text(json.dumps(asdict(self.state), indent=2) + "\n")
             if optimizer is not None:
-                optimizer.save(folder / "trainer" / "optimizer.pt")
+                optimizer.save(self.world.broadcast(folder / "trainer" / "optimizer"))
 
-        start = self.stage_start()
-        self.checkpoint = save_checkpoint(self.run.checkpoints, self.state.global_step, write,
-                                          self.config.checkpoint.keep, [start] if start else [])
-
-    def _skip_prompt(self, prompt: Prompt, reason: str) -> None:
-        paths = ", ".join(medium.path for medium in prompt.media)
-        self.skipped.add(Skipped(record=prompt.prompt_id, path=paths, reason=reason))
+        if self.world.main:
+            self.checkpoint = save_checkpoint(self.run.checkpoints, self.state.global_step, write,
+                                              self.config.checkpoint.keep, [start] if start else [])
+        else:
+            save_policy(self.policy, None)
+            if optimizer is not None:
+                optimizer.save(self.world.broadcast(Path()))
+        self.checkpoint = self.world.broadcast(self.checkpoint)
 
 
 def _read_state(checkpoint: Path | None) -> State:

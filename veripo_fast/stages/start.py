@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from veripo_fast.config.describe import to_tree, to_yaml
 from veripo_fast.config.load import load_config
 from veripo_fast.config.schema import Config
+from veripo_fast.distributed.choice import check_backend, gpu_name
+from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError, DataError
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.inputs import differences, read_inputs, take_inputs, write_inputs
 from veripo_fast.run.lock import NAME as LOCK
+from veripo_fast.run.lock import RunLock
 
 log = logging.getLogger(__name__)
 CHANGES = ("config", "data", "media", "model", "rollouts")
@@ -37,9 +39,6 @@ def check_run(config: Config, resume: bool, allow_changes: Collection[str] = ())
         UserError: the folder is taken or holds no run, or the configuration names a file or folder that is not there.
     """
     run = RunDir(config.run_dir)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, as torchrun sets it, but veripo train is one "
-                          "process on one device for now; start it without torchrun")
     if not config.stages:
         raise ConfigError("stages is empty: the configuration says nothing to train")
     for name in allow_changes:
@@ -51,6 +50,49 @@ def check_run(config: Config, resume: bool, allow_changes: Collection[str] = ())
         raise ConfigError(f"run_dir {run.root} exists already; resume it with --resume or name another folder")
     _check_inputs(config)
     return run
+
+
+@contextmanager
+def claimed(run: RunDir, config: Config, resume: bool, allow_changes: Collection[str] = ()
+            ) -> Iterator[Callable[[], None]]:
+    """Hold the run folder, with what the run is made of written into it.
+
+    What is given has to be called once the run has begun: the folder of a new one that could not is left empty, so that
+    the next attempt finds it free.
+
+    Raises:
+        ConfigError: another process holds it, or a resume would go on with other inputs.
+    """
+    run.root.mkdir(parents=True, exist_ok=True)
+    began = resume
+
+    def begin() -> None:
+        nonlocal began
+        began = True
+
+    with RunLock(run.root):
+        try:
+            begin_run(run, config, resume, allow_changes)
+            yield begin
+        finally:
+            if not began:
+                discard_run(run.root)
+
+
+def check_ranks(config: Config, world: World) -> None:
+    """Whether ranks and configuration go together, and all ranks work on the same.
+
+    Raises:
+        ConfigError: they do not; on the first rank, PeerFailed on others.
+    """
+    world.agreed(lambda: check_backend(config.distributed, world))
+    if world.size == 1:
+        return
+    world.same("a configuration", to_yaml(config), "start all ranks with the same file and options")
+    inputs = take_inputs(_data_files(config), resolve_path(config.model.path))
+    for kind, what in (("data", "data files"), ("model", "a model"), ("versions", "packages")):
+        world.same(what, json.dumps(inputs[kind], sort_keys=True), "every machine needs the same")
+    world.same("a GPU", gpu_name(config.model.device), "mixed GPUs would wait for the slowest")
 
 
 def begin_run(run: RunDir, config: Config, resume: bool, allow_changes: Collection[str] = ()) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from tqdm import tqdm
 
@@ -15,8 +16,11 @@ from veripo_fast.verifier.account import Account
 from veripo_fast.verifier.checks import check_group
 from veripo_fast.verifier.judge_likelihood import AnswerLogprobs, LikelihoodJudge
 from veripo_fast.verifier.judge_rules import RulesJudge
-from veripo_fast.verifier.judges import Judge, judge_distinct
+from veripo_fast.verifier.judges import Judge, Judgement, judge_distinct
 from veripo_fast.verifier.pairs import Encode, build_pairs
+
+Judging: TypeAlias = Callable[[list[RolloutGroup]], list[list[Judgement]]]
+Share: TypeAlias = Callable[[list[RolloutGroup], Judging], list[list[Judgement]]]
 
 
 @dataclass
@@ -50,7 +54,7 @@ def make_judge(config: VerifierConfig, cache_path: Path | None = None,
 
 def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, count_tokens: Callable[[str], int],
            encode: Encode, eos_id: int, seed: int, progress: bool = True,
-           check: Callable[[], None] = lambda: None) -> VerifierResult:
+           check: Callable[[], None] = lambda: None, share: Share | None = None) -> VerifierResult:
     """Judge every distinct completion once, run the checks, build the pairs.
 
     Args:
@@ -59,6 +63,7 @@ def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, cou
         encode: text to token ids without special tokens, for assembled sides of pairs.
         progress: show a bar when standard error is a terminal.
         check: called again and again while a judge works; what it raises ends the judging, verdicts kept so far stay.
+        share: judges groups together with other ranks, which all verify the same ones.
 
     Raises:
         JudgeError: the judge cannot give (enough) verdicts.
@@ -69,7 +74,10 @@ def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, cou
             bar.update(count)
             check()
 
-        judgements = judge_distinct(judge, groups, advance)
+        def judged(some: list[RolloutGroup]) -> list[list[Judgement]]:
+            return judge_distinct(judge, some, advance)
+
+        judgements = judged(groups) if share is None else share(groups, judged)
     verdicts = [check_group(group, row, config, count_tokens) for group, row in zip(groups, judgements, strict=True)]
     pairs, account = build_pairs(groups, verdicts, config, encode, eos_id, seed)
     return VerifierResult(verdicts, pairs, account)

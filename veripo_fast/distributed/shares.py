@@ -1,0 +1,45 @@
+"""Which part of numbered work is a rank's own, and what all ranks have together: collective but for `own_numbers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from veripo_fast.distributed.world import World
+
+Item = TypeVar("Item")
+
+
+def own_numbers(count: int, world: World, tensor_parallel: int = 1) -> list[int]:
+    """Which of `count` numbered prompts this rank's engine samples."""
+    return list(range(world.rank // tensor_parallel, count, world.size // tensor_parallel))
+
+
+def gathered(own: Mapping[int, Item], world: World) -> dict[int, Item]:
+    """What all ranks have by number, in the order of numbers."""
+    everything: dict[int, Item] = {}
+    for part in world.gather(dict(own)):
+        everything |= part
+    return dict(sorted(everything.items()))
+
+
+def padded(batches: Sequence[Item], world: World) -> Iterator[tuple[Item | None, bool]]:
+    """The micro-batches of this rank, then None as often as others still have one; and whether it is the last.
+
+    Forward and backward passes of sharded weights wait for all ranks, so all make the same number.
+    """
+    most = int(world.most(len(batches)))
+    for number in range(most):
+        yield batches[number] if number < len(batches) else None, number == most - 1
+
+
+def over_ranks(metrics: Mapping[str, float], world: World) -> dict[str, float]:
+    """Metrics of all ranks: the largest of those that end in _max, of others the sum."""
+    if world.size == 1:
+        return dict(metrics)
+    values: dict[str, float] = {}
+    for part in world.gather(dict(metrics)):
+        for name, value in part.items():
+            known = values.get(name, 0.0)
+            values[name] = max(known, value) if name.endswith("_max") else known + value
+    return values

@@ -1,0 +1,53 @@
+"""What a run notes of its media: which were left out and why, and which content each had when it was first used.
+
+Rank 0 alone writes into the run folder. What other ranks note waits until the next step ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from veripo_fast.data.skipped import Skipped, SkippedLog
+from veripo_fast.distributed.world import World
+from veripo_fast.run.folder import RunDir
+from veripo_fast.stages.media_log import MediaLog
+from veripo_fast.types import Prompt
+
+
+class Books:
+    """skipped.jsonl and media.jsonl.
+
+    Args:
+        changed_media: whether media may differ from what they were when the run first used them.
+    """
+
+    def __init__(self, run: RunDir, world: World, changed_media: bool) -> None:
+        self.world = world
+        self.skipped = SkippedLog(run.skipped)
+        self.media = MediaLog(run.media, changed_media, write=world.main)
+        self._waiting: list[Skipped] = []
+
+    def skip_records(self, records: Sequence[Skipped]) -> None:
+        """Note records of data files, which every rank reads alike."""
+        if self.world.main:
+            self.skipped.add(*records)
+
+    def skip_prompt(self, prompt: Prompt, reason: str) -> None:
+        """Note a prompt whose media cannot be read."""
+        paths = ", ".join(medium.path for medium in prompt.media)
+        skipped = Skipped(record=prompt.prompt_id, path=paths, reason=reason)
+        if self.world.main:
+            self.skipped.add(skipped)
+        else:
+            self._waiting.append(skipped)
+
+    def write(self) -> None:
+        """Write what all ranks have noted. Collective."""
+        if self.world.size == 1:
+            return
+        noted = self.world.gather((self._waiting, self.media.waiting))
+        self._waiting, self.media.waiting = [], []
+        if self.world.main:
+            for skipped, media in noted:
+                self.skipped.add(*skipped)
+                self.media.add(media)
