@@ -1,0 +1,1 @@
+"""Many ranks: how the work of a step is shared out."""
