@@ -9,7 +9,8 @@ Groups are drawn with replacement from bench/results/lengths.json, which says wh
   demo   groups of a run of ours, as they were
 
 Costs are the FLOPs of Qwen2.5-VL 7B, and the time of a group is taken to be its cost. A step's idle share is the mean
-over ranks of 1 - own load / fullest load. Lines go to bench/results/balance.jsonl.
+over ranks of 1 - own load / fullest load; `least` is what no deal of whole groups avoids. `deal_owned` knows where the
+groups lie, `deal_by_tokens` counts their tokens in place of FLOPs. Lines go to bench/results/balance.jsonl.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def measure_steps(draw_group: Callable[[random.Random], Group], cost: ModelCost,
         dealt = deal(costs, ranks)
         seconds.append(time.perf_counter() - started)
         ways = {"round_robin": round_robin(groups, ranks), "length_sort": length_sort(groups, ranks), "deal": dealt,
-                "deal_owned": deal(costs, ranks, owners)}
+                "deal_owned": deal(costs, ranks, owners),
+                "deal_by_tokens": deal([group.tokens for group in groups], ranks)}
         for name, way in ways.items():
             idle.setdefault(name, []).append(statistics.fmean(idle_share(costs, way)))
         for name, shares in moved.items():
