@@ -148,9 +148,10 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
-        if local_rank >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise ConfigError(f"rank {rank} is number {local_rank} on its machine, which has {count} GPUs; start as many processes as there are GPUs (torchrun --nproc-per-node)")
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ConfigError(f"rank {rank} is number {local_rank} on its machine, which has {count} GPUs; start as "
+                              "many processes as there are GPUs (torchrun --nproc-per-node)")
         torch.cuda.set_device(local_rank)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))

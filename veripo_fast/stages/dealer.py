@@ -1,7 +1,7 @@
 """Who trains on which group, and how loaded prompts get there.
 
-All ranks know the groups of a step, because they are small, so each decides alike who trains on which. Only then a loaded
-prompt moves, and only to a rank that does not hold it.
+All ranks know the groups of a step, because they are small, so each decides alike who trains on which. Only then a
+loaded prompt moves, and only to a rank that does not hold it.
 """
 
 from __future__ import annotations

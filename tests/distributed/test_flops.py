@@ -1,0 +1,72 @@
+"""The cost model against the FLOPs that torch counts in a real step of a tiny policy."""
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.support import policies
+from veripo_fast.distributed.flops import ModelCost, attention_pairs, group_flops, tower_flops
+from veripo_fast.model.packing import pack
+from veripo_fast.model.shared_prefix import GroupSpan
+from veripo_fast.model.step import StepOutput
+
+
+class NaiveHead:
+    """The head by matmul, in place of a fused op whose FLOPs torch cannot count."""
+
+    def compute(self, hidden, head, targets, cu_seqlens):
+        logprobs = (hidden @ head.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return StepOutput(logprobs.sum(), {}, logprobs)
+
+
+def counted(run):
+    """FLOPs by aten op; attention by matmul, so that it is counted, and over all pairs, hidden or not."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    batched = counts.pop("aten.bmm", 0) + counts.pop("aten.baddbmm", 0)
+    return sum(counts.values()), batched
+
+
+def attention_flops(cost, pairs):
+    return 6 * cost.layers * 2 * cost.heads * cost.head_dim * pairs
+
+
+@pytest.mark.parametrize("family", policies.FAMILIES)
+def test_flops_of_a_packed_step_are_those_that_torch_counts(family):
+    policy, lengths = policies.policy(family, freeze_vision=True), [9, 1, 30, 17]
+    loaded = policies.loaded(policy, [("video", 4, 3, 4)])
+    batch = pack([(loaded.encoded, policies.random_completions(lengths))])
+    linear, attention = counted(lambda: policy.step(batch, [loaded.features], NaiveHead()).loss.backward())
+    policy.model.zero_grad()
+    cost = ModelCost.of(policy.model.config, tower_trained=False)
+    prompt, packed = len(loaded.encoded.token_ids), [length - 1 for length in lengths]
+    ours = group_flops(cost, prompt, lengths, loaded.encoded.media.grid_thw.tolist())
+    assert linear == ours - attention_flops(cost, attention_pairs(prompt, packed))
+    every = prompt ** 2 + sum(packed) * (prompt + sum(packed))
+    assert attention == pytest.approx(attention_flops(cost, every), rel=0.01)  # and the rotary embedding
+
+
+def test_attention_pairs_are_those_of_the_mask():
+    span = GroupSpan(0, 11, (5, 0, 1, 8))
+    visible = sum(int(mask.sum()) for _, mask in span.blocks) + 11 * 12 // 2
+    assert attention_pairs(11, span.completions) == visible
+
+
+@pytest.mark.parametrize("family", policies.FAMILIES)
+def test_flops_of_a_trained_tower_are_those_that_torch_counts(family):
+    policy = policies.policy(family)
+    media = policies.random_media(policy.encoder, [("video", 4, 4, 6), ("image", 1, 2, 4)])
+
+    def run():
+        features = policy.vision_features(media)
+        sum(part.sum() for part in (features.embeddings, *features.deepstack)).backward()
+
+    linear, attention = counted(run)
+    policy.model.zero_grad()
+    tower = ModelCost.of(policy.model.config, tower_trained=True).tower
+    grids = media.grid_thw.tolist()
+    assert linear + attention == pytest.approx(tower_flops(tower, grids), rel=0.02)
+    text = ModelCost.of(policy.model.config, tower_trained=False)
+    trained = ModelCost.of(policy.model.config, tower_trained=True)
+    assert group_flops(trained, 9, [3], grids) - group_flops(text, 9, [3], grids) == tower_flops(tower, grids)

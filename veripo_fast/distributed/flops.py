@@ -1,0 +1,115 @@
+"""FLOPs of a group in an update: prompt, completions, head, and the vision tower where it is trained.
+
+Letters: T packed tokens, P prompt, R completion tokens, D hidden, V vocabulary, H heads, K key heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """A trained vision tower."""
+
+    depth: int
+    hidden: int
+    intermediate: int
+    out_hidden: int
+    """Hidden size of the language model, which the mergers project to."""
+    mlp_matrices: int
+    """Matrices of a block's MLP: 3 where it is gated (Qwen2.5-VL), else 2 (Qwen3-VL)."""
+    merged: int
+    """Patches in a token."""
+    mergers: int
+    """Qwen3-VL has one for each deepstack level too."""
+    patch_features: int
+    """Numbers in a patch."""
+    full_blocks: int
+    """Blocks in which a patch attends to its whole picture (two frames of a video)."""
+    window: int
+    """Patches that a patch attends to in the other blocks."""
+
+    @classmethod
+    def of(cls, vision: Any) -> TowerCost:
+        """From the vision part of a Hugging Face configuration."""
+        full = getattr(vision, "fullatt_block_indexes", None)
+        merged = vision.spatial_merge_size ** 2
+        side = getattr(vision, "window_size", 0) // vision.patch_size // vision.spatial_merge_size
+        return cls(vision.depth, vision.hidden_size, vision.intermediate_size, vision.out_hidden_size,
+                   mlp_matrices=2 if full is None else 3, merged=merged,
+                   mergers=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+                   patch_features=vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2,
+                   full_blocks=vision.depth if full is None else len(full), window=side ** 2 * merged)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What the cost of a group depends on."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tower: TowerCost | None
+    """None: frozen, so that an update never runs it."""
+
+    @classmethod
+    def of(cls, config: Any, *, tower_trained: bool) -> ModelCost:
+        """From a Hugging Face configuration of Qwen2.5-VL or Qwen3-VL."""
+        text = config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads,
+                   text.num_key_value_heads, head_dim, text.vocab_size,
+                   TowerCost.of(config.vision_config) if tower_trained else None)
+
+
+def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequence[int],
+                grid_thw: Sequence[Sequence[int]] = ()) -> int:
+    """FLOPs of forward and backward of a packed group whose completions share their prompt.
+
+        T = P + sum(R - 1), a completion's last token not being packed
+        pairs = P (P + 1) / 2 + sum((R - 1) P + R (R - 1) / 2)
+        FLOPs = 6 layers (T (2 D d (H + K) + 3 D intermediate) + 2 H d pairs) + 6 D V sum(R)
+
+    A multiply and add is 2 FLOPs and backward takes twice the forward, which makes 6 (arXiv 2001.08361 sec. 2.1; arXiv
+    2104.04473 eq. 3, which also counts recomputation and pairs that are masked). Norms, rotary embedding, softmax and
+    activations are left out, and so is what is computed twice (gradient checkpointing, scores in a flash backward).
+
+    Args:
+        completion_lengths: tokens R of each completion, as sampled.
+        grid_thw: of each image and video, as in `MediaInputs`; counts only where the tower is trained.
+    """
+    packed = [max(length - 1, 0) for length in completion_lengths]
+    tokens = prompt_tokens + sum(packed)
+    projections = cost.hidden * cost.head_dim * 2 * (cost.heads + cost.kv_heads)
+    layer = tokens * (projections + 3 * cost.hidden * cost.intermediate)
+    layer += 2 * cost.heads * cost.head_dim * attention_pairs(prompt_tokens, packed)
+    head = cost.hidden * cost.vocabulary * sum(completion_lengths)
+    return 6 * (cost.layers * layer + head) + (tower_flops(cost.tower, grid_thw) if cost.tower else 0)
+
+
+def attention_pairs(prompt: int, packed: Sequence[int]) -> int:
+    """(query, key) pairs of a packed group: a completion token sees the prompt, and its own completion up to itself."""
+    return prompt * (prompt + 1) // 2 + sum(length * prompt + length * (length + 1) // 2 for length in packed)
+
+
+def tower_flops(tower: TowerCost, grid_thw: Sequence[Sequence[int]]) -> int:
+    """FLOPs of forward and backward of a trained tower; the gradient of the pixels is not computed.
+
+    A patch sees its whole picture, or in windowed blocks `window` patches: windows cut by an edge count as full ones.
+    """
+    patches = sum(t * h * w for t, h, w in grid_thw)
+    whole = sum(t * (h * w) ** 2 for t, h, w in grid_thw)
+    windowed = sum(t * h * w * min(tower.window, h * w) for t, h, w in grid_thw)
+    block = patches * (4 * tower.hidden ** 2 + tower.mlp_matrices * tower.hidden * tower.intermediate)
+    pairs = tower.full_blocks * whole + (tower.depth - tower.full_blocks) * windowed
+    wide = tower.merged * tower.hidden
+    mergers = tower.mergers * (patches // tower.merged) * wide * (wide + tower.out_hidden)
+    embedding = patches * tower.patch_features * tower.hidden
+    return 6 * (tower.depth * block + 2 * tower.hidden * pairs + mergers) + 4 * embedding
