@@ -206,6 +206,10 @@ def test_banned_tokens_are_never_written(sampling: Sampling, monkeypatch: pytest
     assert_like_the_sibling("qwen3_vl", groups, sampling.temperature or 1.0)  # the bans do not enter the log-probs
 
 
+def noise(rows: int, seed: int) -> torch.Tensor:
+    return torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 PROBABILITIES = torch.tensor([0.02, 0.4, 0.08, 0.24, 0.2, 0.06])
 BANNED = (3,)
 
@@ -217,7 +221,7 @@ BANNED = (3,)
 def test_sampled_frequencies(options: dict, kept: list[int]) -> None:
     sampling, draws = replace(SAMPLED, **({"temperature": 1.0} | options)), 20_000
     logits = (PROBABILITIES.log() + 3.0).expand(draws, -1)
-    drawn, logprobs = sample(logits, sampling, BANNED, torch.Generator().manual_seed(5))
+    drawn, logprobs = sample(logits, sampling, BANNED, noise(draws, 5))
     whole = torch.softmax(PROBABILITIES.log().double() / sampling.temperature, -1)
     expected = torch.zeros(6, dtype=torch.float64).index_add(0, torch.tensor(kept), whole[kept])
     expected *= draws / expected.sum()
@@ -230,9 +234,26 @@ def test_sampled_frequencies(options: dict, kept: list[int]) -> None:
 
 def test_rows_are_drawn_independently() -> None:
     logits = torch.zeros(2000, 4)
-    drawn, _ = sample(logits, replace(SAMPLED, temperature=1.0), (), torch.Generator().manual_seed(0))
+    drawn, _ = sample(logits, replace(SAMPLED, temperature=1.0), (), noise(2000, 0))
     pairs = torch.bincount(drawn[::2] * 4 + drawn[1::2], minlength=16)
     assert ((pairs - 62.5).square() / 62.5).sum() < 37.7  # 15 degrees of freedom, once in a thousand
+
+
+def test_the_ends_of_the_noise_draw_tokens_that_have_weight() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]] * 3)
+    ends = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert sample(logits, replace(SAMPLED, temperature=1.0), (), ends)[0].tolist() == [1, 3, 3]
+
+
+def test_a_completion_depends_on_its_number_and_not_on_its_batch() -> None:
+    """A rank that samples a share of the prompts writes what one process writes for them."""
+    policy = policies.policy("qwen3_vl")
+    prompts = [policies.loaded(policy, sizes, seed) for seed, sizes in enumerate(MEDIA)]
+    engine = TorchEngine(policy)
+    whole = engine.generate(prompts, SAMPLED)
+    halves = [engine.generate(prompts[rank::2], SAMPLED, numbers=range(rank, len(prompts), 2)) for rank in range(2)]
+    assert tokens(halves[0]) == tokens(whole[0::2]) and tokens(halves[1]) == tokens(whole[1::2])
+    assert tokens(engine.generate(prompts[:1], SAMPLED, numbers=[7])) != tokens(whole[:1])
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------
@@ -296,5 +317,5 @@ def test_a_temperature_near_zero(temperature: float) -> None:
     logits = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
     logits[:, policy.encoder.banned_ids[0]] = 50.0
     sampling = replace(SAMPLED, temperature=temperature)
-    tokens, logprobs = sample(logits, sampling, policy.encoder.banned_ids, torch.Generator().manual_seed(1))
+    tokens, logprobs = sample(logits, sampling, policy.encoder.banned_ids, noise(4, 1))
     assert logprobs.isfinite().all() and not set(tokens.tolist()) & set(policy.encoder.banned_ids)
