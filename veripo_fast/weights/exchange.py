@@ -41,7 +41,7 @@ class Exchange:
         """
         self.rounds, self.targets, self.dtype, self.device = rounds, targets, dtype, device
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        dist.all_reduce(torch.zeros(1, device=device))  # NCCL wants all ranks in the first call, not in those of a round
+        dist.all_reduce(torch.zeros(1, device=device))  # NCCL wants all ranks in its first call; rounds may lack some
         self.written_bytes = dtype.itemsize * sum(
             message.source.numel * len(message.targets) for part in rounds for message in part.arriving)
 
