@@ -21,8 +21,8 @@ from veripo_fast.config.checks import as_config_error, positive, require, unit_i
 
 SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
 """Fields of `RolloutConfig` that a stage may change; the engine is built once for the whole run."""
-VLLM_OPTIONS = ("weights", "vision", "kv_cache_gb", "max_sequences", "parity_every", "parity_tolerance",
-                "stall_seconds")
+VLLM_OPTIONS = ("tensor_parallel", "weights", "vision", "kv_cache_gb", "max_sequences", "parity_every",
+                "parity_tolerance", "stall_seconds")
 """Fields of `RolloutConfig` that only the engine vllm reads."""
 
 
@@ -48,6 +48,8 @@ class RolloutConfig:
     vision: Literal["output", "pixels"] = "output"
     """What vllm gets of a video: the tower's output, so that nothing is encoded twice, or, where the tower is trained,
     pixels that a tower of its own encodes."""
+    tensor_parallel: int = 1
+    """Neighbouring ranks that share one vllm engine, each with a part of every layer."""
     kv_cache_gb: float = 0.0
     """GiB of vllm's key/value cache; 0: a quarter of the GPU's memory, 1 GiB on a CPU."""
     max_sequences: int = 256
@@ -64,7 +66,7 @@ class RolloutConfig:
         changed = [field.name for field in fields(self)
                    if field.name in VLLM_OPTIONS and getattr(self, field.name) != field.default]
         require(self.engine == "vllm" or not changed, f"{', '.join(changed)} changes nothing while engine is torch")
-        positive(self, "max_sequences", "parity_every", "stall_seconds")
+        positive(self, "max_sequences", "parity_every", "stall_seconds", "tensor_parallel")
         require(self.kv_cache_gb >= 0, f"kv_cache_gb must be 0 or larger, got {self.kv_cache_gb}")
         require(self.parity_tolerance >= 0, f"parity_tolerance must be 0 or larger, got {self.parity_tolerance}")
         require(self.group_size >= 2, f"group_size must be at least 2, got {self.group_size}")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from veripo_fast.config.schema import DistributedConfig
+from veripo_fast.config.schema import Config, DistributedConfig
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError
 
 
-def check_backend(config: DistributedConfig, world: World) -> None:
+def check_backend(config: Config, world: World) -> None:
     """Whether the configuration and the number of ranks go together.
 
     Raises:
         ConfigError: they do not.
     """
-    if world.size > 1 and config.backend == "none":
+    together = config.rollout.tensor_parallel
+    if world.size % together:
+        raise ConfigError(f"rollout.tensor_parallel is {together}, and {world.size} ranks cannot be shared out into "
+                          "engines of as many; start a multiple of it")
+    if world.size > 1 and config.distributed.backend == "none":
         raise ConfigError(f"distributed.backend is none, which is one process, and {world.size} ranks were started; "
                           "start it without torchrun, or take fsdp or deepspeed")
 

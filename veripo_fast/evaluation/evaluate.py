@@ -50,6 +50,7 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
         one record per mode, as evals.jsonl holds them.
     """
     prompts = prompts[:config.eval.limit]
+    tensor_parallel = config.rollout.tensor_parallel
     records = []
     for mode, (samples, temperature) in modes(config).items():
         started = time.perf_counter()
@@ -57,9 +58,9 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
         with tqdm(total=len(prompts), desc=f"eval {stage} {mode}", unit="prompt") as bar:
             for start in range(0, len(prompts), config.eval.prompts_per_batch):
                 batch = prompts[start:start + config.eval.prompts_per_batch]
-                loaded = loader.load_some(batch, own_numbers(len(batch), world))
+                loaded = loader.load_some(batch, own_numbers(len(batch), world, tensor_parallel))
                 following = prompts[start + len(batch):][:config.eval.prompts_per_batch]
-                loader.prefetch([following[number] for number in own_numbers(len(following), world)])
+                loader.prefetch([following[number] for number in own_numbers(len(following), world, tensor_parallel)])
                 sampling = Sampling(samples, temperature, config.rollout.max_new_tokens,
                                     derive_seed(config.seed, "eval", mode, start), config.rollout.top_p,
                                     config.rollout.top_k)

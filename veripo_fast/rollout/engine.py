@@ -23,4 +23,4 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     check_version()
     rollout = config.rollout
     return VllmEngine(policy, limits_of(config, policy), vision=rollout.vision, weights=rollout.weights,
-                      stall_seconds=rollout.stall_seconds)
+                      stall_seconds=rollout.stall_seconds, tensor_parallel=rollout.tensor_parallel)

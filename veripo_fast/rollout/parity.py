@@ -86,11 +86,15 @@ class ParityGate:
     def check(self, prompts: Sequence[LoadedPrompt], groups: Sequence[RolloutGroup], sampling: Sampling) -> Parity:
         """Compare what was just sampled: prompts of every kind (text, image, video, several media), drawn by the seed.
 
-        Log-probs are compared, not how tokens are drawn from them.
+        Log-probs are compared, not how tokens are drawn from them. Collective: sharded weights are whole meanwhile.
 
         Raises:
             TrainingError: the log-probs differ; names the token and the fault.
         """
+        with self.policy.backend.whole():
+            return self._checked(prompts, groups, sampling)
+
+    def _checked(self, prompts: Sequence[LoadedPrompt], groups: Sequence[RolloutGroup], sampling: Sampling) -> Parity:
         chosen = _some(prompts, sampling.seed)
         parity = self.measure([(prompts[i], groups[i]) for i in chosen], sampling)
         if parity.first is not None:

@@ -24,12 +24,11 @@ from veripo_fast.rollout.limits import EngineLimits, free_bytes
 from veripo_fast.rollout.protocol import OnGroup, Sampling
 from veripo_fast.rollout.vllm_hooks import EngineFailure, Hooks, call, guarded
 from veripo_fast.rollout.vllm_output import group_of
+from veripo_fast.rollout.vllm_weights import sync_of
 from veripo_fast.rollout.watchdog import Watchdog
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.text import memory
 from veripo_fast.types import LoadedPrompt, Message, Prompt, RolloutGroup
-from veripo_fast.weights.layouts import Geometry
-from veripo_fast.weights.sync import WeightSync
 
 log = logging.getLogger(__name__)
 Weights = Literal["alias", "copy"]
@@ -56,7 +55,7 @@ class VllmEngine:
         self.policy = policy
         self.limits = limits
         self.vision: Vision = vision
-        self.weights: Weights = weights
+        self.weights: Weights = "copy" if policy.backend.distributed else weights  # a shard is no part of an engine
         self.tensor_parallel = tensor_parallel
         self.watchdog = Watchdog(stall_seconds)
         self.engine: Any = None
@@ -193,7 +192,8 @@ class VllmEngine:
         """See `RolloutEngine`."""
         yield "the engine's prefix cache holds keys and values of earlier weights", self._reset_prefix_cache
         yield "the engine's encoder cache holds tower outputs of earlier weights", self.reset_caches
-        yield "the engine's weights are older than the trainer's", self._sync_again
+        if not self.policy.backend.distributed:
+            yield "the engine's weights are older than the trainer's", self._sync_again
 
     def _reset_prefix_cache(self) -> None:
         if not self.engine.reset_prefix_cache():
@@ -223,10 +223,8 @@ class VllmEngine:
         if self.vision == "output":
             self.model.visual = library.TowerStub(self.model.visual)
         self.hooks.install(self.model)
-        self._sync = WeightSync(self.policy.model.named_parameters(), self.model.named_parameters(),
-                                Geometry.of(self.policy.model.config), mode=self.weights,
-                                tower=self.vision == "pixels", tp=self.tensor_parallel,
-                                rank=library.tensor_parallel_rank(self.tensor_parallel))
+        self._sync = sync_of(self.policy, self.model, self.weights, tower=self.vision == "pixels",
+                             tensor_parallel=self.tensor_parallel)
         self._sync.self_test(self._reload)
         aliasing, report = self._sync.start(self.policy.version)
         library.return_freed_memory()
@@ -256,6 +254,9 @@ class VllmEngine:
 
     def _rebuild(self, error: EngineFailure) -> None:
         """Build the engine again after a failure; the weights are the trainer's."""
+        if self.policy.backend.distributed:  # the other ranks do not build theirs again
+            raise TrainingError(f"the rollout engine failed: {error}; --resume goes on from the last checkpoint"
+                                ) from error
         if "CUDA error" in str(error):  # it stays with the process
             raise TrainingError(f"the rollout engine failed: {error}. A CUDA error cannot be mended in the process; "
                                 "--resume goes on from the last checkpoint") from error

@@ -214,10 +214,8 @@ def judged_by_all(world: World, spread: bool, groups: list[RolloutGroup], judge:
     Args:
         spread: whether each rank judges a share; else rank 0 judges all.
     """
-    if spread:
-        own = list(range(world.rank, len(groups), world.size))
-    else:
-        own = list(range(len(groups))) if world.main else []
+    first, stride = (world.rank, world.size) if spread else (0 if world.main else len(groups), 1)
+    own = range(first, len(groups), stride)
     return list(gathered(dict(zip(own, judge([groups[number] for number in own]), strict=True)), world).values())
 
 

@@ -255,17 +255,21 @@ class Session:
 
     def load_share(self, batch: Sequence[Prompt]) -> dict[int, LoadedPrompt]:
         """This rank's share of a batch, by place in it; those that cannot be loaded are left out. Raises DataError."""
-        own = own_numbers(len(batch), self.world)
+        own = self._own_numbers(batch)
         self.books.media.check([batch[number] for number in own])
         return self.loader.load_some(batch, own)
 
     def prefetch_share(self, batch: Sequence[Prompt]) -> None:
         """Decode the media of a batch that comes next, of this rank's share."""
-        self.loader.prefetch([batch[number] for number in own_numbers(len(batch), self.world)])
+        self.loader.prefetch([batch[number] for number in self._own_numbers(batch)])
+
+    def _own_numbers(self, batch: Sequence[Prompt]) -> list[int]:
+        return own_numbers(len(batch), self.world, self.config.rollout.tensor_parallel)
 
     def gathered(self, own: Mapping[int, RolloutGroup]) -> dict[int, RolloutGroup]:
         """The groups of all ranks, by their numbers. Collective."""
-        return gathered(own, self.world)
+        speaks = self.world.rank % self.config.rollout.tensor_parallel == 0  # for the ranks that share an engine
+        return gathered(own if speaks else {}, self.world)
 
     def check_some_loaded(self, prompts: Sequence[Prompt], what: str) -> None:
         """Raise DataError when every prompt turned out to be bad. Collective: a rank alone may have bad ones only."""

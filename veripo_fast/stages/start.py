@@ -85,7 +85,7 @@ def check_ranks(config: Config, world: World) -> None:
     Raises:
         ConfigError: they do not; on the first rank, PeerFailed on others.
     """
-    world.agreed(lambda: check_backend(config.distributed, world))
+    world.agreed(lambda: check_backend(config, world))
     if world.size == 1:
         return
     world.same("a configuration", to_yaml(config), "start all ranks with the same file and options")

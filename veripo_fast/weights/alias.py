@@ -6,7 +6,7 @@ all else has equal shapes: on one rank, with equal dtype and device, every param
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +46,8 @@ def alias(copies: Sequence[SliceCopy], sources: Mapping[str, torch.Tensor], targ
     return sorted_out(copies, sources, aliased)
 
 
-def sorted_out(copies: Sequence[SliceCopy], sources: Mapping[str, torch.Tensor], aliased: Collection[str] = ()
-               ) -> Aliasing:
-    """What becomes of each parameter when these are views."""
+def sorted_out(copies: Sequence[SliceCopy], sources: Iterable[str], aliased: Collection[str] = ()) -> Aliasing:
+    """What becomes of each parameter, by name, when these are views."""
     used = by_source(copies)
     return Aliasing(aliased=tuple(name for name in used if name in aliased),
                     copied=tuple(name for name in used if name not in aliased),
