@@ -20,7 +20,7 @@ EXIT_LOST = 75
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 20.0
 """A rank whose beat stands still for so long is lost; a suspended job stands still as a whole."""
-_GRACE_SECONDS = 5.0
+GRACE_SECONDS = 5.0
 """How long a rank whose exchange broke waits to hear why, and a failed one for the others to hear of it."""
 _FAILED, _CLAIMS = "veripo/failed", "veripo/claims"
 
@@ -48,7 +48,7 @@ class Peers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self._ended.set()
-        self._thread.join(timeout=_GRACE_SECONDS)
+        self._thread.join(timeout=GRACE_SECONDS)
         if error is None or isinstance(error, (PeerFailed, Interrupted)):
             return
         broken = _is_broken_exchange(error)
@@ -73,7 +73,7 @@ class Peers:
 
     def _failed(self) -> str:
         """Which rank said that it failed; waits a moment for it."""
-        deadline = time.monotonic() + _GRACE_SECONDS
+        deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline:
             try:
                 if self._store.check([_FAILED]):
@@ -112,7 +112,7 @@ class Peers:
                     self._end(f"rank {name.rsplit('/')[-1]} has been silent for {SILENT_SECONDS:.0f} seconds")
 
     def _end(self, reason: str, quiet: bool = False) -> None:
-        if self._ended.is_set() or self._ended.wait(_GRACE_SECONDS):  # the main thread heard of it, and ends properly
+        if self._ended.is_set() or self._ended.wait(GRACE_SECONDS):  # the main thread heard of it, and ends properly
             return
         if not quiet:
             print(f"veripo: rank {self.rank}: {reason}, while this one was {self.doing}. The process ends; the last "

@@ -1,7 +1,7 @@
 """The ranks of a run, one process per device as torchrun starts them; one process alone is a world of its own.
 
 Whatever ranks say to each other that is not a gradient or a weight goes through `World`, over the CPU. Its methods are
-collective, `move` excepted: every rank has to call them, in the same order.
+collective, `doing` and `move` excepted: every rank has to call them, in the same order.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ class World:
     def main(self) -> bool:
         """Whether this rank owns the run folder and speaks for all."""
         return self.rank == 0
+
+    def doing(self, what: str) -> None:
+        """Note what this rank does, for the sentence that ends it when another one is lost."""
+        if self.peers is not None:
+            self.peers.doing = what
 
     def gather(self, value: Value) -> list[Value]:
         """The value of every rank, on every rank; anything that can be pickled."""

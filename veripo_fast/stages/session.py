@@ -125,8 +125,7 @@ class Session:
         """
         work = self.loader.work
         started = time.perf_counter()
-        if self.world.peers is not None:
-            self.world.peers.doing = f"in {name} of step {self.state.global_step}"
+        self.world.doing(f"in {name} of step {self.state.global_step}")
         try:
             with self.high_water.phase(name):
                 yield
