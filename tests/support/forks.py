@@ -55,6 +55,8 @@ class Job:
     """Seconds after the start at which the signal comes instead."""
     limits: dict[str, int] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    folder: str = ""
+    """Where it runs."""
     constants: dict[str, Any] = field(default_factory=dict)
     """`module:NAME` -> a value for this process."""
     output: str = ""
@@ -73,7 +75,7 @@ class Forks:
         self._folder = TemporaryDirectory(prefix="veripo-forks-")
         self.server = start(sys.executable, "-c", "from tests.support import forks; forks.serve()",
                             stdin=subprocess.PIPE, cwd=REPOSITORY,
-                            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+                            env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -145,6 +147,8 @@ def _run_command(job: Job) -> None:
     os.dup2(output, 2)
     signal.alarm(int(PATIENCE_SECONDS))
     os.environ.update(job.environment)
+    if job.folder:
+        os.chdir(job.folder)
     for name, value in job.limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
     for name, value in job.constants.items():

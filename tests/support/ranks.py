@@ -6,13 +6,26 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from tests.support import runs
 from tests.support.forks import Ended, Job, forks
+from tests.support.run_compare import records, written
+from veripo_fast.run.folder import RunDir
+from veripo_fast.run.metrics import read_records
 
 QUICK = {"veripo_fast.distributed.peers:SILENT_SECONDS": 4.0, "veripo_fast.distributed.peers:GRACE_SECONDS": 2.0,
          "veripo_fast.distributed.peers:BEAT_SECONDS": 0.25}
 """Constants of a rank that soon gives others up. Load makes a rank slow, so they are no smaller."""
+
+ROUNDED = {"loss", "parity_max", "idle_share", "ratio_max"}
+"""Metrics that are sums of what cancels, or depend on who did what."""
 
 
 @dataclass
@@ -34,6 +47,8 @@ class Rank:
     environment: Mapping[str, str] = field(default_factory=dict)
     without: str = ""
     """A variable that it has not."""
+    folder: Path | str = ""
+    constants: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -65,7 +80,7 @@ def run(size: int, *arguments: object, faults: Sequence[Fault] = (), ranks: Mapp
         environment.pop(rank.without, None)
         own = arguments if rank.arguments is None else rank.arguments
         jobs.append(Job(list(map(str, own)), fault.at, fault.send, fault.after, dict(rank.limits), environment,
-                        dict(QUICK if constants is None else constants)))
+                        str(rank.folder), QUICK | dict(constants or {}) | dict(rank.constants)))
     return forks().run_together(jobs)
 
 
@@ -77,3 +92,43 @@ def said(ended: Ended) -> list[str]:
 def codes(ended: Sequence[Ended]) -> list[int]:
     """How each rank ended."""
     return [one.code for one in ended]
+
+
+@cache
+def whole(size: int) -> Path:
+    """The run folder of `runs.config`, trained without a fault."""
+    with runs.made_once(f"whole-{size}") as (path, new):
+        if new:
+            path.mkdir()
+            ended = train(size, written(runs.config(path / "run"), path))
+            assert codes(ended) == [0] * size, ended
+    return path / "run"
+
+
+def train(size: int, config: Path, *arguments: object, **options: Any) -> list[Ended]:
+    """`veripo train` on ranks, on one as a process alone."""
+    if size == 1:
+        return [forks().run("train", "--config", config, *arguments)]
+    return run(size, "train", "--config", config, *arguments, **options)
+
+
+def assert_close(run_folder: Path, other_folder: Path) -> None:
+    """The same run up to rounding: equal tokens, rewards and evaluations, metrics to 1e-4, weights to 1e-4."""
+    one, other = RunDir(run_folder), RunDir(other_folder)
+    ours, theirs = records(one.metrics), records(other.metrics)
+    assert len(ours) == len(theirs)
+    for row, expected in zip(ours, theirs, strict=True):
+        names = expected.keys() - ROUNDED
+        assert {name: row.get(name) for name in names} == pytest.approx({name: expected[name] for name in names},
+                                                                        rel=1e-4, abs=1e-6)
+    scores = [[{name: value for name, value in row.items() if name != "seconds"} for row in read_records(run.evals)]
+              for run in (one, other)]
+    assert scores[0] == scores[1]
+    for path in sorted((other.root / "rollouts").rglob("*.parquet")):
+        columns = [pq.read_table(folder / path.relative_to(other.root)).to_pydict() for folder in (one.root, other.root)]
+        for name in columns[0].keys() - {"rollout_logprobs"}:
+            assert columns[0][name] == columns[1][name], (path, name)
+    ends = [load_file(run.checkpoints / (run.checkpoints / "latest").read_text().strip() / "model.safetensors")
+            for run in (one, other)]
+    assert ends[0].keys() == ends[1].keys()
+    assert max(float((ends[0][name] - ends[1][name]).abs().max()) for name in ends[0]) < 1e-4
