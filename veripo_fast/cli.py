@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
-from veripo_fast.errors import Interrupted, PeerFailed, UserError
+from veripo_fast.errors import EXIT_USER, Interrupted, PeerFailed, UserError
 from veripo_fast.text import OneLine, one_line
 
 if TYPE_CHECKING:
     from veripo_fast.config.schema import Config
 
-EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
+EXIT_INTERRUPTED, EXIT_PIPE = 130, 141
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 """Scripts and their results, which are no part of the installed package."""
@@ -56,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return 0
-    except PeerFailed:
-        return EXIT_USER
+    except PeerFailed as error:
+        return error.exit_code
     except UserError as error:
         return _complain(str(error))
     except Interrupted as error:
-        if rank_prefix():  # rank 0 says it for all
-            return error.exit_code
         return _complain(f"{error}; {error.remedy}", error.exit_code)
     except KeyboardInterrupt:
+        if rank_prefix():  # rank 0 says it for all
+            return EXIT_INTERRUPTED
         return _complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away; Python would complain once more while closing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,6 +83,8 @@ def set_environment() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard looks for TensorFlow, which then talks
     if rank_prefix():
         os.environ.setdefault("TQDM_DISABLE", "1")  # rank 0 shows how far all are
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost rank c10d warns in 60 lines; we do in one
 
 
 def rank_prefix() -> str:

@@ -1,7 +1,7 @@
 """The ranks of a run, one process per device as torchrun starts them; one process alone is a world of its own.
 
 Whatever ranks say to each other that is not a gradient or a weight goes through `World`, over the CPU. Its methods are
-collective, `doing` and `move` excepted: every rank has to call them, in the same order.
+collective, `doing`, `part` and `move` excepted: every rank has to call them, in the same order.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ class World:
         """Note what this rank does, for the sentence that ends it when another one is lost."""
         if self.peers is not None:
             self.peers.doing = what
+
+    def begun(self) -> None:
+        """Note that the run has begun, once all ranks have got this far. Collective."""
+        self.gather(None)
+        if self.peers is not None:
+            self.peers.begun = True
+
+    def part(self) -> None:
+        """Stop watching the others: all ranks know that they end here, and each does so alone."""
+        if self.peers is not None:
+            self.peers.part()
 
     def gather(self, value: Value) -> list[Value]:
         """The value of every rank, on every rank; anything that can be pickled."""
@@ -95,6 +106,8 @@ class World:
                 raise
             failure = error
         failed = [rank for rank, bad in enumerate(self.gather(failure is not None)) if bad]
+        if failed:
+            self.part()
         if failure is not None and failed[0] == self.rank:
             raise failure
         if failed:
@@ -151,6 +164,8 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     import torch.distributed as dist
 
     rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not rank < size:
+        raise ConfigError(f"RANK is {rank}, and there are {size} ranks (WORLD_SIZE), numbered from 0")
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         count = torch.cuda.device_count()
@@ -170,7 +185,10 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     peers = Peers(store, rank, size)
     try:
         with peers:
-            yield World(rank, size, peers)
+            world = World(rank, size, peers)
+            yield world
+            world.gather(None)  # the store may end with the first rank that leaves
+            world.part()
     finally:
         dist.destroy_process_group()
 
