@@ -73,9 +73,11 @@ class Forks:
 
     def __init__(self) -> None:
         self._folder = TemporaryDirectory(prefix="veripo-forks-")
+        # what the command line sets before torch is imported has to be there when the server imports it
+        environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ,
+                       "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self.server = start(sys.executable, "-c", "from tests.support import forks; forks.serve()",
-                            stdin=subprocess.PIPE, cwd=REPOSITORY,
-                            env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+                            stdin=subprocess.PIPE, cwd=REPOSITORY, env=environment)
         atexit.register(self.close)
 
     def close(self) -> None:

@@ -118,14 +118,14 @@ def assert_close(run_folder: Path, other_folder: Path) -> None:
     ours, theirs = records(one.metrics), records(other.metrics)
     assert len(ours) == len(theirs)
     for row, expected in zip(ours, theirs, strict=True):
-        names = expected.keys() - ROUNDED
-        assert {name: row.get(name) for name in names} == pytest.approx({name: expected[name] for name in names},
-                                                                        rel=1e-4, abs=1e-6)
+        for name in expected.keys() - ROUNDED:
+            number = isinstance(expected[name], float)
+            assert row[name] == (pytest.approx(expected[name], rel=1e-4, abs=1e-6) if number else expected[name]), name
     scores = [[{name: value for name, value in row.items() if name != "seconds"} for row in read_records(run.evals)]
               for run in (one, other)]
     assert scores[0] == scores[1]
     for path in sorted((other.root / "rollouts").rglob("*.parquet")):
-        columns = [pq.read_table(folder / path.relative_to(other.root)).to_pydict() for folder in (one.root, other.root)]
+        columns = [pq.read_table(run.root / path.relative_to(other.root)).to_pydict() for run in (one, other)]
         for name in columns[0].keys() - {"rollout_logprobs"}:
             assert columns[0][name] == columns[1][name], (path, name)
     ends = [load_file(run.checkpoints / (run.checkpoints / "latest").read_text().strip() / "model.safetensors")

@@ -184,8 +184,9 @@ class Peers:
             if self._ended.wait(GRACE_SECONDS):
                 return
             if (not store or self._claim()) and reason:
-                print(f"veripo: error: rank {self.rank}: {reason}, while this one was {self.doing}; {self._remedy()}",
-                      file=sys.stderr, flush=True)
+                prefix = f"rank {self.rank}: " if self.rank else ""  # as the command line has it
+                print(f"\nveripo: error: {prefix}{reason}, while this one was {self.doing}; {self._remedy()}",
+                      file=sys.stderr, flush=True)  # on a line of its own, which a progress bar is not
             os._exit(EXIT_LOST)
 
 
