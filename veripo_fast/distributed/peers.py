@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -188,6 +189,22 @@ class Peers:
                 print(f"\nveripo: error: {prefix}{reason}, while this one was {self.doing}; {self._remedy()}",
                       file=sys.stderr, flush=True)  # on a line of its own, which a progress bar is not
             os._exit(EXIT_LOST)
+
+
+@contextmanager
+def limited(seconds: float, sentence: str) -> Iterator[None]:
+    """A block that waits for others and should end by itself in time; where it does not, the process is ended."""
+    def end() -> None:
+        print(f"veripo: error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(EXIT_USER)
+
+    timer = threading.Timer(seconds + GRACE_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _let_finish() -> None:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-from veripo_fast.distributed.peers import Peers
+from veripo_fast.distributed.peers import Peers, limited
 from veripo_fast.errors import ConfigError, PeerFailed, UserError
 
 Value = TypeVar("Value")
+MEET_SECONDS = 300.0
+"""How long ranks wait for each other when they start; a rank that died before it came is missed then."""
 
 
 @dataclass(frozen=True)
@@ -173,15 +175,17 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
             raise ConfigError(f"rank {rank} is number {local_rank} on its machine, which has {count} GPUs; start as "
                               "many processes as there are GPUs (torchrun --nproc-per-node)")
         torch.cuda.set_device(local_rank)
+    patience = min(MEET_SECONDS, timeout_seconds)
+    where = (f"rank {rank} of {size} could not meet the others at {os.environ.get('MASTER_ADDR', '?')}:"
+             f"{os.environ.get('MASTER_PORT', '?')}")
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
-        store.set_timeout(timedelta(seconds=timeout_seconds))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=size,
-                                timeout=timedelta(seconds=timeout_seconds))
+        with limited(patience, f"{where} within {patience:g} seconds: whoever listens there does not answer"):
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=size,
+                                    timeout=timedelta(seconds=timeout_seconds))
     except (dist.DistError, ValueError, OSError) as error:
-        raise ConfigError(f"rank {rank} of {size} could not meet the others at "
-                          f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}: "
-                          f"{str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+    store.set_timeout(timedelta(seconds=timeout_seconds))
     peers = Peers(store, rank, size)
     try:
         with peers:
