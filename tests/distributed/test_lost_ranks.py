@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import ranks, runs
 from tests.support.forks import Ended
-from tests.support.ranks import Fault, codes, said, train
+from tests.support.ranks import Fault, Rank, codes, said, train
 from tests.support.run_compare import assert_same, written
 from veripo_fast.run.folder import RunDir
 
@@ -132,3 +132,11 @@ def test_a_medium_that_changed(tmp_path: Path) -> None:
     ended = train(2, config, "--resume")
     one_sentence(ended, "has another content than when this run first used it", "--allow-changes media")
     assert codes(ended) == [2, 2]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Of the machine of rank 1, which writes its rows of the optimizer's state."""
+    config = written(runs.config(tmp_path / "run", eval__at="never"), tmp_path)
+    ended = train(2, config, ranks={1: Rank(limits={"RLIMIT_FSIZE": 1_000_000})})
+    one_sentence(ended, f"cannot save the checkpoint {tmp_path}/run/checkpoints/step_000001")
+    assert codes(ended) == [2, 2] and not list(RunDir(tmp_path / "run").checkpoints.iterdir())

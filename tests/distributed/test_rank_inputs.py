@@ -68,16 +68,13 @@ def test_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change
 
 @pytest.mark.parametrize(("own", "part"), [
     (Rank(without="RANK"), "RANK is ''; start with torchrun, or set"),
-    (Rank(environment={"RANK": "second"}), "RANK is 'second'"),
     (Rank(environment={"RANK": "7"}), "RANK is 7, and there are 2 ranks"),
     (Rank(without="MASTER_ADDR"), "MASTER_ADDR"),
-    (Rank(environment={"MASTER_PORT": "0"}), "could not meet the others at 127.0.0.1:0"),
-    (Rank(environment={"MASTER_PORT": "x"}), "could not meet the others at 127.0.0.1:x"),
     (Rank(environment={"MASTER_ADDR": "no.such.host.invalid"}), "could not meet the others at no.such.host.invalid"),
 ])
 def test_a_rank_that_does_not_come(tmp_path: Path, own: Rank, part: str) -> None:
     """It says why, and rank 0 that it waited: they have not met, so neither knows of the other's sentence."""
-    config = written(runs.config(tmp_path / "run", distributed__timeout_seconds=2), tmp_path)
+    config = written(runs.config(tmp_path / "run", distributed__timeout_seconds=1), tmp_path)
     ended = ranks.run(2, "train", "--config", config, ranks={1: own})
     assert codes(ended) == [2, 2], ended
     assert part in said(ended[1])[-1] and "rank 0 of 2 could not meet the others" in said(ended[0])[-1]
