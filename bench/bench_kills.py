@@ -45,7 +45,7 @@ MOST_SECONDS = 900.0
 """A run takes half a minute on two idle cores; one that hangs is a failure."""
 SMALL = {"grpo.steps": 2, "grpo.prompts_per_step": 6, "rollout.group_size": 4, "dpo.max_steps": 2,
          "dpo.pairs_per_step": 6, "eval.limit": 6, "eval.samples": 1, "checkpoint.every": 1, "threads": 1,
-         "model.device": "cpu", "distributed.timeout_seconds": 60}
+         "model.device": "cpu", "distributed.timeout_seconds": 25}
 """A rank that is killed before the ranks have met is missed after `timeout_seconds`."""
 
 
