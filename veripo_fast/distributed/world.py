@@ -167,7 +167,8 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
         with peers:
             yield World(rank, size, peers)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # vLLM ends the group with its engine
+            dist.destroy_process_group()
 
 
 def _number(name: str) -> int:
