@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -27,11 +27,25 @@ class World:
     size: int = 1
     peers: Peers | None = None
     """Watches the other ranks; None in a world of one."""
+    group: Any = None
+    """torch.distributed's group; None: the one of all ranks."""
 
     @property
     def main(self) -> bool:
         """Whether this rank owns the run folder and speaks for all."""
         return self.rank == 0
+
+    def apart(self) -> World:
+        """The same ranks in a group of its own, for a thread that talks to its likes beside the main one."""
+        if self.size == 1:
+            return self
+        import torch.distributed as dist
+
+        return replace(self, group=dist.new_group(backend="gloo"))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather(None)
 
     def gather(self, value: Value) -> list[Value]:
         """The value of every rank, on every rank; anything that can be pickled."""
@@ -40,7 +54,7 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, value: Value) -> Value:
@@ -50,7 +64,7 @@ class World:
         import torch.distributed as dist
 
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def move(self, value: Value | None, source: int, target: int) -> Value | None:
