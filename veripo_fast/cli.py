@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
 from veripo_fast.errors import Interrupted, PeerFailed, UserError
-from veripo_fast.text import OneLine, one_line
+from veripo_fast.text import OneLine, one_line, rank_prefix
 
 if TYPE_CHECKING:
     from veripo_fast.config.schema import Config
@@ -56,14 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return 0
-    except PeerFailed:
-        return EXIT_USER
     except UserError as error:
-        return _complain(str(error))
+        return EXIT_USER if isinstance(error, PeerFailed) else _complain(str(error))
     except Interrupted as error:
-        if rank_prefix():  # rank 0 says it for all
-            return error.exit_code
-        return _complain(f"{error}; {error.remedy}", error.exit_code)
+        return error.exit_code if rank_prefix() else _complain(f"{error}; {error.remedy}", error.exit_code)
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away; Python would complain once more while closing
@@ -85,12 +81,6 @@ def set_environment() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # rank 0 shows how far all are
 
 
-def rank_prefix() -> str:
-    """What stands before the messages of a rank that is not the first; empty where there are no others."""
-    rank = os.environ.get("RANK", "0")
-    return f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and rank != "0" else ""
-
-
 def _run(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         from veripo_fast.config.describe import hint
@@ -110,8 +100,6 @@ def _run(argv: list[str]) -> None:
         raise UserError(_unknown_argument(options.command, unknown[0], by_name[options.command].names))
     COMMANDS[options.command].run(options, overrides)
 
-
-# Commands
 
 def _configuration(options: argparse.Namespace, overrides: list[str]) -> Config:
     from veripo_fast.config.load import load_config
