@@ -137,6 +137,10 @@ ONE = World()
 """A process alone."""
 
 
+_joined: list[World] = []
+"""The world of this process while it is in a block of `joined`."""
+
+
 def started_by_torchrun() -> bool:
     """Whether the environment names several ranks."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
@@ -144,7 +148,7 @@ def started_by_torchrun() -> bool:
 
 @contextmanager
 def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
-    """The world that torchrun (or `deepspeed`, or Slurm with its variables) has set up; ended with the block.
+    """The world that torchrun (or `deepspeed`, or Slurm with its variables) has set up; ended with the outermost block.
 
     Args:
         timeout_seconds: an exchange that takes longer has lost a rank.
@@ -153,8 +157,8 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     Raises:
         ConfigError: the variables are incomplete, there are fewer GPUs than ranks, or the ranks cannot meet.
     """
-    if not started_by_torchrun():
-        yield ONE
+    if _joined or not started_by_torchrun():
+        yield _joined[-1] if _joined else ONE
         return
     import torch
     import torch.distributed as dist
@@ -179,8 +183,10 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     peers = Peers(store, rank, size)
     try:
         with peers:
-            yield World(rank, size, peers)
+            _joined.append(World(rank, size, peers))
+            yield _joined[-1]
     finally:
+        _joined.clear()
         if dist.is_initialized():  # vLLM ends the group with its engine
             dist.destroy_process_group()
 
