@@ -58,6 +58,17 @@ def test_killed_at_every_stage(forks, whole, tmp_path):
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize(("moment", "used"), [(MOMENTS[0], False), (MOMENTS[1], True),
+                                              ("rename .*tmp-step_000002", True)])
+def test_finished_rollouts_are_used_again(forks, whole, tmp_path, moment, used):
+    """Those of the first step behind the checkpoint, whose update was lost."""
+    config = written(runs.config(tmp_path / "run"), tmp_path)
+    assert forks.run("train", "--config", config, at=moment).code == -signal.SIGKILL
+    ended = forks.run("train", "--config", config, "--resume")
+    assert ended.code == 0 and ("are used again" in ended.output) == used, ended.output
+    assert_same(tmp_path / "run", whole)
+
+
 @pytest.mark.parametrize("moment", [MOMENTS[1], MOMENTS[2], MOMENTS[3], "open .*step_000001/trainer/optimizer/",
                                     "rename .*tmp-step_000003"])
 def test_killed_while_a_checkpoint_is_written_behind(forks, whole, tmp_path, moment):

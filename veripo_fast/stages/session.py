@@ -36,6 +36,7 @@ from veripo_fast.run.metrics import MetricsLog
 from veripo_fast.stages.books import Books
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.optimizer import Optimizer
+from veripo_fast.stages.replay import stored_groups
 from veripo_fast.stages.saves import Saves, State, read_state
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
 
@@ -60,6 +61,7 @@ class Session:
         self.books = Books(run, world, "media" in allow_changes)
         self.checkpoint = world.on_main(lambda: latest_checkpoint(run.checkpoints))
         self.state = read_state(self.checkpoint)
+        self._began_at = self.state.global_step
         if world.main:
             metrics.truncate_after(self.state.global_step)
         self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
@@ -134,7 +136,9 @@ class Session:
         with self.phase("sync"):
             self._engine_values |= self.engine.sync()
         with self.phase("rollout"):
-            groups = self.engine.generate(prompts, sampling, on_group, numbers=list(loaded))
+            groups = self._stored(loaded, sampling)
+            if groups is None:
+                groups = self.engine.generate(prompts, sampling, on_group, numbers=list(loaded))
         self.engine.sleep()
         due = self.state.global_step % self.config.rollout.parity_every == 0
         if self.gate is not None and (due or not self._checked_parity):
@@ -146,6 +150,13 @@ class Session:
         if self.engine.rebuilds:
             self._engine_values["engine_rebuilds"] = float(self.engine.rebuilds)
         return dict(zip(loaded, groups, strict=True))
+
+    def _stored(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling) -> list[RolloutGroup] | None:
+        """The finished groups of the first step behind the checkpoint, which a stop kept from their update."""
+        if self.state.global_step != self._began_at or self.allow_changes:
+            return None
+        path = self.run.rollouts(self._stage.name, self.state.step)
+        return stored_groups(path, loaded, sampling, self.policy.version, self.world)
 
     def _add_seconds(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
