@@ -88,6 +88,8 @@ base)
     ;;
 dev)
     say "test tools"
+    install 'setuptools>=77' wheel psutil
+    export DS_BUILD_OPS=0 # DeepSpeed's setup imports torch, and would compile kernels
     install --no-build-isolation -e '.[dev]' -c "$VENV/constraints.txt"
     ;;
 engines)

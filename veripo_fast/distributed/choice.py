@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from veripo_fast.config.schema import Config, DistributedConfig
@@ -37,10 +39,19 @@ def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
         return
     named = _Named(policy.model)
     if config.backend == "deepspeed":
-        raise NotImplementedError
+        policy.backend = world.agreed(partial(_zero, policy, config, named))
+        return
     from veripo_fast.distributed.fsdp import FsdpBackend
 
     policy.backend = FsdpBackend(policy.step, named, lambda step: step(*policy.idle_inputs()))
+
+
+def _zero(policy: Any, config: DistributedConfig, named: Any) -> Any:
+    from veripo_fast.distributed.zero import ZeroBackend
+    from veripo_fast.distributed.zero_config import ZeroOptions, read_json
+
+    given = read_json(Path(config.deepspeed_config)) if config.deepspeed_config else {}
+    return ZeroBackend(policy.step, named, ZeroOptions(config.zero_stage, config.offload, given))
 
 
 def distribute_frozen(policy: Any, world: World) -> None:
