@@ -1,4 +1,4 @@
-"""Two ranks that share a policy (FSDP2) and sample with the real engine: one over both, or one in each."""
+"""Two ranks that share a policy (FSDP2, ZeRO) and sample with the real engine: one over both, or one in each."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def trained(folder: Path, **options: object) -> list[dict]:
     return [json.loads(line) for line in RunDir(folder / "run").metrics.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("together", [1, 2])
-def test_resharding_into_engines(together: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("together", "backend"), [(1, {}), (2, {}),
+                                                   (2, {"backend": "deepspeed", "zero_stage": 3}),
+                                                   (1, {"backend": "deepspeed", "zero_stage": 1})])
+def test_resharding_into_engines(together: int, backend: dict[str, object], tmp_path: Path) -> None:
     """The engine's log-probs are the trainer's after every update: checked by the gate, and again by the loss."""
-    steps = [step for step in trained(tmp_path, rollout__tensor_parallel=together) if step["kind"] == "grpo"]
+    steps = trained(tmp_path, rollout__tensor_parallel=together,
+                    **{f"distributed__{name}": value for name, value in backend.items()})
+    steps = [step for step in steps if step["kind"] == "grpo"]
     assert len(steps) == 2
     assert all(step["engine_parity_max"] < 5e-5 and step["parity_max"] < 5e-5 for step in steps if "parity_max" in step)
     assert all(step["sync_bytes"] > 1e6 for step in steps), "every engine is written whole, because it slept"
