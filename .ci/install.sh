@@ -88,6 +88,8 @@ base)
     ;;
 dev)
     say "test tools"
+    install 'setuptools>=77' wheel psutil
+    export DS_BUILD_OPS=0 # DeepSpeed's setup imports torch, and would compile kernels
     install --no-build-isolation -e '.[dev]' -c "$VENV/constraints.txt"
     ;;
 engines)
@@ -107,6 +109,7 @@ engines)
         # CUDA builds that vLLM names and never imports here; transformers imports them where they lie, and dies of it
         "$VENV"/bin/python -m pip uninstall --disable-pip-version-check -q -y torchaudio torchcodec
         install --no-deps "torchcodec==$(pinned torchcodec)"
+        DS_BUILD_OPS=0 install --no-build-isolation "deepspeed==$(pinned deepspeed)"
         "$VENV/bin/python" .ci/torchvision_cpu.py
     fi
     say "[4/4] veripo-fast"

@@ -34,6 +34,8 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 """Then this is the environment of `make engines`: its Triton is not the one that the kernels are interpreted with."""
 collect_ignore = [] if HAS_VLLM else ["engines"]
 
+if not _has_gpu():  # accelerate imports DeepSpeed when a model is saved, which says on stdout that it finds no GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if not HAS_VLLM and not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when a kernel module is imported
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):

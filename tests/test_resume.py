@@ -58,10 +58,41 @@ def test_killed_at_every_stage(forks, whole, tmp_path):
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize(("moment", "used"), [(MOMENTS[0], False), (MOMENTS[1], True),
+                                              ("rename .*tmp-step_000002", True)])
+def test_finished_rollouts_are_used_again(forks, whole, tmp_path, moment, used):
+    """Those of the first step behind the checkpoint, whose update was lost."""
+    config = written(runs.config(tmp_path / "run"), tmp_path)
+    assert forks.run("train", "--config", config, at=moment).code == -signal.SIGKILL
+    ended = forks.run("train", "--config", config, "--resume")
+    assert ended.code == 0 and ("are used again" in ended.output) == used, ended.output
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("moment", [MOMENTS[1], MOMENTS[2], MOMENTS[3], "open .*step_000001/trainer/optimizer/",
+                                    "rename .*tmp-step_000003"])
+def test_killed_while_a_checkpoint_is_written_behind(forks, whole, tmp_path, moment):
+    config = written(runs.config(tmp_path / "run", checkpoint__asynchronous=True), tmp_path)
+    ended = forks.run("train", "--config", config, at=moment)
+    assert ended.code == -signal.SIGKILL, ended.output
+    assert forks.run("train", "--config", config, "--resume").code == 0
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_checkpoint_written_behind_that_fails_is_said(forks, tmp_path):
+    """The disk is full in the thread: the step that comes next ends the run."""
+    config = written(runs.config(tmp_path / "run", checkpoint__asynchronous=True, eval__at="never"), tmp_path)
+    model = max(path.stat().st_size for path in runs.model().glob("*.safetensors"))
+    ended = forks.run("train", "--config", config, limits={"RLIMIT_FSIZE": model // 2})
+    assert ended.code == 2 and "cannot" in ended.output.splitlines()[-1], ended.output
+    assert not list((tmp_path / "run" / "checkpoints").glob("*step*"))
+    assert forks.run("train", "--config", config, "--resume").code == 0
+
+
 def test_killed_between_two_checkpoints(forks, tmp_path):
     """bfloat16 weights with float32 masters, a trained tower, a reference model and two updates per rollout."""
     options = {"checkpoint__every": 2, "grpo__steps": 4, "grpo__prompts_per_step": 2, "grpo__updates_per_rollout": 2,
-               "grpo__kl_coef": 0.05, "rollout__group_size": 3, "model__dtype": "bfloat16",
+               "grpo__kl_coef": 0.05, "rollout__group_size": 4, "model__dtype": "bfloat16",
                "model__freeze_vision": False, "eval__at": "never", "optimizer__schedule": "cosine",
                "stages": [{"kind": "grpo"}]}
     for name in ("whole", "killed"):

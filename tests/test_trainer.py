@@ -181,7 +181,7 @@ def test_the_same_seed_gives_the_same_run(run, tmp_path):
 
 def test_the_reference_of_the_kl_is_the_start_of_the_stage(session):
     """So the KL is 0 in the first step of each stage, also in one that begins from a checkpoint of the run."""
-    one = session(grpo__kl_coef=0.1, grpo__learning_rate=3e-3, eval__at="never", checkpoint__keep=1,
+    one = session(grpo__kl_coef=0.1, grpo__learning_rate=1e-3, eval__at="never", checkpoint__keep=1,
                   stages=[{"kind": "grpo"}, {"kind": "grpo"}])
     one.requests.request = lambda: Request("stopped", 130) if one.state.global_step == 3 else None
     with pytest.raises(KeyboardInterrupt):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
 from veripo_fast.errors import EXIT_USER, Interrupted, PeerFailed, UserError
-from veripo_fast.text import OneLine, one_line
+from veripo_fast.text import OneLine, one_line, rank_prefix
 
 if TYPE_CHECKING:
     from veripo_fast.config.schema import Config
@@ -87,12 +87,6 @@ def set_environment() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost rank c10d warns in 60 lines; we do in one
 
 
-def rank_prefix() -> str:
-    """What stands before the messages of a rank that is not the first; empty where there are no others."""
-    rank = os.environ.get("RANK", "0")
-    return f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and rank != "0" else ""
-
-
 def _run(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         from veripo_fast.config.describe import hint
@@ -112,8 +106,6 @@ def _run(argv: list[str]) -> None:
         raise UserError(_unknown_argument(options.command, unknown[0], by_name[options.command].names))
     COMMANDS[options.command].run(options, overrides)
 
-
-# Commands
 
 def _configuration(options: argparse.Namespace, overrides: list[str]) -> Config:
     from veripo_fast.config.load import load_config

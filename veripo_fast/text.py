@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import unicodedata
 from typing import Any
@@ -80,6 +81,12 @@ def _visible(character: str) -> str:
 def one_line(text: str) -> str:
     """`printable`, with a space for each line break."""
     return printable(" ".join(line.strip() for line in text.splitlines()))
+
+
+def rank_prefix() -> str:
+    """What stands before the messages of a rank that is not the first; empty where there are no others."""
+    rank = os.environ.get("RANK", "0")
+    return f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and rank != "0" else ""
 
 
 class OneLine(logging.Formatter):

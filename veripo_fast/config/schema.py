@@ -49,6 +49,8 @@ class CheckpointConfig:
     """Optimizer phases between two checkpoints; one more is written at the end of each stage."""
     keep: int = 2
     """How many are kept; older ones are deleted after a newer one is complete."""
+    asynchronous: bool = False
+    """Go on training while a checkpoint is written, from a copy in host memory; not at the end of a stage."""
 
     def __post_init__(self) -> None:
         positive(self, "every", "keep")

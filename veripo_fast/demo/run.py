@@ -15,12 +15,14 @@ from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.load import check_stages, load_config, with_options
 from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig, VerifierConfig
 from veripo_fast.config.schema import CheckpointConfig, Config, EvalConfig, OptimizerConfig, StageConfig
+from veripo_fast.distributed.world import joined
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.intervals import paired_difference
 from veripo_fast.report.page import write_report
 from veripo_fast.reward.score import scores_of
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import read_records
+from veripo_fast.text import rank_prefix
 
 TRAIN, HELDOUT = 480, 180
 TRAIN_QUICK, HELDOUT_QUICK = 48, 24
@@ -53,21 +55,32 @@ def run_demo(out: Path, seed: int, quick: bool, options: Sequence[str] = ()) -> 
     A run that was stopped goes on where it was. `options` are those of `veripo train`, as typed. Raises
     ConfigError when `out` holds another demo.
     """
-    from veripo_fast.demo.corpus import write_corpus
     from veripo_fast.trainer import train
 
     started = time.monotonic()
     config = with_options(demo_config(out, seed, quick), options)
-    _check_same(RunDir(config.run_dir), config)
-    corpus = out / "corpus"
-    if not (corpus / "heldout.jsonl").is_file() or not RunDir(config.run_dir).config.is_file():
-        _remove_unfinished(corpus)
-        write_corpus(corpus, TRAIN_QUICK if quick else TRAIN, HELDOUT_QUICK if quick else HELDOUT, seed)
-    train(config, resume=RunDir(config.run_dir).config.is_file())
-    report = write_report(Path(config.run_dir))
-    for line in headline(RunDir(config.run_dir)):
+    run = RunDir(config.run_dir)
+    with joined(config.distributed.timeout_seconds, config.model.device) as world:
+        begun = world.on_main(lambda: _prepared(run, config, out / "corpus", quick))
+        train(config, resume=begun)
+    if rank_prefix():
+        return
+    report = write_report(run.root)
+    for line in headline(run):
         print(line)
     print(f"took {(time.monotonic() - started) / 60:.1f} minutes; report: {report}")
+
+
+def _prepared(run: RunDir, config: Config, corpus: Path, quick: bool) -> bool:
+    """Make the corpus, unless it is there; returns whether the run has begun before."""
+    from veripo_fast.demo.corpus import write_corpus
+
+    _check_same(run, config)
+    begun = run.config.is_file()
+    if not (corpus / "heldout.jsonl").is_file() or not begun:
+        _remove_unfinished(corpus)
+        write_corpus(corpus, TRAIN_QUICK if quick else TRAIN, HELDOUT_QUICK if quick else HELDOUT, config.seed)
+    return begun
 
 
 def _check_same(run: RunDir, config: Config) -> None:

@@ -160,6 +160,11 @@ class LocalBackend:
         """See `Backend`: the tensors are AdamW's own."""
 
 
+def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Of a parameter that may be sharded: a DTensor has it, and DeepSpeed leaves it in a field of its own."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def adamw(parameters: Sequence[torch.nn.Parameter], config: OptimizerConfig, peak: float) -> torch.optim.AdamW:
     """AdamW as every backend runs it."""
     return torch.optim.AdamW(parameters, lr=peak, betas=config.betas, weight_decay=config.weight_decay)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from veripo_fast.config.schema import Config, DistributedConfig
@@ -19,6 +21,9 @@ def check_backend(config: Config, world: World) -> None:
     if world.size % together:
         raise ConfigError(f"rollout.tensor_parallel is {together}, and {world.size} ranks cannot be shared out into "
                           "engines of as many; start a multiple of it")
+    if world.size == 1 and config.distributed.backend in ("fsdp", "deepspeed"):
+        raise ConfigError(f"distributed.backend is {config.distributed.backend}, and there is one process; start "
+                          "several with torchrun, or take auto")
     if world.size > 1 and config.distributed.backend == "none":
         raise ConfigError(f"distributed.backend is none, which is one process, and {world.size} ranks were started; "
                           "start it without torchrun, or take fsdp or deepspeed")
@@ -37,10 +42,19 @@ def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
         return
     named = _Named(policy.model)
     if config.backend == "deepspeed":
-        raise NotImplementedError
+        policy.backend = world.agreed(partial(_zero, policy, config, named))
+        return
     from veripo_fast.distributed.fsdp import FsdpBackend
 
     policy.backend = FsdpBackend(policy.step, named, lambda step: step(*policy.idle_inputs()))
+
+
+def _zero(policy: Any, config: DistributedConfig, named: Any) -> Any:
+    from veripo_fast.distributed.zero import ZeroBackend
+    from veripo_fast.distributed.zero_config import ZeroOptions, read_json
+
+    given = read_json(Path(config.deepspeed_config)) if config.deepspeed_config else {}
+    return ZeroBackend(policy.step, named, ZeroOptions(config.zero_stage, config.offload, given))
 
 
 def distribute_frozen(policy: Any, world: World) -> None:

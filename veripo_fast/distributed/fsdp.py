@@ -10,45 +10,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from veripo_fast.config.schema import OptimizerConfig
-from veripo_fast.distributed.backend import Held, Named, adamw, moments, step_adamw
-
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""Its name since torch 2.13, and the one before."""
-
-
-def rows_of(count: int, rank: int, size: int) -> tuple[int, int]:
-    """Which of `count` rows a rank holds: as `torch.chunk` cuts them, so late ranks may hold fewer or none."""
-    share = -(-count // size)
-    return min(rank * share, count), min((rank + 1) * share, count)
-
-
-@dataclass
-class _Owned:
-    """A trained parameter, and the rows of it that this rank steps."""
-
-    name: str
-    parameter: torch.nn.Parameter
-    rows: tuple[int, int]
-    master: torch.nn.Parameter
-    """float32 [rows, ...]: the weights themselves where they are float32 and sharded."""
-
-    @property
-    def sharded(self) -> bool:
-        return isinstance(self.parameter, DTensor)
-
-    def own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rank's rows of the parameter or of its gradient."""
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()[slice(*self.rows)]
+from veripo_fast.distributed.backend import Held, Named
+from veripo_fast.distributed.rows import RowOptimizer, all_ranks, rows_of
 
 
 class FsdpBackend:
@@ -63,20 +34,19 @@ class FsdpBackend:
             named: the policy's parameters, frozen ones too; asked for anew, because sharding replaces them.
             warm_up: runs something through `step`, without a gradient.
         """
-        self.mesh = _mesh(next(step.parameters()).device)
-        self.modules = shard(step, self.mesh)
+        mesh = all_ranks(next(step.parameters()).device)
+        self.modules = shard(step, mesh)
         self._step = step
         self._all = named
         with torch.no_grad():
             warm_up(step)  # sets up the modules from the root: a layer that ran first would be a root of its own
-        self.rank, self.size = self.mesh.get_local_rank(), self.mesh.size()
-        self.owned: list[_Owned] = []
-        self.adamw: torch.optim.AdamW
+        self.rows = RowOptimizer(mesh)
+        self.rank, self.size = self.rows.rank, self.rows.size
 
     def begin(self, config: OptimizerConfig, peak: float) -> None:
         """See `Backend`."""
-        self.owned = [self._owned(name, parameter) for name, parameter in self._named() if parameter.requires_grad]
-        self.adamw = adamw([owned.master for owned in self.owned], config, peak)
+        trained = [(name, parameter) for name, parameter in self._named() if parameter.requires_grad]
+        self.rows.begin(trained, config, peak)
 
     def forward(self, *inputs: Any) -> Any:
         """See `Backend`."""
@@ -88,24 +58,16 @@ class FsdpBackend:
 
     def step(self, loss: float, rate: float, max_norm: float) -> float:
         """See `Backend`."""
-        self._reduce_replicated()
-        gradients = {owned.name: owned.own(owned.parameter.grad).float() for owned in self.owned
-                     if owned.parameter.grad is not None}
-        norm = global_norm(list(gradients.values()), self.mesh)
+        self.rows.reduce()
+        norm = self.rows.norm()
         if math.isfinite(loss) and math.isfinite(norm):
-            scale = min(1.0, max_norm / (norm + 1e-6))
-            for owned in self.owned:
-                if owned.name in gradients:
-                    owned.master.grad = gradients[owned.name].mul(scale)
-            step_adamw(self.adamw, rate)
-            self._publish()
+            self.rows.step(rate, min(1.0, max_norm / (norm + 1e-6)))
         self.discard()
         return norm
 
     def discard(self) -> None:
         """See `Backend`."""
-        for owned in self.owned:
-            owned.parameter.grad = owned.master.grad = None
+        self.rows.discard()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -143,17 +105,7 @@ class FsdpBackend:
 
     def optimizer_state(self) -> dict[str, Any]:
         """See `Backend`."""
-        state: dict[str, Any] = moments(self.adamw, [o.name for o in self.owned], [o.master for o in self.owned])
-        state |= {f"master/{owned.name}": owned.master.detach() for owned in self.owned
-                  if owned.parameter.dtype != torch.float32}
-        shapes = {owned.name: owned.parameter for owned in self.owned}
-        for key, value in state.items():
-            kind, name = key.split("/", 1)
-            if kind != "step":
-                like = shapes[name]
-                state[key] = DTensor.from_local(value, self.mesh, [Shard(0)], run_check=False, shape=like.shape,
-                                                stride=torch.empty(like.shape, device="meta").stride())
-        return state
+        return self.rows.state()
 
     def restored(self, state: dict[str, Any]) -> None:
         """See `Backend`: the tensors are AdamW's own."""
@@ -162,48 +114,6 @@ class FsdpBackend:
         """The parameters as they are sharded: after a forward the root's are still whole."""
         self._step.reshard()
         return self._all()
-
-    # -- rows ---------------------------------------------------------------------------------------------------------
-
-    def _owned(self, name: str, parameter: torch.nn.Parameter) -> _Owned:
-        rows = rows_of(parameter.shape[0], self.rank, self.size)
-        owned = _Owned(name, parameter, rows, parameter)
-        value = owned.own(parameter.detach())
-        # float32 rows are stepped where they lie
-        owned.master = torch.nn.Parameter(value if value.dtype == torch.float32 else value.float())
-        return owned
-
-    def _reduce_replicated(self) -> None:
-        """Sum the gradients of whole parameters over the ranks; one that no rank has stays None."""
-        replicated = [owned.parameter for owned in self.owned if not owned.sharded]
-        if not replicated:
-            return
-        there = torch.tensor([float(parameter.grad is not None) for parameter in replicated],
-                             device=replicated[0].device)
-        dist.all_reduce(there, group=self.mesh.get_group())
-        for parameter, ranks in zip(replicated, there.tolist(), strict=True):
-            if ranks:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad.div_(self.size), group=self.mesh.get_group())
-
-    @torch.no_grad()
-    def _publish(self) -> None:
-        """Round the masters into the weights; whole parameters get the rows of all ranks."""
-        for owned in self.owned:
-            own = owned.own(owned.parameter)
-            if own.data_ptr() != owned.master.data_ptr():
-                own.copy_(owned.master)
-            if not owned.sharded:
-                self._gather_rows(owned.parameter, own)
-
-    def _gather_rows(self, parameter: torch.Tensor, own: torch.Tensor) -> None:
-        share = rows_of(parameter.shape[0], 0, self.size)[1]
-        sent = own.new_zeros((share, *parameter.shape[1:]))
-        sent[:len(own)] = own
-        everything = own.new_empty((share * self.size, *parameter.shape[1:]))
-        _all_gather(everything, sent, group=self.mesh.get_group())
-        parameter.copy_(everything[:parameter.shape[0]])
 
 
 def shard(step: Any, mesh: DeviceMesh) -> list[FSDPModule]:
@@ -226,17 +136,4 @@ def shard(step: Any, mesh: DeviceMesh) -> list[FSDPModule]:
 
 def shard_frozen(step: Any) -> list[FSDPModule]:
     """Shard a policy that only gives log-probs, such as a reference."""
-    return shard(step, _mesh(next(step.parameters()).device))
-
-
-def global_norm(gradients: list[torch.Tensor], mesh: DeviceMesh) -> float:
-    """Euclidean norm over the rows of all ranks."""
-    squares = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
-    for gradient in gradients:
-        squares += gradient.double().square().sum()
-    dist.all_reduce(squares, group=mesh.get_group())
-    return math.sqrt(squares.item()) if squares.isfinite() else float(squares)
-
-
-def _mesh(device: torch.device) -> DeviceMesh:
-    return init_device_mesh(device.type, (dist.get_world_size(),))
+    return shard(step, all_ranks(next(step.parameters()).device))

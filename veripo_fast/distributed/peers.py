@@ -62,6 +62,11 @@ class Peers:
             thread.start()
         return self
 
+    @property
+    def parted(self) -> bool:
+        """Whether this rank watches the others no more."""
+        return self._ended.is_set()
+
     def part(self) -> None:
         """From here on this rank needs no other one, and all of them know."""
         self._ended.set()

@@ -23,7 +23,8 @@ def write_state(folder: Path, state: dict[str, Any], world: World) -> None:
 
     try:
         with _quiet():
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=True), no_dist=world.size == 1)
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=True),
+                     process_group=world.group, no_dist=world.size == 1)
     except CheckpointException as error:  # all ranks get it, and it is no Exception
         rank, (cause, _) = min(error.failures.items())
         if not world.main:
@@ -53,6 +54,20 @@ def read_state(folder: Path, state: dict[str, Any], world: World) -> None:
 
 def _reason(error: BaseException) -> str:
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
+def on_host(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A copy of a state in host memory."""
+    return None if state is None else {name: _copied(value) for name, value in state.items()}
+
+
+def _copied(value: Any) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(value, DTensor):
+        return value.detach().to("cpu", copy=True)
+    return DTensor.from_local(value.to_local().to("cpu", copy=True), value.device_mesh, value.placements,
+                              run_check=False, shape=value.shape, stride=value.stride())
 
 
 @contextmanager

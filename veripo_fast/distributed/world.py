@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -29,6 +29,8 @@ class World:
     size: int = 1
     peers: Peers | None = None
     """Watches the other ranks; None in a world of one."""
+    group: Any = None
+    """torch.distributed's group; None: the one of all ranks."""
 
     @property
     def main(self) -> bool:
@@ -42,7 +44,7 @@ class World:
 
     def begun(self) -> None:
         """Note that the run has begun, once all ranks have got this far. Collective."""
-        self.gather(None)
+        self.barrier()
         if self.peers is not None:
             self.peers.begun = True
 
@@ -51,6 +53,24 @@ class World:
         if self.peers is not None:
             self.peers.part()
 
+    def leave(self) -> None:
+        """Part once all have come so far: the store may end with the first rank that leaves. Collective."""
+        if self.peers is not None and not self.peers.parted:
+            self.barrier()
+            self.part()
+
+    def apart(self) -> World:
+        """The same ranks in a group of its own, for a thread that talks to its likes beside the main one."""
+        if self.size == 1:
+            return self
+        import torch.distributed as dist
+
+        return replace(self, group=dist.new_group(backend="gloo"))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather(None)
+
     def gather(self, value: Value) -> list[Value]:
         """The value of every rank, on every rank; anything that can be pickled."""
         if self.size == 1:
@@ -58,7 +78,7 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, value: Value) -> Value:
@@ -68,7 +88,7 @@ class World:
         import torch.distributed as dist
 
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def move(self, value: Value | None, source: int, target: int) -> Value | None:
@@ -143,6 +163,10 @@ ONE = World()
 """A process alone."""
 
 
+_joined: list[World] = []
+"""The world of this process while it is in a block of `joined`."""
+
+
 def started_by_torchrun() -> bool:
     """Whether the environment names several ranks."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
@@ -150,7 +174,7 @@ def started_by_torchrun() -> bool:
 
 @contextmanager
 def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
-    """The world that torchrun (or `deepspeed`, or Slurm with its variables) has set up; ended with the block.
+    """The world that torchrun (or `deepspeed`, or Slurm with its variables) has set up; ended with the outermost block.
 
     Args:
         timeout_seconds: an exchange that takes longer has lost a rank.
@@ -159,8 +183,8 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     Raises:
         ConfigError: the variables are incomplete, there are fewer GPUs than ranks, or the ranks cannot meet.
     """
-    if not started_by_torchrun():
-        yield ONE
+    if _joined or not started_by_torchrun():
+        yield _joined[-1] if _joined else ONE
         return
     import torch
     import torch.distributed as dist
@@ -190,11 +214,14 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     try:
         with peers:
             world = World(rank, size, peers)
+            _joined.append(world)
             yield world
-            world.gather(None)  # the store may end with the first rank that leaves
-            world.part()
+            if dist.is_initialized():  # vLLM ends the group with its engine
+                world.leave()
     finally:
-        dist.destroy_process_group()
+        _joined.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _number(name: str) -> int:

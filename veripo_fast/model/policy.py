@@ -135,25 +135,26 @@ def in_own_memory(policy: Policy) -> Policy:
     return policy
 
 
-def save_policy(policy: Policy, folder: Path | None) -> None:
-    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with.
-
-    Collective. Of several ranks rank 0 writes; its host has room for all weights, which it is sent one after the other.
+def weights_on_host(policy: Policy, keep: bool) -> dict[str, torch.Tensor] | None:
+    """Copies of all weights in host memory, sent one after the other where ranks share them. Collective.
 
     Args:
-        folder: None on other ranks.
+        keep: whether this rank wants them; else None.
     """
-    if not policy.backend.distributed:
-        policy.model.save_pretrained(folder)
-    else:
-        state: dict[str, torch.Tensor] = {}
-        for name, value in policy.backend.weights():
-            if folder is not None:
-                state[name] = value.to("cpu", copy=True)
-        if folder is not None:
-            policy.model.save_pretrained(folder, state_dict=state)
-    if folder is None:
-        return
+    copies: dict[str, torch.Tensor] = {}
+    for name, value in policy.backend.weights():
+        if keep:
+            copies[name] = value.detach().to("cpu", copy=True)
+    return copies if keep else None
+
+
+def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with.
+
+    Args:
+        weights: by name, whole; None: the policy's own.
+    """
+    policy.model.save_pretrained(folder, state_dict=weights)
     for pattern in COPIED_FILES:
         for file in policy.encoder.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)

@@ -243,8 +243,7 @@ class VllmEngine:
         Raises:
             ConfigError: it does not, so its log-probs or positions would be others.
         """
-        prompt = Prompt("probe", (Message("user", ("?",)),), "text", "")
-        before = dict(self.hooks.calls)
+        prompt, before = Prompt("probe", (Message("user", ("?",)),), "text", ""), dict(self.hooks.calls)
         loaded = LoadedPrompt(prompt, self.policy.encoder.encode(prompt, None), None)
         self._attempt([loaded], Sampling(1, 0.5, 1, 0), [0])
         unused = [name for name, count in self.hooks.calls.items() if count == before[name]]

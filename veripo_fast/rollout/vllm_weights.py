@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from veripo_fast.distributed.backend import whole_shape
 from veripo_fast.model.policy import Policy
 from veripo_fast.rollout.vllm_library import tensor_parallel_rank
 from veripo_fast.weights.layouts import Geometry
@@ -27,7 +28,7 @@ def sync_of(policy: Policy, model: torch.nn.Module, mode: Literal["alias", "copy
     geometry = Geometry.of(policy.model.config)
     named = dict(policy.model.named_parameters())
     if policy.backend.distributed:
-        return ShardedSync({name: tuple(parameter.shape) for name, parameter in named.items()}, policy.backend.held,
+        return ShardedSync({name: whole_shape(parameter) for name, parameter in named.items()}, policy.backend.held,
                            model.named_parameters(), geometry, tower=tower, tp=tensor_parallel,
                            trained=[name for name, parameter in named.items() if parameter.requires_grad],
                            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or None)

@@ -38,7 +38,7 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: 
     behind, go too. Raises CheckpointError when storage fails, with the earlier checkpoints as they were. Any other
     error of `write` comes through, and leaves nothing behind either.
     """
-    final = root / f"step_{step:06d}"
+    final = checkpoint_path(root, step)
     temporary = root / f".tmp-{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,11 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: 
         shutil.rmtree(temporary, ignore_errors=True)
     _prune(root, final, keep, {path.name for path in protect})
     return final
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return root / f"step_{step:06d}"
 
 
 def latest_checkpoint(root: Path) -> Path | None:

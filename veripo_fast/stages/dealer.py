@@ -51,10 +51,10 @@ class Dealer:
         sizes = self._sizes(prompts)
         costs = [group_flops(self.cost, sizes[number].tokens, [len(c.token_ids) for c in groups[number].completions],
                              sizes[number].grid_thw) for number in numbers]
-        dealt = deal(costs, self.world.size, [sizes[number].rank for number in numbers])
+        dealt = deal(costs, self.world.size, [sizes[number].ranks[0] for number in numbers])
         self.idle_shares.append(statistics.fmean(idle_share(costs, dealt)))
         takers = {numbers[index]: rank for rank, part in enumerate(dealt) for index in part}
-        return self._moved(prompts, {number: sizes[number].rank for number in takers}, takers)
+        return self._moved(prompts, sizes, takers)
 
     def idle_share(self) -> dict[str, float]:
         """As a metric, of the updates since the last call; nothing where there is one rank."""
@@ -67,20 +67,25 @@ class Dealer:
                if prompt is not None}
         sizes: dict[int, _Size] = {}
         for part in self.world.gather(own):
-            sizes = part | sizes  # ranks that share an engine loaded the same prompts: the first of them gives
+            for number, size in part.items():
+                known = sizes.get(number)
+                sizes[number] = size if known is None else replace(known, ranks=known.ranks + size.ranks)
         return sizes
 
-    def _moved(self, prompts: Sequence[LoadedPrompt | None], holders: Mapping[int, int], takers: Mapping[int, int]
+    def _moved(self, prompts: Sequence[LoadedPrompt | None], sizes: Mapping[int, _Size], takers: Mapping[int, int]
                ) -> dict[int, LoadedPrompt]:
         """The prompts that this rank takes, after all of them have moved, in the order of their numbers."""
         own: dict[int, LoadedPrompt] = {}
         for number in sorted(takers):
-            prompt, taker = prompts[number], takers[number]
-            if taker == self.world.rank and prompt is not None:
-                own[number] = prompt
+            prompt, taker, holders = prompts[number], takers[number], sizes[number].ranks
+            if taker in holders:
+                if prompt is not None and taker == self.world.rank:
+                    own[number] = prompt
                 continue
-            sent = None if prompt is None else _moved_to(prompt, torch.device("cpu"))
-            came = self.world.move(sent, holders[number], taker)
+            sent = None
+            if prompt is not None and holders[0] == self.world.rank:
+                sent = _moved_to(prompt, torch.device("cpu"))
+            came = self.world.move(sent, holders[0], taker)
             if came is not None:
                 own[number] = _moved_to(came, self.device)
         return own
@@ -90,14 +95,15 @@ class Dealer:
 class _Size:
     """Who has loaded a prompt, and what its cost depends on."""
 
-    rank: int
+    ranks: tuple[int, ...]
+    """Several where ranks share an engine."""
     tokens: int
     grid_thw: list[list[int]]
 
     @classmethod
     def of(cls, prompt: LoadedPrompt, rank: int) -> _Size:
         media = prompt.encoded.media
-        return cls(rank, len(prompt.encoded.token_ids), [] if media is None else media.grid_thw.tolist())
+        return cls((rank,), len(prompt.encoded.token_ids), [] if media is None else media.grid_thw.tolist())
 
 
 def _moved_to(prompt: LoadedPrompt, device: torch.device) -> LoadedPrompt:

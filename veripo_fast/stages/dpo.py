@@ -35,9 +35,8 @@ from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, PreferencePair, Prompt, RolloutGroup
-from veripo_fast.verifier.judges import Judgement
 from veripo_fast.verifier.store import read_pairs, write_result
-from veripo_fast.verifier.verify import Judging, make_judge, verify
+from veripo_fast.verifier.verify import judged_by_all, make_judge, verify
 
 log = logging.getLogger(__name__)
 
@@ -206,17 +205,6 @@ def usable_steps(steps: list[list[int]], ref_logprobs: torch.Tensor) -> list[lis
     """The steps without the pairs that have no finite reference log-probs."""
     finite = ref_logprobs.isfinite().all(1)
     return [[number for number in numbers if finite[number]] for numbers in steps]
-
-
-def judged_by_all(world: World, spread: bool, groups: list[RolloutGroup], judge: Judging) -> list[list[Judgement]]:
-    """What a judge says of each group. Collective.
-
-    Args:
-        spread: whether each rank judges a share; else rank 0 judges all.
-    """
-    first, stride = (world.rank, world.size) if spread else (0 if world.main else len(groups), 1)
-    own = range(first, len(groups), stride)
-    return list(gathered(dict(zip(own, judge([groups[number] for number in own]), strict=True)), world).values())
 
 
 # -- one step --------------------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from veripo_fast.config.schema import OptimizerConfig
 from veripo_fast.distributed.backend import Backend
-from veripo_fast.distributed.state_files import read_state, write_state
+from veripo_fast.distributed.state_files import read_state
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import TrainingError
 from veripo_fast.model.policy import Policy
@@ -93,12 +94,12 @@ class Optimizer:
         self.bad_steps = 0
         return norm
 
-    def save(self, folder: Path) -> None:
-        """Write what `load` needs. Collective."""
-        write_state(folder, self.backend.optimizer_state() | {"steps": torch.tensor(self.steps)}, self.world)
+    def state(self) -> dict[str, Any]:
+        """What `load` needs, of this rank. Collective."""
+        return self.backend.optimizer_state() | {"steps": torch.tensor(self.steps)}
 
     def load(self, folder: Path) -> None:
-        """Continue from `save`; the weights themselves come with the model. Collective.
+        """Continue from a `state` that was written to a folder; the weights themselves come with the model. Collective.
 
         Raises:
             CheckpointError: the folder holds another state.

@@ -6,12 +6,9 @@ A stage asks the session for its steps, puts each piece of work into a `phase`, 
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +21,14 @@ from veripo_fast.data.prompts import load_prompts
 from veripo_fast.distributed.choice import distribute
 from veripo_fast.distributed.shares import gathered, over_ranks, own_numbers
 from veripo_fast.distributed.world import ONE, World
-from veripo_fast.errors import CheckpointError, DataError, Interrupted, PeerFailed
+from veripo_fast.errors import DataError, Interrupted, PeerFailed
 from veripo_fast.model.checkpoint_files import resolve_path
-from veripo_fast.model.policy import in_own_memory, load_policy, save_policy
+from veripo_fast.model.policy import in_own_memory, load_policy
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
 from veripo_fast.rollout.protocol import OnGroup, Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
-from veripo_fast.run.checkpoint import latest_checkpoint, save_checkpoint
+from veripo_fast.run.checkpoint import latest_checkpoint
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.interrupt import Request, StopRequests
 from veripo_fast.run.memory import HighWater
@@ -39,27 +36,9 @@ from veripo_fast.run.metrics import MetricsLog
 from veripo_fast.stages.books import Books
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.optimizer import Optimizer
+from veripo_fast.stages.replay import stored_groups
+from veripo_fast.stages.saves import Saves, State, read_state
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
-
-log = logging.getLogger(__name__)
-
-
-@dataclass
-class State:
-    """Where a run stands; with the weights and the optimizer this is all that resuming needs."""
-
-    stage: int = 0
-    """Number of finished stages."""
-    step: int = 0
-    """Finished steps of the current stage."""
-    global_step: int = 0
-    """Finished steps of the run."""
-    position: int = 0
-    """Prompts taken from the data order of the current stage."""
-    policy_version: int = 0
-    """Optimizer steps behind the weights, when the state was written."""
-    stage_start: str = ""
-    """Name of the checkpoint that the current stage began from; empty: the model of the configuration."""
 
 
 class Session:
@@ -81,7 +60,8 @@ class Session:
         self.allow_changes = allow_changes
         self.books = Books(run, world, "media" in allow_changes)
         self.checkpoint = world.on_main(lambda: latest_checkpoint(run.checkpoints))
-        self.state = _read_state(self.checkpoint)
+        self.state = read_state(self.checkpoint)
+        self._began_at = self.state.global_step
         if world.main:
             metrics.truncate_after(self.state.global_step)
         world.doing("loading the policy")
@@ -93,6 +73,7 @@ class Session:
         self.dealer = Dealer.of(self.policy, world)
         self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self.books.skip_prompt,
                                    config.cache)
+        self.saves = Saves(run.checkpoints, self.policy, config.checkpoint, world)
         self.high_water = HighWater(self.policy.device)
         self._seconds: dict[str, float] = {}
         self._video_counts: dict[str, float] = {}
@@ -105,9 +86,12 @@ class Session:
         self._checked_parity = False
 
     def close(self) -> None:
-        """Stop the decoding threads, finish writing to the cache, and end the engine."""
+        """Stop the decoding threads, finish writing to cache and checkpoints, and end the engine."""
         self.loader.close()
-        self.engine.close()
+        try:
+            self.saves.flush()
+        finally:
+            self.engine.close()
 
     # -- steps and phases -----------------------------------------------------------------------------------------
 
@@ -152,7 +136,9 @@ class Session:
         with self.phase("sync"):
             self._engine_values |= self.engine.sync()
         with self.phase("rollout"):
-            groups = self.engine.generate(prompts, sampling, on_group, numbers=list(loaded))
+            groups = self._stored(loaded, sampling)
+            if groups is None:
+                groups = self.engine.generate(prompts, sampling, on_group, numbers=list(loaded))
         self.engine.sleep()
         due = self.state.global_step % self.config.rollout.parity_every == 0
         if self.gate is not None and (due or not self._checked_parity):
@@ -164,6 +150,13 @@ class Session:
         if self.engine.rebuilds:
             self._engine_values["engine_rebuilds"] = float(self.engine.rebuilds)
         return dict(zip(loaded, groups, strict=True))
+
+    def _stored(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling) -> list[RolloutGroup] | None:
+        """The finished groups of the first step behind the checkpoint, which a stop kept from their update."""
+        if self.state.global_step != self._began_at or self.allow_changes:
+            return None
+        path = self.run.rollouts(self._stage.name, self.state.step)
+        return stored_groups(path, loaded, sampling, self.policy.version, self.world)
 
     def _add_seconds(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
@@ -215,6 +208,7 @@ class Session:
     def _stop(self, request: Request | None) -> None:
         if request is None:
             return
+        self.saves.flush()  # while they still watch each other
         self.world.part()
         if not self.world.main:
             raise PeerFailed(request.reason, request.exit_code)
@@ -308,34 +302,8 @@ class Session:
         return prompts
 
     def save(self, optimizer: Optimizer | None) -> None:
-        """Write a checkpoint of the state as it is; without optimizer at the end of a stage. Collective."""
+        """Write a checkpoint of the state as it is; without optimizer, and waiting for it, at the end of a stage."""
         self.state.policy_version = self.policy.version
         self.world.doing(f"writing the checkpoint of step {self.state.global_step}")
         start = self.stage_start()
-
-        def write(folder: Path) -> None:
-            save_policy(self.policy, folder)
-            (folder / "trainer").mkdir()
-            (folder / "trainer" / "state.json").write_text(json.dumps(asdict(self.state), indent=2) + "\n")
-            if optimizer is not None:
-                optimizer.save(self.world.broadcast(folder / "trainer" / "optimizer"))
-
-        if self.world.main:
-            self.checkpoint = save_checkpoint(self.run.checkpoints, self.state.global_step, write,
-                                              self.config.checkpoint.keep, [start] if start else [])
-        else:
-            save_policy(self.policy, None)
-            if optimizer is not None:
-                optimizer.save(self.world.broadcast(Path()))
-        self.checkpoint = self.world.broadcast(self.checkpoint)
-
-
-def _read_state(checkpoint: Path | None) -> State:
-    if checkpoint is None:
-        return State()
-    path = checkpoint / "trainer" / "state.json"
-    try:
-        return State(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); another version of veripo-fast may have written it: "
-                              "inputs.json in the run folder says which") from error
+        self.checkpoint = self.saves.save(self.state, optimizer, [start] if start else [], wait=optimizer is None)

@@ -11,18 +11,21 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from veripo_fast.config.schema import Config
+from veripo_fast.distributed.world import joined
 from veripo_fast.errors import DataError
 from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.text import rank_prefix
 from veripo_fast.types import PreferencePair
 from veripo_fast.verifier.judge_likelihood import AnswerLogprobs
-from veripo_fast.verifier.verify import VerifierResult, make_judge, verify
+from veripo_fast.verifier.verify import VerifierResult, judged_by_all, make_judge, verify
 
 _VERDICTS = pa.schema([
     ("group", pa.int64()), ("prompt_id", pa.string()), ("index", pa.int64()), ("accuracy", pa.float64()),
@@ -66,7 +69,7 @@ def read_pairs(path: Path) -> list[PreferencePair]:
 
 def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
                  model_path: str | None = None) -> VerifierResult:
-    """Verify stored rollouts and write the result.
+    """Verify stored rollouts and write the result. Ranks that torchrun started share the judging.
 
     Args:
         paths: rollout files, or folders of step_*.parquet.
@@ -87,12 +90,15 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
     encoder = PromptEncoder(resolve_path(config.model.path))
     groups = [group for file in files for group in read_groups(file)]
     with ExitStack() as stack:
+        world = stack.enter_context(joined(config.distributed.timeout_seconds, config.model.device))
         judge = make_judge(config.verifier, out / "judge_cache.jsonl", lambda: _scorer(config, stack))
         with math_budget(config.reward.math_seconds_per_batch):
             result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
-                            encoder.encode_completion, encoder.eos_id, config.seed)
-    write_result(out, result)
-    print(f"{result.account.completions} completions, {len(result.pairs)} pairs, in {out}")
+                            encoder.encode_completion, encoder.eos_id, config.seed,
+                            share=partial(judged_by_all, world, config.verifier.judge != "endpoint"))
+        world.on_main(lambda: write_result(out, result))
+    if not rank_prefix():
+        print(f"{result.account.completions} completions, {len(result.pairs)} pairs, in {out}")
     return result
 
 

@@ -10,6 +10,8 @@ from typing import TypeAlias
 from tqdm import tqdm
 
 from veripo_fast.config.objectives import VerifierConfig
+from veripo_fast.distributed.shares import gathered
+from veripo_fast.distributed.world import World
 from veripo_fast.errors import JudgeError
 from veripo_fast.types import PreferencePair, RolloutGroup, Verdict
 from veripo_fast.verifier.account import Account
@@ -31,6 +33,17 @@ class VerifierResult:
     """Per group and completion, in the order of the groups that were verified."""
     pairs: list[PreferencePair]
     account: Account
+
+
+def judged_by_all(world: World, spread: bool, groups: list[RolloutGroup], judge: Judging) -> list[list[Judgement]]:
+    """What a judge says of each group. Collective.
+
+    Args:
+        spread: whether each rank judges a share; else rank 0 judges all.
+    """
+    first, stride = (world.rank, world.size) if spread else (0 if world.main else len(groups), 1)
+    own = range(first, len(groups), stride)
+    return list(gathered(dict(zip(own, judge([groups[number] for number in own]), strict=True)), world).values())
 
 
 def make_judge(config: VerifierConfig, cache_path: Path | None = None,

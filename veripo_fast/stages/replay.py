@@ -1,0 +1,56 @@
+"""Finished rollouts of a step whose update was lost: the first step behind a checkpoint takes them from the disk.
+
+Only there the weights are exactly those that sampled them. Later steps sample again, because their weights come from
+updates that are computed anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from veripo_fast.distributed.world import World
+from veripo_fast.errors import DataError
+from veripo_fast.rollout.protocol import Sampling
+from veripo_fast.rollout.store import read_groups
+from veripo_fast.types import LoadedPrompt, RolloutGroup
+
+log = logging.getLogger(__name__)
+
+
+def stored_groups(path: Path, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, policy_version: int, world: World
+                  ) -> list[RolloutGroup] | None:
+    """This rank's groups of a step, in the order of its prompts; None where they are not those of the step. Collective.
+
+    Args:
+        path: where the step's rollouts lie when they are finished.
+        loaded: this rank's prompts.
+        policy_version: optimizer steps behind the weights that the step samples from.
+    """
+    groups = world.on_main(lambda: _read(path))
+    numbers = sorted(set().union(*world.gather(set(loaded))))
+    own: list[RolloutGroup] = []
+    fits = groups is not None and len(groups) == len(numbers)
+    if groups is not None and fits:
+        own = [groups[numbers.index(number)] for number in loaded]
+        fits = all(_is_of(group, prompt, sampling, policy_version)
+                   for group, prompt in zip(own, loaded.values(), strict=True))
+    if not numbers or world.most(not fits):
+        return None
+    if world.main:
+        log.info("the finished rollouts in %s are used again", path)
+    return own
+
+
+def _read(path: Path) -> list[RolloutGroup] | None:
+    try:
+        return read_groups(path) if path.is_file() else None
+    except DataError as error:
+        log.warning("%s; the step is sampled again", error)
+        return None
+
+
+def _is_of(group: RolloutGroup, prompt: LoadedPrompt, sampling: Sampling, policy_version: int) -> bool:
+    return (group.prompt == prompt.prompt and len(group.completions) == sampling.group_size
+            and all(completion.policy_version == policy_version for completion in group.completions))
