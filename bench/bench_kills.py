@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,7 +101,8 @@ def train(config: Path, *options: str, after: float | None = None, rank: int = 0
                 tied(sys.executable, "-m", "veripo_fast", "train", "--config", config, *options), env=environment,
                 stdout=file, stderr=file))
     if after is not None:
-        time.sleep(after)
+        with suppress(subprocess.TimeoutExpired):  # where it ends before
+            processes[rank].wait(after)
         started = time.monotonic()
         processes[rank].kill()
     deadline = time.monotonic() + MOST_SECONDS
@@ -165,12 +166,13 @@ def main() -> None:
         write_corpus(root / "corpus", 24, 6, seed=0)
         whole = train(config_of(root / "whole", root / "corpus"))
         assert not any(whole.codes), whole.outputs
-        number = 0
+        number, seconds = 0, whole.seconds
         while len(kills) < args.kills:
             number += 1
             done = kill(config_of(root / str(number), root / "corpus"), root / "whole" / "run", rng.randrange(RANKS),
-                        rng.uniform(0.0, whole.seconds))
+                        rng.uniform(0.0, seconds))
             if done is None:
+                seconds *= 0.9  # the machine is faster than it was
                 continue
             kills.append(done)
             print(f"{len(kills)}: rank {done.rank}, the other was {done.doing or 'silent'} and ended after "
