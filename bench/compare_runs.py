@@ -22,10 +22,14 @@ import pyarrow.parquet as pq
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import read_records
 
+PER_PROCESS = ("seconds", "video_decodes", "tower_runs", "cache_hits", "decoder_fallbacks", "sync_bytes",
+               "sync_over_plain_copy", "engine_rebuilds")
+"""Metrics of a step that tell what this process had to do for it: another one after a resume."""
+
 
 def records_of(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSONL file without their times."""
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in read_records(path)]
+    """Lines of a JSONL file without `PER_PROCESS`."""
+    return [{key: value for key, value in record.items() if key not in PER_PROCESS} for record in read_records(path)]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -13,11 +13,11 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from tests.support import runs
 from veripo_fast.config.load import load_config
 from veripo_fast.data.prompts import load_prompts
-from veripo_fast.errors import ConfigError, DataError, Interrupted, UserError
+from veripo_fast.errors import ConfigError, DataError, UserError
 from veripo_fast.model import encoding
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.run.folder import RunDir
-from veripo_fast.run.interrupt import StopRequests
+from veripo_fast.run.interrupt import Request, StopRequests
 from veripo_fast.run.metrics import MetricsLog, read_records
 from veripo_fast.stages import grpo
 from veripo_fast.stages.session import Session
@@ -50,11 +50,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def without_times(records: list[dict]) -> list[dict]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
-def stop_when(asked: bool) -> None:
-    if asked:
-        raise Interrupted("stopped", 130)
 
 
 @pytest.fixture
@@ -188,8 +183,7 @@ def test_the_reference_of_the_kl_is_the_start_of_the_stage(session):
     """So the KL is 0 in the first step of each stage, also in one that begins from a checkpoint of the run."""
     one = session(grpo__kl_coef=0.1, grpo__learning_rate=1e-3, eval__at="never", checkpoint__keep=1,
                   stages=[{"kind": "grpo"}, {"kind": "grpo"}])
-    one.requests.check = lambda: one.state.global_step == 3
-    one.requests.stop = lambda: stop_when(one.requests.check())
+    one.requests.request = lambda: Request("stopped", 130) if one.state.global_step == 3 else None
     with pytest.raises(KeyboardInterrupt):
         run_stages(one)
     records = read_records(one.run.metrics)
@@ -334,8 +328,7 @@ def test_a_folder_that_a_kill_left_without_a_configuration_is_free(tmp_path):
 def test_an_evaluation_that_was_asked_for_inside_a_stage_waits_for_its_end(session):
     """The policy inside a stage is not the one that an evaluation `start` would be about."""
     one = session(eval__at="never", stages=[{"kind": "grpo"}])
-    one.requests.check = lambda: one.state.global_step == 1
-    one.requests.stop = lambda: stop_when(one.requests.check())
+    one.requests.request = lambda: Request("stopped", 130) if one.state.global_step == 1 else None
     with pytest.raises(KeyboardInterrupt):
         run_stages(one)
     resumed = session(eval__samples=0, stages=[{"kind": "grpo"}])

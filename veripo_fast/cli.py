@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
-from veripo_fast.errors import Interrupted, PeerFailed, UserError
+from veripo_fast.errors import EXIT_USER, Interrupted, PeerFailed, UserError
 from veripo_fast.text import OneLine, one_line, rank_prefix
 
 if TYPE_CHECKING:
     from veripo_fast.config.schema import Config
 
-EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
+EXIT_INTERRUPTED, EXIT_PIPE = 130, 141
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 """Scripts and their results, which are no part of the installed package."""
@@ -57,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except UserError as error:
-        return EXIT_USER if isinstance(error, PeerFailed) else _complain(str(error))
+        return error.exit_code if isinstance(error, PeerFailed) else _complain(str(error))
     except Interrupted as error:
-        return error.exit_code if rank_prefix() else _complain(f"{error}; {error.remedy}", error.exit_code)
+        return _complain(f"{error}; {error.remedy}", error.exit_code)
     except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED if rank_prefix() else _complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away; Python would complain once more while closing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
@@ -79,6 +79,8 @@ def set_environment() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard looks for TensorFlow, which then talks
     if rank_prefix():
         os.environ.setdefault("TQDM_DISABLE", "1")  # rank 0 shows how far all are
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # of a lost rank c10d warns in 60 lines; we do in one
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _run(argv: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Errors that a user can mend: printed as one sentence without a traceback, exit code 2."""
 
+EXIT_USER = 2
+
 
 class UserError(Exception):
     """What is wrong, by name and value, and what to do."""
@@ -40,4 +42,8 @@ class TrainingError(UserError):
 
 
 class PeerFailed(UserError):
-    """Another rank failed and says why; this one ends without a word."""
+    """Another rank failed, or speaks for all; this one ends without a word."""
+
+    def __init__(self, reason: str, exit_code: int = EXIT_USER) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code

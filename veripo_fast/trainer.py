@@ -39,7 +39,8 @@ def train(config: Config, resume: bool = False, allow_changes: Collection[str] =
 
     Raises:
         UserError: anything a user can mend.
-        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or train.max_hours, with the state saved.
+        Interrupted: after Ctrl-C, SIGTERM, SIGHUP or train.max_hours, with the state saved; of several ranks on the
+            first, PeerFailed on others.
     """
     with joined(config.distributed.timeout_seconds, config.model.device) as world, ExitStack() as folder:
         run = world.on_main(lambda: check_run(config, resume, allow_changes))
@@ -47,8 +48,10 @@ def train(config: Config, resume: bool = False, allow_changes: Collection[str] =
         torch.set_num_threads(config.threads or torch.get_num_threads())
         began = world.agreed(lambda: folder.enter_context(
             claimed(run, config, resume, allow_changes)) if world.main else None)
-        with StopRequests(config.train.max_hours) as requests, MetricsLog(run.metrics, run.tensorboard) as metrics:
+        with (StopRequests(config.train.max_hours, say=world.main) as requests,
+              MetricsLog(run.metrics, run.tensorboard) as metrics):
             session = Session(config, run, metrics, requests, allow_changes, world)
+            world.begun()
             if began is not None:
                 began()
             try:
@@ -80,6 +83,7 @@ def evaluate_stage(session: Session) -> None:
     done = [record for record in records if record["stage"] in names]
     if any(record["stage"] == names[-1] for record in done):
         return
+    session.world.doing(f"evaluating after {names[-1]}")
     prompts = session.load_prompts(config.data.eval)[:config.eval.limit]
     session.world.on_main(lambda: session.books.media.check(prompts))
     records = evaluate(session.engine, session.loader, prompts, config, stage=names[-1],

@@ -13,10 +13,10 @@ from veripo_fast.run.interrupt import EXIT_TIME_UP, StopRequests
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_is_a_request_and_the_second_one_ends(number: int, code: int) -> None:
     with StopRequests() as requests:
-        assert not requests.check()
+        assert not requests.request()
         requests.stop()
         os.kill(os.getpid(), number)
-        assert requests.check()
+        assert requests.request()
         with pytest.raises(Interrupted, match=f"interrupted by {number.name}$") as first:
             requests.stop()
         with pytest.raises(Interrupted, match="for the second time") as second:
@@ -37,7 +37,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     try:
         with StopRequests() as requests:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not requests.check()
+            assert not requests.request()
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -47,24 +47,24 @@ def test_another_thread_may_train() -> None:
 
     def work() -> None:
         with StopRequests() as requests:
-            results.append(requests.check())
+            results.append(requests.request())
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert results == [False]
+    assert results == [None]
 
 
 def test_the_longest_step_decides_whether_another_one_fits() -> None:
     now = [0.0]
     requests = StopRequests(max_hours=1.0, clock=lambda: now[0])
     for seconds in (600, 1200, 600):
-        assert not requests.check()
+        assert not requests.request()
         now[0] += seconds
         requests.step_done()
-    assert requests.longest_step == 1200 and not requests.check()  # 2400 s done, 1200 more just fit
+    assert requests.longest_step == 1200 and not requests.request()  # 2400 s done, 1200 more just fit
     now[0] += 1
-    assert requests.check()
+    assert requests.request()
     with pytest.raises(Interrupted, match=r"stopped after 0\.67 hours, because train\.max_hours") as stopped:
         requests.stop()
     assert stopped.value.exit_code == EXIT_TIME_UP

@@ -8,13 +8,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from bench.compare_runs import PER_PROCESS
 from veripo_fast.config.describe import to_yaml
 from veripo_fast.config.schema import Config
 from veripo_fast.run.folder import RunDir
-
-PER_PROCESS = ("seconds", "video_decodes", "tower_runs", "cache_hits", "decoder_fallbacks", "sync_bytes",
-               "sync_over_plain_copy", "engine_rebuilds")
-"""Metrics of a step that tell what this process had to do for it."""
 
 
 def written(config: Config, folder: Path | str) -> Path:

@@ -6,31 +6,22 @@ to write `<think>so X.</think><answer>Y</answer>` with answers that vary and do 
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import json
 import os
 import random
-import re
-import resource
-import signal
-import subprocess
-import sys
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image as Picture
 
-from bench.tied import end_with
-from tests.support.children import PATIENCE_SECONDS, start
-from tests.support.paths import REPOSITORY
+from tests.support.forks import Ended, Forks, forks
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.load import apply_overrides
@@ -42,6 +33,7 @@ from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import load_policy, save_policy
 from veripo_fast.types import Prompt
 
+__all__ = ["Ended", "Forks", "config", "corpus", "folder", "forks", "model"]
 VIDEO = VideoConfig(fps=None, num_frames=4, min_pixels=1024, max_pixels=4096)
 TRAIN, HELDOUT = 6, 4
 
@@ -144,103 +136,3 @@ def config(run: Path, **changes: Any) -> Config:
     if "model.path" not in given:
         given["model.path"] = str(model())
     return apply_overrides(Config(), defaults | given)
-
-
-# -- the command line, in processes that may be killed ----------------------------------------------------------------
-
-
-class Ended(NamedTuple):
-    """How a process ended."""
-
-    code: int
-    """Exit code, or minus the number of the signal that killed it."""
-    output: str
-    """What it wrote to stdout and stderr."""
-
-
-@cache
-def forks() -> Forks:
-    """One server per test process."""
-    return Forks()
-
-
-class Forks:
-    """`veripo` in forks of one process that has imported everything: a start costs no import."""
-
-    def __init__(self) -> None:
-        self.server = start(sys.executable, "-c", "from tests.support import runs; runs.serve()",
-                            stdin=subprocess.PIPE, cwd=REPOSITORY,
-                            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-        atexit.register(self.close)
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait()
-
-    def run(self, *arguments: object, at: str = "", send: int = signal.SIGKILL,
-            limits: Mapping[str, int] | None = None) -> Ended:
-        """Run a command; send a signal to it when it is about to make a change of a file that matches `at`.
-
-        `at` is searched in lines such as `rename RUN/a RUN/b`, `open RUN/a`, `mkdir RUN/a`.
-        """
-        output = folder() / f"output-{os.getpid()}"
-        job = {"arguments": list(map(str, arguments)), "at": at, "send": int(send), "limits": dict(limits or {}),
-               "output": str(output)}
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        return Ended(int(self.server.stdout.readline()), output.read_text())
-
-
-def serve() -> None:
-    """One fork per line of stdin; answers with how it ended."""
-    import datasets  # noqa: F401
-    import math_verify  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-    from transformers import Qwen3VLForConditionalGeneration  # noqa: F401
-
-    import veripo_fast.trainer  # noqa: F401
-
-    server = os.getpid()
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            end_with(server)
-            _run_command(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def _run_command(job: dict[str, Any]) -> None:
-    from veripo_fast.cli import main
-
-    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    signal.alarm(int(PATIENCE_SECONDS))
-    for name, value in job["limits"].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
-    if job["at"]:
-        sys.addaudithook(_Signal(job["at"], job["send"]))
-    code = 1
-    try:
-        code = main(job["arguments"])
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-class _Signal:
-    """An audit hook that sends this process a signal at the first change of a file that matches."""
-
-    def __init__(self, pattern: str, send: int) -> None:
-        self.pattern, self.send = re.compile(pattern), send
-
-    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and arguments[1] not in ("r", "rb")
-        if not self.send or not (writes or event in ("os.rename", "os.mkdir", "os.remove")):
-            return
-        paths = (str(argument) for argument in arguments[:2] if isinstance(argument, str | os.PathLike))
-        if self.pattern.search(" ".join((event.removeprefix("os."), *paths))):
-            number, self.send = self.send, 0
-            os.kill(os.getpid(), number)

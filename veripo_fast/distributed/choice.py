@@ -22,8 +22,8 @@ def check_backend(config: Config, world: World) -> None:
         raise ConfigError(f"rollout.tensor_parallel is {together}, and {world.size} ranks cannot be shared out into "
                           "engines of as many; start a multiple of it")
     if world.size == 1 and config.distributed.backend in ("fsdp", "deepspeed"):
-        raise ConfigError(f"distributed.backend is {config.distributed.backend}, and there is one process; start several "
-                          "with torchrun, or take auto")
+        raise ConfigError(f"distributed.backend is {config.distributed.backend}, and there is one process; start "
+                          "several with torchrun, or take auto")
     if world.size > 1 and config.distributed.backend == "none":
         raise ConfigError(f"distributed.backend is none, which is one process, and {world.size} ranks were started; "
                           "start it without torchrun, or take fsdp or deepspeed")

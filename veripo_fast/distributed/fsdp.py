@@ -126,7 +126,12 @@ def shard(step: Any, mesh: DeviceMesh) -> list[FSDPModule]:
     for layer in step.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(step, mesh=mesh, mp_policy=precision)
-    return [*step.language_model.layers, step]
+    modules: list[FSDPModule] = [*step.language_model.layers, step]
+    for module, before in zip(modules, [step, *modules[:-1]], strict=True):
+        # FSDP2 guesses the order from the forwards since the last backward. A rank that sampled more has had others,
+        # would gather another layer than the rest in its backward, and all would hang.
+        module.set_modules_to_backward_prefetch([before])
+    return modules
 
 
 def shard_frozen(step: Any) -> list[FSDPModule]:

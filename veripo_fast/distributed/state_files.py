@@ -9,16 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from veripo_fast.distributed.world import World
-from veripo_fast.errors import CheckpointError
+from veripo_fast.errors import CheckpointError, PeerFailed
 
 
 def write_state(folder: Path, state: dict[str, Any], world: World) -> None:
-    """Write tensors, each rank its own rows of those that are DTensors. Collective."""
-    import torch.distributed.checkpoint as dcp
+    """Write tensors, each rank its own rows of those that are DTensors. Collective.
 
-    with _quiet():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=True),
-                 process_group=world.group, no_dist=world.size == 1)
+    Raises:
+        OSError, RuntimeError: what the first rank that could not write met, on rank 0; PeerFailed on others.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with _quiet():
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=True), process_group=world.group,
+                     no_dist=world.size == 1)
+    except CheckpointException as error:  # all ranks get it, and it is no Exception
+        rank, (cause, _) = min(error.failures.items())
+        if not world.main:
+            raise PeerFailed(f"rank {rank} could not write") from error
+        raise cause from None
 
 
 def read_state(folder: Path, state: dict[str, Any], world: World) -> None:

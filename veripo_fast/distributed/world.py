@@ -1,7 +1,7 @@
 """The ranks of a run, one process per device as torchrun starts them; one process alone is a world of its own.
 
 Whatever ranks say to each other that is not a gradient or a weight goes through `World`, over the CPU. Its methods are
-collective, `move` excepted: every rank has to call them, in the same order.
+collective, `doing`, `part` and `move` excepted: every rank has to call them, in the same order.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-from veripo_fast.distributed.peers import Peers
+from veripo_fast.distributed.peers import Peers, limited
 from veripo_fast.errors import ConfigError, PeerFailed, UserError
 
 Value = TypeVar("Value")
+MEET_SECONDS = 300.0
+"""How long ranks wait for each other when they start; a rank that died before it came is missed then."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,22 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather(None)
+
+    def doing(self, what: str) -> None:
+        """Note what this rank does, for the sentence that ends it when another one is lost."""
+        if self.peers is not None:
+            self.peers.doing = what
+
+    def begun(self) -> None:
+        """Note that the run has begun, once all ranks have got this far. Collective."""
+        self.gather(None)
+        if self.peers is not None:
+            self.peers.begun = True
+
+    def part(self) -> None:
+        """Stop watching the others: all ranks know that they end here, and each does so alone."""
+        if self.peers is not None:
+            self.peers.part()
 
     def gather(self, value: Value) -> list[Value]:
         """The value of every rank, on every rank; anything that can be pickled."""
@@ -104,6 +122,8 @@ class World:
                 raise
             failure = error
         failed = [rank for rank, bad in enumerate(self.gather(failure is not None)) if bad]
+        if failed:
+            self.part()
         if failure is not None and failed[0] == self.rank:
             raise failure
         if failed:
@@ -164,6 +184,8 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     import torch.distributed as dist
 
     rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not rank < size:
+        raise ConfigError(f"RANK is {rank}, and there are {size} ranks (WORLD_SIZE), numbered from 0")
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         count = torch.cuda.device_count()
@@ -171,23 +193,28 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
             raise ConfigError(f"rank {rank} is number {local_rank} on its machine, which has {count} GPUs; start as "
                               "many processes as there are GPUs (torchrun --nproc-per-node)")
         torch.cuda.set_device(local_rank)
+    patience = min(MEET_SECONDS, timeout_seconds)
+    where = (f"rank {rank} of {size} could not meet the others at {os.environ.get('MASTER_ADDR', '?')}:"
+             f"{os.environ.get('MASTER_PORT', '?')}")
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
-        store.set_timeout(timedelta(seconds=timeout_seconds))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=size,
-                                timeout=timedelta(seconds=timeout_seconds))
+        with limited(patience, f"{where} within {patience:g} seconds: whoever listens there does not answer"):
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=size,
+                                    timeout=timedelta(seconds=timeout_seconds))
     except (dist.DistError, ValueError, OSError) as error:
-        raise ConfigError(f"rank {rank} of {size} could not meet the others at "
-                          f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}: "
-                          f"{str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+    store.set_timeout(timedelta(seconds=timeout_seconds))
     peers = Peers(store, rank, size)
     try:
         with peers:
             _joined.append(World(rank, size, peers))
             yield _joined[-1]
+            if dist.is_initialized():  # vLLM ends the group with its engine
+                _joined[-1].barrier()  # the store may end with the first rank that leaves
+            _joined[-1].part()
     finally:
         _joined.clear()
-        if dist.is_initialized():  # vLLM ends the group with its engine
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

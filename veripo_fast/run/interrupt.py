@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from veripo_fast.errors import Interrupted
 
@@ -23,15 +23,25 @@ EXIT_TIME_UP = 75
 """Exit code of a run whose time is up: EX_TEMPFAIL of sysexits.h, try again."""
 
 
+class Request(NamedTuple):
+    """Why a run should stop."""
+
+    reason: str
+    exit_code: int
+
+
 class StopRequests:
     """A context manager that turns signals into requests.
 
     Args:
         max_hours: ask to stop before this time is over; None: no limit.
         clock: seconds that only grow.
+        say: say at once that a signal came; where a launcher signals all ranks, one of them does.
     """
 
-    def __init__(self, max_hours: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, max_hours: float | None = None, clock: Callable[[], float] = time.monotonic,
+                 say: bool = True) -> None:
+        self.say = say
         self.max_seconds = None if max_hours is None else max_hours * 3600
         self.clock = clock
         self.started = self.last_step = clock()
@@ -56,9 +66,15 @@ class StopRequests:
         self.longest_step = max(self.longest_step, now - self.last_step)
         self.last_step = now
 
-    def check(self) -> bool:
-        """Whether the run should stop."""
-        return bool(self._signal) or self.time_is_up()
+    def request(self) -> Request | None:
+        """Why the run should stop; None when it should not."""
+        if self._signal:
+            return Request(f"interrupted by {signal.Signals(self._signal).name}", 128 + self._signal)
+        if self.time_is_up():
+            hours = (self.clock() - self.started) / 3600
+            return Request(f"stopped after {hours:.2f} hours, because train.max_hours does not allow another step",
+                           EXIT_TIME_UP)
+        return None
 
     def time_is_up(self) -> bool:
         """Whether another step as long as the longest one would pass the limit."""
@@ -68,17 +84,15 @@ class StopRequests:
 
     def stop(self) -> None:
         """Raise Interrupted with the reason when the run should stop."""
-        if self._signal:
-            raise Interrupted(f"interrupted by {signal.Signals(self._signal).name}", 128 + self._signal)
-        if self.time_is_up():
-            hours = (self.clock() - self.started) / 3600
-            raise Interrupted(f"stopped after {hours:.2f} hours, because train.max_hours does not allow another step",
-                              EXIT_TIME_UP)
+        if (request := self.request()) is not None:
+            raise Interrupted(*request)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._signal:
             raise Interrupted(f"interrupted by {name} for the second time, nothing more was saved", 128 + number)
         self._signal = number
+        if not self.say:
+            return
         log.warning("%s: finishing this step, then saving; once more ends at once",
                     "Ctrl-C" if number == signal.SIGINT else name)

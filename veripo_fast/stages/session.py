@@ -15,28 +15,27 @@ from typing import Any
 from tqdm import tqdm
 
 from veripo_fast.cache.loader import PromptLoader
-from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.distributed.choice import distribute
 from veripo_fast.distributed.shares import gathered, over_ranks, own_numbers
 from veripo_fast.distributed.world import ONE, World
-from veripo_fast.errors import DataError, Interrupted
+from veripo_fast.errors import DataError, Interrupted, PeerFailed
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import in_own_memory, load_policy
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
 from veripo_fast.rollout.protocol import OnGroup, Sampling
-from veripo_fast.rollout.store import read_groups, write_groups
+from veripo_fast.rollout.store import write_groups
 from veripo_fast.run.checkpoint import latest_checkpoint
 from veripo_fast.run.folder import RunDir
-from veripo_fast.run.interrupt import EXIT_INTERRUPTED, StopRequests
+from veripo_fast.run.interrupt import Request, StopRequests
 from veripo_fast.run.memory import HighWater
 from veripo_fast.run.metrics import MetricsLog
 from veripo_fast.stages.books import Books
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.optimizer import Optimizer
-from veripo_fast.stages.replay import stored_groups
+from veripo_fast.stages.rollouts import stage_rollouts, stored_groups
 from veripo_fast.stages.saves import Saves, State, read_state
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
 
@@ -64,6 +63,7 @@ class Session:
         self._began_at = self.state.global_step
         if world.main:
             metrics.truncate_after(self.state.global_step)
+        world.doing("loading the policy")
         self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
@@ -109,8 +109,7 @@ class Session:
         """
         work = self.loader.work
         started = time.perf_counter()
-        if self.world.peers is not None:
-            self.world.peers.doing = f"in {name} of step {self.state.global_step}"
+        self.world.doing(f"in {name} of step {self.state.global_step}")
         try:
             with self.high_water.phase(name):
                 yield
@@ -181,30 +180,37 @@ class Session:
         self._bar.update(1)
         if self.state.step == self._bar.total:
             return
-        stop = self._asked_to_stop()
-        if self.state.global_step % self.config.checkpoint.every == 0 or stop:
+        request = self._request()
+        if self.state.global_step % self.config.checkpoint.every == 0 or request:
             with self.phase("checkpoint"):
                 self.save(self._optimizer)
         self.requests.step_done()
-        if stop:
-            self._stop()
+        self._stop(request)
 
     def stop_if_asked(self) -> None:
-        """Raise Interrupted on all ranks when any of them was asked to stop. Collective."""
-        if self._asked_to_stop():
-            self._stop()
+        """End all ranks when any of them was asked to stop. Collective.
+
+        Raises:
+            Interrupted: on rank 0, which says why; PeerFailed on others.
+        """
+        self._stop(self._request())
 
     def stop_if_asked_alone(self) -> None:
         """The same where ranks do different things: of several ranks none stops there."""
         if self.world.size == 1:
             self.requests.stop()
 
-    def _asked_to_stop(self) -> bool:
-        return bool(self.world.most(self.requests.check()))
+    def _request(self) -> Request | None:
+        """The first request of any rank: their clocks differ, and a signal may come to one alone."""
+        return next(filter(None, self.world.gather(self.requests.request())), None)
 
-    def _stop(self) -> None:
-        self.requests.stop()
-        raise Interrupted("interrupted because another rank was", EXIT_INTERRUPTED)
+    def _stop(self, request: Request | None) -> None:
+        if request is None:
+            return
+        self.world.part()
+        if not self.world.main:
+            raise PeerFailed(request.reason, request.exit_code)
+        raise Interrupted(*request)
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
@@ -266,25 +272,14 @@ class Session:
 
     def check_some_loaded(self, prompts: Sequence[Prompt], what: str) -> None:
         """Raise DataError when every prompt turned out to be bad. Collective: a rank alone may have bad ones only."""
-        bad = set().union(*self.world.gather(set(self.loader.bad)))
-        if all(prompt in bad for prompt in prompts):
+        for bad in self.world.gather(self.loader.bad):
+            self.loader.bad |= bad  # else a rank that gets the prompt later would try it, and say so, once more
+        if all(prompt in self.loader.bad for prompt in prompts):
             raise DataError(f"none of the {len(prompts)} {what} could be loaded; {self.run.skipped} says why for each")
 
     def stage_groups(self, name: str) -> list[RolloutGroup]:
         """All rollouts of an earlier stage, in the order they were made. Raises DataError when some are gone."""
-        stage = next(stage for stage in self.config.stages if stage.name == name)
-        files = self.run.rollout_files(name)
-        self._check_rollouts(name, len(files), apply_overrides(self.config, stage.set).grpo.steps)
-        groups: list[RolloutGroup] = []
-        for path in files:
-            groups += read_groups(path)
-        return groups
-
-    def _check_rollouts(self, name: str, there: int, expected: int) -> None:
-        if there < expected and "rollouts" not in self.allow_changes:
-            raise DataError(f"{expected - there} of {expected} rollout files of stage {name} are gone from "
-                            f"{self.run.root / 'rollouts' / name}; what follows would learn from the rest. Put them "
-                            "back, or go on with --resume --allow-changes rollouts")
+        return stage_rollouts(self.run, self.config, name, "rollouts" in self.allow_changes)
 
     def load_prompts(self, files: tuple[str, ...]) -> list[Prompt]:
         """Prompts of data files; records that cannot be used are named in skipped.jsonl."""
@@ -295,5 +290,6 @@ class Session:
     def save(self, optimizer: Optimizer | None) -> None:
         """Write a checkpoint of the state as it is; without optimizer, and waiting for it, at the end of a stage."""
         self.state.policy_version = self.policy.version
+        self.world.doing(f"writing the checkpoint of step {self.state.global_step}")
         start = self.stage_start()
         self.checkpoint = self.saves.save(self.state, optimizer, [start] if start else [], wait=optimizer is None)

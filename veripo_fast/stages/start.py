@@ -89,6 +89,7 @@ def check_ranks(config: Config, world: World) -> None:
     if world.size == 1:
         return
     world.same("a configuration", to_yaml(config), "start all ranks with the same file and options")
+    world.agreed(lambda: _check_inputs(config))
     inputs = take_inputs(_data_files(config), resolve_path(config.model.path))
     for kind, what in (("data", "data files"), ("model", "a model"), ("versions", "packages")):
         world.same(what, json.dumps(inputs[kind], sort_keys=True), "every machine needs the same")
