@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
 from veripo_fast.errors import EXIT_USER, Interrupted, PeerFailed, UserError
-from veripo_fast.text import OneLine, one_line, rank_prefix
+from veripo_fast.text import OneLine, one_line, rank_prefix, set_rank_environment
 
 if TYPE_CHECKING:
     from veripo_fast.config.schema import Config
@@ -77,10 +77,7 @@ def set_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads warn after every fork
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard looks for TensorFlow, which then talks
-    if rank_prefix():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # rank 0 shows how far all are
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # of a lost rank c10d warns in 60 lines; we do in one
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    set_rank_environment()
 
 
 def _run(argv: list[str]) -> None:

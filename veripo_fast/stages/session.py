@@ -18,7 +18,7 @@ from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.distributed.choice import distribute
-from veripo_fast.distributed.shares import gathered, over_ranks, own_numbers
+from veripo_fast.distributed.shares import gathered, of_engine, over_ranks, own_numbers
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import DataError, Interrupted, PeerFailed
 from veripo_fast.model.checkpoint_files import resolve_path
@@ -132,18 +132,19 @@ class Session:
             TrainingError: the engine failed twice, or its log-probs are not the trainer's.
         """
         prompts = list(loaded.values())
-        with self.phase("sync"):
-            self._engine_values |= self.engine.sync()
-        with self.phase("rollout"):
-            groups = self._stored(loaded, sampling)
-            if groups is None:
+        groups, sampled = self._stored(loaded, sampling), False
+        if groups is None:
+            with self.phase("sync"):
+                self._engine_values |= self.engine.sync()
+            with self.phase("rollout"):
                 groups = self.engine.generate(prompts, sampling, on_group, numbers=list(loaded))
-        self.engine.sleep()
+            self.engine.sleep()
+            sampled = True
         due = self.state.global_step % self.config.rollout.parity_every == 0
         if self.gate is not None and (due or not self._checked_parity):
             with self.phase("parity"):
                 parity = self.gate.check(prompts, groups, sampling)
-            self._checked_parity = True
+            self._checked_parity |= sampled
             if due:
                 self._engine_values["engine_parity_max"] = parity.largest
         if self.engine.rebuilds:
@@ -169,6 +170,7 @@ class Session:
         self.state.step += 1
         self.state.global_step += 1
         stage = self._stage
+        self.saves.check()
         counts = over_ranks(self._video_counts, self.world)
         engine = over_ranks(self._engine_values, self.world)
         self.books.write()
@@ -256,7 +258,7 @@ class Session:
         """This rank's share of a batch, by place in it; those that cannot be loaded are left out. Raises DataError."""
         own = self._own_numbers(batch)
         self.books.media.check([batch[number] for number in own])
-        return self.loader.load_some(batch, own)
+        return of_engine(self.loader.load_some(batch, own), self.world, self.config.rollout.tensor_parallel)
 
     def prefetch_share(self, batch: Sequence[Prompt]) -> None:
         """Decode the media of a batch that comes next, of this rank's share."""
@@ -279,7 +281,8 @@ class Session:
 
     def stage_groups(self, name: str) -> list[RolloutGroup]:
         """All rollouts of an earlier stage, in the order they were made. Raises DataError when some are gone."""
-        return stage_rollouts(self.run, self.config, name, "rollouts" in self.allow_changes)
+        return self.world.on_main(
+            lambda: stage_rollouts(self.run, self.config, name, "rollouts" in self.allow_changes))
 
     def load_prompts(self, files: tuple[str, ...]) -> list[Prompt]:
         """Prompts of data files; records that cannot be used are named in skipped.jsonl."""
