@@ -45,7 +45,7 @@ MOST_SECONDS = 900.0
 """A run takes half a minute on two idle cores; one that hangs is a failure."""
 SMALL = {"grpo.steps": 2, "grpo.prompts_per_step": 6, "rollout.group_size": 4, "dpo.max_steps": 2,
          "dpo.pairs_per_step": 6, "eval.limit": 6, "eval.samples": 1, "checkpoint.every": 1, "threads": 1,
-         "model.device": "cpu", "distributed.timeout_seconds": 60}
+         "model.device": "cpu", "distributed.timeout_seconds": 25}
 """A rank that is killed before the ranks have met is missed after `timeout_seconds`."""
 
 
@@ -124,7 +124,9 @@ def kill(config: Path, whole: Path, rank: int, after: float) -> Kill | None:
     told = re.findall(r"while this one was (.*?)(?: of step \d+| after \S+)?(?: \(|;)|(could not meet the others)",
                       killed.outputs[other])
     kill = Kill(rank, killed.seconds, *("".join(match) for match in told[:1]))
-    if killed.codes[other] in (0, -9) or not told or "Traceback" in killed.outputs[other]:
+    if killed.codes[other] == 0:
+        kill = replace(kill, doing="done")  # the last exchange was over
+    elif killed.codes[other] == -9 or not told or "Traceback" in killed.outputs[other]:
         return replace(kill, failure=f"the other rank ended with exit code {killed.codes[other]}, unexplained")
     run = config.parent / "run"
     resumed = train(config, *(["--resume"] if RunDir(run).config.exists() else []))

@@ -56,6 +56,7 @@ def train(config: Config, resume: bool = False, allow_changes: Collection[str] =
                 began()
             try:
                 run_stages(session)
+                world.leave()  # before the engine is closed, and its groups with it
             finally:
                 session.close()
 

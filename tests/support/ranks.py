@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -85,8 +86,8 @@ def run(size: int, *arguments: object, faults: Sequence[Fault] = (), ranks: Mapp
 
 
 def said(ended: Ended) -> list[str]:
-    """The lines of a rank that are ours; progress bars and what torchrun or gloo say are not."""
-    return [line for line in ended.output.replace("\r", "\n").splitlines() if line.startswith("veripo: ")]
+    """What a rank says in our name, behind a progress bar too; what torchrun or gloo say is not ours."""
+    return re.findall("veripo: .*", ended.output)
 
 
 def codes(ended: Sequence[Ended]) -> list[int]:

@@ -62,6 +62,11 @@ class Peers:
             thread.start()
         return self
 
+    @property
+    def parted(self) -> bool:
+        """Whether this rank watches the others no more."""
+        return self._ended.is_set()
+
     def part(self) -> None:
         """From here on this rank needs no other one, and all of them know."""
         self._ended.set()
@@ -82,7 +87,7 @@ class Peers:
         if broken and (culprit := self._failed()):
             self._claim()
             raise PeerFailed(culprit, code) from error
-        lost = self._lost()
+        lost = f"there is no sign of life from rank {', '.join(silent)} any more" if (silent := self._silent()) else ""
         if not self._claim():
             raise PeerFailed("another rank failed too", code) from error
         self._tell(f"rank {self.rank} failed")
@@ -93,7 +98,7 @@ class Peers:
     def _failed(self) -> str:
         """Which rank said that it failed; waits a moment for it, because its connections may break first."""
         deadline = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < deadline and not self._lost():
+        while time.monotonic() < deadline and not self._silent():
             try:
                 if self._store.check([_FAILED]):
                     return str(self._store.get(_FAILED), "utf-8")
@@ -102,11 +107,9 @@ class Peers:
             time.sleep(0.1)
         return ""
 
-    def _lost(self) -> str:
-        """The ranks whose hearts have stopped, as a phrase; empty where that is not known."""
-        silent = [str(rank) for rank, changed in self._changed.items()
-                  if self._answered - changed > GRACE_SECONDS / 2]
-        return f"there is no sign of life from rank {', '.join(silent)} any more" if silent else ""
+    def _silent(self) -> list[str]:
+        """The ranks whose hearts have stopped, as far as is known."""
+        return [str(rank) for rank, changed in self._changed.items() if self._answered - changed > GRACE_SECONDS / 2]
 
     def _remedy(self) -> str:
         return "--resume goes on from the last whole checkpoint" if self.begun else "start it again as before"
@@ -121,11 +124,11 @@ class Peers:
         return self._first
 
     def _tell(self, sentence: str) -> None:
-        """Tell the others, and stay until they have heard it: the store may end with this process."""
+        """Tell the others, and stay until those that live have heard it: the store may end with this process."""
         deadline = time.monotonic() + GRACE_SECONDS
         with suppress(RuntimeError):
             self._store.set(_FAILED, sentence)
-            while time.monotonic() < deadline and self._store.add(_CLAIMS, 0) < self.size:
+            while time.monotonic() < deadline and self._store.add(_CLAIMS, 0) < self.size - len(self._silent()):
                 time.sleep(0.05)
 
     # -- in threads ---------------------------------------------------------------------------------------------------

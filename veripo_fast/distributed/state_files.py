@@ -24,8 +24,8 @@ def write_state(folder: Path, state: dict[str, Any], world: World) -> None:
 
     try:
         with _quiet():
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=True), process_group=world.group,
-                     no_dist=world.size == 1)
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=True),
+                     process_group=world.group, no_dist=world.size == 1)
     except CheckpointException as error:  # all ranks get it, and it is no Exception
         rank, (cause, _) = min(error.failures.items())
         if not world.main:

@@ -37,6 +37,28 @@ class World:
         """Whether this rank owns the run folder and speaks for all."""
         return self.rank == 0
 
+    def doing(self, what: str) -> None:
+        """Note what this rank does, for the sentence that ends it when another one is lost."""
+        if self.peers is not None:
+            self.peers.doing = what
+
+    def begun(self) -> None:
+        """Note that the run has begun, once all ranks have got this far. Collective."""
+        self.barrier()
+        if self.peers is not None:
+            self.peers.begun = True
+
+    def part(self) -> None:
+        """Stop watching the others: all ranks know that they end here, and each does so alone."""
+        if self.peers is not None:
+            self.peers.part()
+
+    def leave(self) -> None:
+        """Part once all have come so far: the store may end with the first rank that leaves. Collective."""
+        if self.peers is not None and not self.peers.parted:
+            self.barrier()
+            self.part()
+
     def apart(self) -> World:
         """The same ranks in a group of its own, for a thread that talks to its likes beside the main one."""
         if self.size == 1:
@@ -48,22 +70,6 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather(None)
-
-    def doing(self, what: str) -> None:
-        """Note what this rank does, for the sentence that ends it when another one is lost."""
-        if self.peers is not None:
-            self.peers.doing = what
-
-    def begun(self) -> None:
-        """Note that the run has begun, once all ranks have got this far. Collective."""
-        self.gather(None)
-        if self.peers is not None:
-            self.peers.begun = True
-
-    def part(self) -> None:
-        """Stop watching the others: all ranks know that they end here, and each does so alone."""
-        if self.peers is not None:
-            self.peers.part()
 
     def gather(self, value: Value) -> list[Value]:
         """The value of every rank, on every rank; anything that can be pickled."""
@@ -207,11 +213,11 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
     peers = Peers(store, rank, size)
     try:
         with peers:
-            _joined.append(World(rank, size, peers))
-            yield _joined[-1]
+            world = World(rank, size, peers)
+            _joined.append(world)
+            yield world
             if dist.is_initialized():  # vLLM ends the group with its engine
-                _joined[-1].barrier()  # the store may end with the first rank that leaves
-            _joined[-1].part()
+                world.leave()
     finally:
         _joined.clear()
         if dist.is_initialized():

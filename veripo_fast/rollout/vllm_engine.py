@@ -249,8 +249,8 @@ class VllmEngine:
         self._attempt([loaded], Sampling(1, 0.5, 1, 0), [0])
         unused = [name for name, count in self.hooks.calls.items() if count == before[name]]
         if unused:
-            raise ConfigError(f"{self.library_version} with its {runner} does not call {' and '.join(unused)}; take version "
-                              f"{library.TESTED[-1]}")
+            raise ConfigError(f"{self.library_version} with its {runner} does not call {' and '.join(unused)} of its "
+                              f"model; take version {library.TESTED[-1]}")
 
     def _rebuild(self, error: EngineFailure) -> None:
         """Build the engine again after a failure; the weights are the trainer's."""

@@ -209,6 +209,7 @@ class Session:
     def _stop(self, request: Request | None) -> None:
         if request is None:
             return
+        self.saves.flush()  # while they still watch each other
         self.world.part()
         if not self.world.main:
             raise PeerFailed(request.reason, request.exit_code)
