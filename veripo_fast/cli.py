@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from veripo_fast import __version__
 from veripo_fast.errors import EXIT_USER, Interrupted, PeerFailed, UserError
-from veripo_fast.text import OneLine, one_line, rank_prefix, set_rank_environment
+from veripo_fast.run.environment import set_environment
+from veripo_fast.text import OneLine, one_line, rank_prefix
 
 if TYPE_CHECKING:
     from veripo_fast.config.schema import Config
@@ -69,15 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _STORAGE:
             raise
         return _complain(f"cannot write {error.filename or 'a file'}: {error.strerror}")
-
-
-def set_environment() -> None:
-    """Defaults that libraries read while they are imported; what the user has set stays."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at run time
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads warn after every fork
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorBoard looks for TensorFlow, which then talks
-    set_rank_environment()
 
 
 def _run(argv: list[str]) -> None:

@@ -89,14 +89,6 @@ def rank_prefix() -> str:
     return f"rank {rank}: " if os.environ.get("WORLD_SIZE", "1") != "1" and rank != "0" else ""
 
 
-def set_rank_environment() -> None:
-    """What keeps ranks from talking all at once; read by libraries while they are imported."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost rank c10d warns in 60 lines; we do in one
-    if rank_prefix():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # rank 0 shows how far all are
-
-
 class OneLine(logging.Formatter):
     """Log messages on one line that starts with our name, whatever they repeat; a traceback keeps its lines."""
 

@@ -15,7 +15,8 @@ from typing import BinaryIO
 @contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; it gets its name when the block ends without an error. Raises OSError."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    # ranks in containers share folders, and may have one process number
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with temporary.open("wb") as file:
             yield file

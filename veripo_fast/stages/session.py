@@ -20,7 +20,7 @@ from veripo_fast.data.prompts import load_prompts
 from veripo_fast.distributed.choice import distribute
 from veripo_fast.distributed.shares import gathered, of_engine, over_ranks, own_numbers
 from veripo_fast.distributed.world import ONE, World
-from veripo_fast.errors import DataError, Interrupted, PeerFailed
+from veripo_fast.errors import DataError
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import in_own_memory, load_policy
 from veripo_fast.rollout.engine import make_engine
@@ -37,6 +37,7 @@ from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.stages.rollouts import stage_rollouts, stored_groups
 from veripo_fast.stages.saves import Saves, State, read_state
+from veripo_fast.stages.stops import end_all, request_of_any
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
 
 
@@ -182,7 +183,7 @@ class Session:
         self._bar.update(1)
         if self.state.step == self._bar.total:
             return
-        request = self._request()
+        request = request_of_any(self.requests, self.world)
         if self.state.global_step % self.config.checkpoint.every == 0 or request:
             with self.phase("checkpoint"):
                 self.save(self._optimizer)
@@ -190,30 +191,18 @@ class Session:
         self._stop(request)
 
     def stop_if_asked(self) -> None:
-        """End all ranks when any of them was asked to stop. Collective.
-
-        Raises:
-            Interrupted: on rank 0, which says why; PeerFailed on others.
-        """
-        self._stop(self._request())
+        """End all ranks, see `end_all`, when any of them was asked to stop. Collective."""
+        self._stop(request_of_any(self.requests, self.world))
 
     def stop_if_asked_alone(self) -> None:
         """The same where ranks do different things: of several ranks none stops there."""
         if self.world.size == 1:
             self.requests.stop()
 
-    def _request(self) -> Request | None:
-        """The first request of any rank: their clocks differ, and a signal may come to one alone."""
-        return next(filter(None, self.world.gather(self.requests.request())), None)
-
     def _stop(self, request: Request | None) -> None:
-        if request is None:
-            return
-        self.saves.flush()  # while they still watch each other
-        self.world.part()
-        if not self.world.main:
-            raise PeerFailed(request.reason, request.exit_code)
-        raise Interrupted(*request)
+        if request is not None:
+            self.saves.flush()  # while the ranks still watch each other
+            end_all(request, self.world)
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
