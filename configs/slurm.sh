@@ -7,11 +7,12 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
+#SBATCH --cpus-per-task=64
 #SBATCH --requeue
 set -eu
 
 GPUS=8
-HOURS=23.5   # ends itself with a checkpoint before Slurm ends the job; exit code 75
+HOURS=23.5   # ends itself with a checkpoint before Slurm ends the job; submit it again and it goes on
 RUN=
 CONFIG=
 previous=
@@ -20,15 +21,19 @@ for argument in "$@"; do
     --run-dir) RUN=$argument ;;
     --config) CONFIG=$argument ;;
     esac
+    case $argument in
+    --run-dir=*) RUN=${argument#*=} ;;
+    --config=*) CONFIG=${argument#*=} ;;
+    esac
     previous=$argument
 done
 [ -n "$RUN" ] && [ -n "$CONFIG" ] || { echo "slurm.sh: name --config FILE and --run-dir DIR" >&2; exit 2; }
 
 RESUME=
-[ -f "$RUN/config.yaml" ] && RESUME=--resume   # a requeued job goes on
+[ -f "$RUN/config.yaml" ] && RESUME=--resume   # a job that was requeued or submitted again goes on
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=$((${SLURM_CPUS_ON_NODE:-64} / GPUS))
 
-srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS" --shutdown-timeout 300 \
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=none torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS" --shutdown-timeout 300 \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" --rdzv-id "$SLURM_JOB_ID" \
-    -m veripo_fast train "$@" --train.max-hours "$HOURS" $RESUME
+    -m veripo_fast train --train.max-hours "$HOURS" "$@" $RESUME

@@ -57,16 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return 0
-    except PeerFailed as error:
-        return error.exit_code
     except UserError as error:
-        return _complain(str(error))
+        return error.exit_code if isinstance(error, PeerFailed) else _complain(str(error))
     except Interrupted as error:
         return _complain(f"{error}; {error.remedy}", error.exit_code)
     except KeyboardInterrupt:
-        if rank_prefix():  # rank 0 says it for all
-            return EXIT_INTERRUPTED
-        return _complain("interrupted", EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED if rank_prefix() else _complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away; Python would complain once more while closing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE

@@ -119,7 +119,7 @@ class FsdpBackend:
 def shard(step: Any, mesh: DeviceMesh) -> list[FSDPModule]:
     """Shard the layers and the rest of a `PolicyStep`; returns the modules that gather, the root last.
 
-    Gradients are added up in float32.
+    Gradients of the ranks are added up in float32, and micro-batches in the dtype of the weights, as in one process.
     """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into it
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -136,4 +136,6 @@ def shard(step: Any, mesh: DeviceMesh) -> list[FSDPModule]:
 
 def shard_frozen(step: Any) -> list[FSDPModule]:
     """Shard a policy that only gives log-probs, such as a reference."""
-    return shard(step, all_ranks(next(step.parameters()).device))
+    modules = shard(step, all_ranks(next(step.parameters()).device))
+    modules[-1].set_reshard_after_forward(True, recurse=False)  # a root waits for a backward pass otherwise
+    return modules

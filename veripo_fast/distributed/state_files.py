@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,16 @@ def _copied(value: Any) -> Any:
 
     if not isinstance(value, DTensor):
         return value.detach().to("cpu", copy=True)
-    return DTensor.from_local(value.to_local().to("cpu", copy=True), value.device_mesh, value.placements,
-                              run_check=False, shape=value.shape, stride=value.stride())
+    return DTensor.from_local(value.to_local().to("cpu", copy=True), _host_mesh(value.device_mesh.size()),
+                              value.placements, run_check=False, shape=value.shape, stride=value.stride())
+
+
+@cache
+def _host_mesh(size: int) -> Any:
+    """All ranks in host memory: a DTensor moves its rows to the device of its mesh. Collective when it is new."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (size,))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
+from veripo_fast.distributed.backend import whole_shape
 from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.model.policy import Policy
 from veripo_fast.text import memory
@@ -64,7 +66,7 @@ def limits_of(config: Config, policy: Policy) -> EngineLimits:
             f"(data.max_prompt_tokens + rollout.max_new_tokens) takes {least / 2 ** 30:.2f} GiB; raise it, or lower "
             "data.max_prompt_tokens")
     free = free_bytes(policy.device)
-    needed = wanted + engine_weight_bytes(policy)
+    needed = wanted + engine_weight_bytes(policy) // config.rollout.tensor_parallel
     if needed > free:
         raise ConfigError(
             f"rollout.engine vllm needs {memory(needed)} of memory ({memory(needed - wanted)} of weights while it "
@@ -83,7 +85,7 @@ def kv_bytes_per_token(policy: Policy) -> int:
 
 def engine_weight_bytes(policy: Policy) -> int:
     """Weights of the engine, its tower included, which it allocates while it starts."""
-    return sum(parameter.nbytes for parameter in policy.model.parameters())
+    return sum(math.prod(whole_shape(parameter)) * parameter.element_size() for parameter in policy.model.parameters())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -80,6 +80,7 @@ class VllmEngine:
             TrainingError: a prompt is too long, the weights are not finite, or the engine failed twice.
         """
         if not prompts:
+            self._wake("kv_cache")  # as on other ranks: what is asleep decides what a sync sends
             return []
         self.limits.check([len(item.encoded.token_ids) for item in prompts], sampling.max_new_tokens)
         seeds = [derive_seed(sampling.seed, number) for number in numbers or range(len(prompts))]
@@ -254,8 +255,7 @@ class VllmEngine:
     def _rebuild(self, error: EngineFailure) -> None:
         """Build the engine again after a failure; the weights are the trainer's."""
         if self.policy.backend.distributed:  # the other ranks do not build theirs again
-            raise TrainingError(f"the rollout engine failed: {error}; --resume goes on from the last checkpoint"
-                                ) from error
+            raise TrainingError(f"the rollout engine failed: {error}; --resume goes on") from error
         if "CUDA error" in str(error):  # it stays with the process
             raise TrainingError(f"the rollout engine failed: {error}. A CUDA error cannot be mended in the process; "
                                 "--resume goes on from the last checkpoint") from error

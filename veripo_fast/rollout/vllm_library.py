@@ -19,7 +19,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -212,11 +212,23 @@ def shut_down(engine: Any) -> None:
     """End an engine and what it holds of the process, but not the trainer's process group."""
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
-    engine.engine_core.shutdown()
+    with _group_kept() if has_ranks() else nullcontext():
+        engine.engine_core.shutdown()
     destroy_model_parallel()
     if not has_ranks():
         destroy_distributed_environment()
     gc.collect()
+
+
+@contextmanager
+def _group_kept() -> Iterator[None]:
+    """vLLM ends torch's process group with its engine, whoever made it."""
+    destroy = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda group=None: None
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 def return_freed_memory() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -125,13 +126,15 @@ def verified_pairs(session: Session, stage: StageConfig, config: Config, groups:
         encoder, world = session.policy.encoder, session.world
         judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
                            lambda: answer_scorer(session.policy, session.loader.load_one))
-        with math_budget(config.reward.math_seconds_per_batch), session.policy.backend.whole():
+        runs_the_policy = config.verifier.judge == "likelihood"
+        weights = session.policy.backend.whole() if runs_the_policy else nullcontext()
+        with math_budget(config.reward.math_seconds_per_batch), weights:
             result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
                             encoder.encode_completion, encoder.eos_id,
                             derive_seed(config.seed, stage.name, "pairs"), check=session.stop_if_asked_alone,
                             share=partial(judged_by_all, world, config.verifier.judge != "endpoint"))
         world.on_main(lambda: write_result(folder, result))
-    return read_pairs(folder / "pairs.parquet")
+    return session.world.on_main(lambda: read_pairs(folder / "pairs.parquet"))
 
 
 def stage_reference(session: Session, stage: StageConfig, config: Config, source: PairSource) -> torch.Tensor:

@@ -103,10 +103,16 @@ class Saves:
             self._write(content, self.world)
         return checkpoint_path(self.root, state.global_step)
 
+    def check(self) -> None:
+        """Raise what went wrong with the checkpoint that is being written, if anything has."""
+        if self._error is not None:
+            raise self._error
+
     def flush(self) -> None:
         """Wait for the checkpoint that is being written. Raises what went wrong with it."""
         if self._thread is None:
             return
+        self.check()
         self._thread.join()
         self._thread = None
         error, self._error = self._error, None

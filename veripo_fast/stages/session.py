@@ -15,11 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from veripo_fast.cache.loader import PromptLoader
-from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.distributed.choice import distribute
-from veripo_fast.distributed.shares import gathered, over_ranks, own_numbers
+from veripo_fast.distributed.shares import gathered, of_engine, over_ranks, own_numbers
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import DataError
 from veripo_fast.model.checkpoint_files import resolve_path
@@ -27,7 +26,7 @@ from veripo_fast.model.policy import in_own_memory, load_policy
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
 from veripo_fast.rollout.protocol import OnGroup, Sampling
-from veripo_fast.rollout.store import read_groups, write_groups
+from veripo_fast.rollout.store import write_groups
 from veripo_fast.run.checkpoint import latest_checkpoint
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.interrupt import Request, StopRequests
@@ -36,7 +35,7 @@ from veripo_fast.run.metrics import MetricsLog
 from veripo_fast.stages.books import Books
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.optimizer import Optimizer
-from veripo_fast.stages.replay import stored_groups
+from veripo_fast.stages.rollouts import stage_rollouts, stored_groups
 from veripo_fast.stages.saves import Saves, State, read_state
 from veripo_fast.stages.stops import end_all, request_of_any
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
@@ -134,18 +133,19 @@ class Session:
             TrainingError: the engine failed twice, or its log-probs are not the trainer's.
         """
         prompts = list(loaded.values())
-        with self.phase("sync"):
-            self._engine_values |= self.engine.sync()
-        with self.phase("rollout"):
-            groups = self._stored(loaded, sampling)
-            if groups is None:
+        groups, sampled = self._stored(loaded, sampling), False
+        if groups is None:
+            with self.phase("sync"):
+                self._engine_values |= self.engine.sync()
+            with self.phase("rollout"):
                 groups = self.engine.generate(prompts, sampling, on_group, numbers=list(loaded))
-        self.engine.sleep()
+            self.engine.sleep()
+            sampled = True
         due = self.state.global_step % self.config.rollout.parity_every == 0
         if self.gate is not None and (due or not self._checked_parity):
             with self.phase("parity"):
                 parity = self.gate.check(prompts, groups, sampling)
-            self._checked_parity = True
+            self._checked_parity |= sampled
             if due:
                 self._engine_values["engine_parity_max"] = parity.largest
         if self.engine.rebuilds:
@@ -171,6 +171,7 @@ class Session:
         self.state.step += 1
         self.state.global_step += 1
         stage = self._stage
+        self.saves.check()
         counts = over_ranks(self._video_counts, self.world)
         engine = over_ranks(self._engine_values, self.world)
         self.books.write()
@@ -247,7 +248,7 @@ class Session:
         """This rank's share of a batch, by place in it; those that cannot be loaded are left out. Raises DataError."""
         own = self._own_numbers(batch)
         self.books.media.check([batch[number] for number in own])
-        return self.loader.load_some(batch, own)
+        return of_engine(self.loader.load_some(batch, own), self.world, self.config.rollout.tensor_parallel)
 
     def prefetch_share(self, batch: Sequence[Prompt]) -> None:
         """Decode the media of a batch that comes next, of this rank's share."""
@@ -270,19 +271,8 @@ class Session:
 
     def stage_groups(self, name: str) -> list[RolloutGroup]:
         """All rollouts of an earlier stage, in the order they were made. Raises DataError when some are gone."""
-        stage = next(stage for stage in self.config.stages if stage.name == name)
-        files = self.run.rollout_files(name)
-        self._check_rollouts(name, len(files), apply_overrides(self.config, stage.set).grpo.steps)
-        groups: list[RolloutGroup] = []
-        for path in files:
-            groups += read_groups(path)
-        return groups
-
-    def _check_rollouts(self, name: str, there: int, expected: int) -> None:
-        if there < expected and "rollouts" not in self.allow_changes:
-            raise DataError(f"{expected - there} of {expected} rollout files of stage {name} are gone from "
-                            f"{self.run.root / 'rollouts' / name}; what follows would learn from the rest. Put them "
-                            "back, or go on with --resume --allow-changes rollouts")
+        return self.world.on_main(
+            lambda: stage_rollouts(self.run, self.config, name, "rollouts" in self.allow_changes))
 
     def load_prompts(self, files: tuple[str, ...]) -> list[Prompt]:
         """Prompts of data files; records that cannot be used are named in skipped.jsonl."""

@@ -84,13 +84,13 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
     from veripo_fast.model.encoding import PromptEncoder
     from veripo_fast.rollout.store import read_groups
 
-    files = _rollout_files(paths)
-    out = out or files[0].parent / "verifier"
-    config = replace(config, model=replace(config.model, path=model_path or config.model.path))
-    encoder = PromptEncoder(resolve_path(config.model.path))
-    groups = [group for file in files for group in read_groups(file)]
     with ExitStack() as stack:
         world = stack.enter_context(joined(config.distributed.timeout_seconds, config.model.device))
+        files = world.agreed(lambda: _rollout_files(paths))
+        out = out or files[0].parent / "verifier"
+        config = replace(config, model=replace(config.model, path=model_path or config.model.path))
+        encoder = world.agreed(lambda: PromptEncoder(resolve_path(config.model.path)))
+        groups = world.on_main(lambda: [group for file in files for group in read_groups(file)])
         judge = make_judge(config.verifier, out / "judge_cache.jsonl", lambda: _scorer(config, stack))
         with math_budget(config.reward.math_seconds_per_batch):
             result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -20,6 +22,8 @@ from veripo_fast.verifier.judge_likelihood import AnswerLogprobs, LikelihoodJudg
 from veripo_fast.verifier.judge_rules import RulesJudge
 from veripo_fast.verifier.judges import Judge, Judgement, judge_distinct
 from veripo_fast.verifier.pairs import Encode, build_pairs
+
+_PAUSE_SECONDS = 0.2
 
 Judging: TypeAlias = Callable[[list[RolloutGroup]], list[list[Judgement]]]
 Share: TypeAlias = Callable[[list[RolloutGroup], Judging], list[list[Judgement]]]
@@ -41,9 +45,19 @@ def judged_by_all(world: World, spread: bool, groups: list[RolloutGroup], judge:
     Args:
         spread: whether each rank judges a share; else rank 0 judges all.
     """
-    first, stride = (world.rank, world.size) if spread else (0 if world.main else len(groups), 1)
-    own = range(first, len(groups), stride)
+    if not spread:
+        return _judged_on_main(world, groups, judge)
+    own = range(world.rank, len(groups), world.size)
     return list(gathered(dict(zip(own, judge([groups[number] for number in own]), strict=True)), world).values())
+
+
+def _judged_on_main(world: World, groups: list[RolloutGroup], judge: Judging) -> list[list[Judgement]]:
+    """Rank 0 judges in a thread; the others hear of it again and again, because an exchange may not take hours."""
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(judge, groups) if world.main else None
+        while not world.broadcast(work is None or work.done()):
+            time.sleep(_PAUSE_SECONDS)
+        return world.on_main(lambda: work.result() if work else [])
 
 
 def make_judge(config: VerifierConfig, cache_path: Path | None = None,

@@ -1,7 +1,7 @@
-"""Finished rollouts of a step whose update was lost: the first step behind a checkpoint takes them from the disk.
+"""Rollouts that are finished and on disk: those of an earlier stage, and those of a step whose update was lost.
 
-Only there the weights are exactly those that sampled them. Later steps sample again, because their weights come from
-updates that are computed anew.
+The first step behind a checkpoint takes them from there, because its weights are exactly those that sampled them. Later
+steps sample again: their weights come from updates that are computed anew.
 """
 
 from __future__ import annotations
@@ -10,13 +10,31 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from veripo_fast.config.load import apply_overrides
+from veripo_fast.config.schema import Config
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import DataError
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import read_groups
+from veripo_fast.run.folder import RunDir
 from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 log = logging.getLogger(__name__)
+
+
+def stage_rollouts(run: RunDir, config: Config, name: str, some_may_be_gone: bool) -> list[RolloutGroup]:
+    """All rollouts of a finished stage, in the order they were made. Raises DataError when some are gone."""
+    stage = next(stage for stage in config.stages if stage.name == name)
+    files = run.rollout_files(name)
+    expected = apply_overrides(config, stage.set).grpo.steps
+    if len(files) < expected and not some_may_be_gone:
+        raise DataError(f"{expected - len(files)} of {expected} rollout files of stage {name} are gone from "
+                        f"{run.root / 'rollouts' / name}; what follows would learn from the rest. Put them back, or go "
+                        "on with --resume --allow-changes rollouts")
+    groups: list[RolloutGroup] = []
+    for path in files:
+        groups += read_groups(path)
+    return groups
 
 
 def stored_groups(path: Path, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, policy_version: int, world: World
