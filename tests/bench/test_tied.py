@@ -64,9 +64,9 @@ start(sys.executable, "{child}").wait()
 """,
     "tests_forks": """
 import veripo_fast.cli
-from tests.support import runs
+from tests.support import forks
 veripo_fast.cli.main = __import__("child").work
-runs.serve()
+forks.serve()
 """,
 }
 """What a parent runs, by the way that it starts its child."""
@@ -103,7 +103,7 @@ def test_a_child_ends_with_its_killed_parent(tmp_path: Path, way: str) -> None:
     parent = start(sys.executable, "-c", code, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
                    env={**environment, "PYTHONPATH": os.pathsep.join([str(tmp_path), PYTHONPATH])})
     if way == "tests_forks":
-        parent.stdin.write('{"arguments": [], "at": "", "limits": {}, "output": "output"}\n')
+        parent.stdin.write('[{"arguments": [], "output": "output"}]\n')
         parent.stdin.flush()
     wait_until(lambda: (tmp_path / "pid").exists() or parent.poll() is not None, "the child")
     assert parent.poll() is None, parent.stderr.read()
