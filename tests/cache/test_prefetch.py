@@ -230,12 +230,12 @@ def test_a_run_is_bitwise_the_same_without_it(tmp_path: Path, data: str, monkeyp
             early.append(arguments)
         return plain_decode(*arguments)
 
-    def generate(*arguments: object) -> object:
+    def generate(*arguments: object, **named: object) -> object:
         generating.set()
         go.set()
         wait_until(lambda: all(slot.future.done() for slot in [*fetched[0]._slots.values()]), "videos of the next step")
         generating.clear()
-        return plain_generate(*arguments)
+        return plain_generate(*arguments, **named)
 
     monkeypatch.setattr(MediaSlots, "ahead", ahead_of)
     monkeypatch.setattr(MediaSlots, "take", take)
@@ -260,7 +260,7 @@ def test_no_thread_outlives_a_run_that_fails(tmp_path: Path, data: str, monkeypa
     """The error comes while the next videos are being decoded."""
     seen: list[str] = []
 
-    def generate(*arguments: object) -> None:
+    def generate(*arguments: object, **named: object) -> None:
         seen.extend(threads())
         raise error
 
