@@ -6,7 +6,6 @@ round to round, and ratios are those of one round.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from veripo_fast.run.memory import reset_resident_peak, status_bytes
+from veripo_fast.run.memory import reset_resident_peak, return_freed_memory, status_bytes
 
 Clock = Callable[[Callable[[], object]], float]
 """Runs a call and gives its seconds."""
@@ -98,7 +97,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed must not hide what this one needs
+    return_freed_memory()  # what earlier calls freed must not hide what this one needs
     reset_resident_peak()
     before = status_bytes("VmRSS")
     run()

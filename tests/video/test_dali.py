@@ -19,6 +19,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from bench.video import clips
 from tests.support.children import PATIENCE_SECONDS
+from tests.support.memory import held_bytes
 from veripo_fast.errors import MediaError
 from veripo_fast.video import dali
 from veripo_fast.video.readers import CHUNK, RefusedError, read_pyav
@@ -144,19 +145,14 @@ def test_threads_use_a_pipeline_each(folder: Path, monkeypatch: pytest.MonkeyPat
     assert [len(idle) for idle in dali._IDLE.values()] == [2]
 
 
-def resident_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
-
-
 def test_memory_stays_flat(folder: Path) -> None:
     path, timeline = folder / "large-vp8.webm", scan(folder / "large-vp8.webm")
     wanted = list(range(0, 37, 3))  # 3 MB of RGB
     for number in range(110):
         if number == 10:
-            before = resident_bytes()
+            before = held_bytes()
         read(path, wanted, timeline)
-    assert resident_bytes() - before < 20 << 20
+    assert held_bytes() - before < 20 << 20
 
 
 # -- colour -----------------------------------------------------------------------------------------------------------

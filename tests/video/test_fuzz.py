@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import random
-import resource
 import sys
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bench.video.clips import make_clip, open_gop
+from tests.support.memory import held_bytes
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import MediaError
 from veripo_fast.types import Video
@@ -134,17 +134,12 @@ def repeat(folder: Path, count: int) -> dict[str, float]:
     refused, level = 0, 0.0
     for number in range(count):
         if number == WARM:
-            level = resident_mb()
+            level = held_bytes() / 1e6
         try:
             probe_video(str(paths[number % len(paths)]), time.monotonic() + TIMEOUT_SECONDS)
         except MediaError:
             refused += 1
-    return {"probed": count, "refused": refused, "grown_mb": resident_mb() - level}
-
-
-def resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
+    return {"probed": count, "refused": refused, "grown_mb": held_bytes() / 1e6 - level}
 
 
 if __name__ == "__main__":

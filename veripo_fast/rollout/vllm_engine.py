@@ -26,6 +26,7 @@ from veripo_fast.rollout.vllm_hooks import EngineFailure, Hooks, call, guarded
 from veripo_fast.rollout.vllm_output import group_of
 from veripo_fast.rollout.vllm_weights import sync_of
 from veripo_fast.rollout.watchdog import Watchdog
+from veripo_fast.run.memory import return_freed_memory
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.text import memory
 from veripo_fast.types import LoadedPrompt, Message, Prompt, RolloutGroup
@@ -228,7 +229,7 @@ class VllmEngine:
                              tensor_parallel=self.tensor_parallel)
         self._sync.self_test(self._reload)
         aliasing, report = self._sync.start(self.policy.version)
-        library.return_freed_memory()
+        return_freed_memory()  # views have just replaced all of the trainer's or the engine's weights
         if self.weights == "alias" and aliasing.copied and self.tensor_parallel == 1:
             log.warning("the engine keeps copies of %d parameters, which it cannot share: %s", len(aliasing.copied),
                         ", ".join(aliasing.copied[:3]))
@@ -259,8 +260,7 @@ class VllmEngine:
         if "CUDA error" in str(error):  # it stays with the process
             raise TrainingError(f"the rollout engine failed: {error}. A CUDA error cannot be mended in the process; "
                                 "--resume goes on from the last checkpoint") from error
-        log.warning("the rollout engine failed (%s); it is built again, and the batch is sampled again with the same "
-                    "seeds", error)
+        log.warning("the rollout engine failed (%s); it is built again, and samples with the same seeds", error)
         self.rebuilds += 1
         if self.weights == "alias":  # out of the engine's memory, which ends with it
             in_own_memory(self.policy)

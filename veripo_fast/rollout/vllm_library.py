@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import importlib.metadata
@@ -19,7 +18,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -229,12 +228,6 @@ def _group_kept() -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group = destroy
-
-
-def return_freed_memory() -> None:
-    """Give freed blocks back to the system: glibc keeps them, and views have just replaced all of the weights."""
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _keep_linear_weights() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,12 @@ def status_bytes(key: str) -> int:
 def reset_resident_peak() -> None:
     """Let VmHWM begin again at what is resident now. Raises OSError where Linux does not allow it."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_freed_memory() -> None:
+    """Give freed blocks back to the system: glibc keeps them, and they count as resident."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class HighWater:
