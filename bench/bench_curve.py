@@ -78,9 +78,8 @@ def curve(policy: Policy, updates: int, world: World) -> list[tuple[float, float
         tokens = sum(sum(LENGTHS[group]) for group in (*dealt[0], *dealt[1]))
         passes, loss = int(world.most(len(mine))), 0.0
         for index in range(passes):
-            last = index == passes - 1
             if index >= len(mine):
-                optimizer.backward(policy.idle(), last=last)
+                optimizer.backward(policy.idle())
                 continue
             group = mine[index]
             batch = pack([(prompts[group].encoded, completions[group])])
@@ -88,7 +87,7 @@ def curve(policy: Policy, updates: int, world: World) -> list[tuple[float, float
             advantages = torch.linspace(-1, 2, 3) * (1 + group)
             loss += optimizer.backward(policy.forward(batch, policy.features_of([prompts[group]]), PolicyLossInputs(
                 PolicyLoss("grpo", kl_coef=0.1), advantages, old, old - 0.1, 1.0, 3 * len(dealt[0] + dealt[1]),
-                tokens)).loss, last=last)
+                tokens)).loss)
         total = world.total([loss])[0]
         points.append((total, optimizer.step() or float("nan")))
     return points

@@ -44,10 +44,10 @@ def train(config: Config, resume: bool = False, allow_changes: Collection[str] =
     """
     with joined(config.distributed.timeout_seconds, config.model.device) as world, ExitStack() as folder:
         run = world.on_main(lambda: check_run(config, resume, allow_changes))
-        check_ranks(config, world)
+        inputs = check_ranks(config, world)
         torch.set_num_threads(config.threads or torch.get_num_threads())
         began = world.agreed(lambda: folder.enter_context(
-            claimed(run, config, resume, allow_changes)) if world.main else None)
+            claimed(run, config, inputs, resume, allow_changes)) if world.main else None)
         with (StopRequests(config.train.max_hours, say=world.main) as requests,
               MetricsLog(run.metrics, run.tensorboard) as metrics):
             session = Session(config, run, metrics, requests, allow_changes, world)

@@ -82,7 +82,7 @@ def one_update(policy: Policy, backend: Any, groups: Groups, number: int, *, ran
         else:
             loss = backend.forward(*policy.idle_inputs()).logprobs.sum() * 0.0
         total += loss.detach().double()
-        backend.backward(loss * float("nan") if broken and last else loss, last=last)
+        backend.backward(loss * float("nan") if broken and last else loss)
     if rank is not None:
         dist.all_reduce(total)
     loss_value = float(total)

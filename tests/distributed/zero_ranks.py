@@ -144,7 +144,7 @@ def guarded(ranks: Ranks, stage: int) -> None:
     before = weights_of(zero), state_of(zero)
     _, nan_loss = one_update(policy, zero, groups, 2, rank=ranks.rank, told=float("nan"))
     _, nan_norm = one_update(policy, zero, groups, 2, rank=ranks.rank, broken=ranks.rank == 1, told=1.0)
-    zero.backward(zero.forward(*policy.idle_inputs()).logprobs.sum(), last=True)
+    zero.backward(zero.forward(*policy.idle_inputs()).logprobs.sum())
     zero.discard()
     kept = same(before[0], weights_of(zero)) and same(before[1], state_of(zero))
     wanted = run(single, local, groups, range(2, 5))

@@ -38,12 +38,8 @@ class Backend(Protocol):
         """`PolicyStep.forward` with whole weights."""
         ...
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add the gradients of one micro-batch; its loss is weighted to the update of all ranks.
-
-        Args:
-            last: whether the update has no further micro-batch on any rank.
-        """
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one micro-batch; its loss is weighted to the update of all ranks."""
         ...
 
     def step(self, loss: float, rate: float, max_norm: float) -> float:
@@ -111,7 +107,7 @@ class LocalBackend:
         """See `Backend`."""
         return self._step(*inputs)
 
-    def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         """See `Backend`."""
         loss.backward()
 

@@ -40,21 +40,20 @@ def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
     """Lay the weights of a `model.policy.Policy` over the ranks, by way of its `backend`; of one process none."""
     if world.size == 1:
         return
-    named = _Named(policy.model)
     if config.backend == "deepspeed":
-        policy.backend = world.agreed(partial(_zero, policy, config, named))
+        policy.backend = world.agreed(partial(_zero, policy, config))
         return
     from veripo_fast.distributed.fsdp import FsdpBackend
 
-    policy.backend = FsdpBackend(policy.step, named, lambda step: step(*policy.idle_inputs()))
+    policy.backend = FsdpBackend(policy.step, policy.all_parameters, lambda step: step(*policy.idle_inputs()))
 
 
-def _zero(policy: Any, config: DistributedConfig, named: Any) -> Any:
+def _zero(policy: Any, config: DistributedConfig) -> Any:
     from veripo_fast.distributed.zero import ZeroBackend
     from veripo_fast.distributed.zero_config import ZeroOptions, read_json
 
     given = read_json(Path(config.deepspeed_config)) if config.deepspeed_config else {}
-    return ZeroBackend(policy.step, named, ZeroOptions(config.zero_stage, config.offload, given))
+    return ZeroBackend(policy.step, policy.all_parameters, ZeroOptions(config.zero_stage, config.offload, given))
 
 
 def distribute_frozen(policy: Any, world: World) -> None:
@@ -63,13 +62,3 @@ def distribute_frozen(policy: Any, world: World) -> None:
         from veripo_fast.distributed.fsdp import shard_frozen
 
         shard_frozen(policy.step)
-
-
-class _Named:
-    """The parameters of a model as they are now."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __call__(self) -> list[Any]:
-        return list(self._model.named_parameters())

@@ -52,7 +52,7 @@ class FsdpBackend:
         """See `Backend`."""
         return self._step(*inputs)
 
-    def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         """See `Backend`. FSDP2 takes the mean over ranks, of sharded weights alone."""
         (loss * self.size).backward()
 

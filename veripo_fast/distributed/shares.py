@@ -32,14 +32,13 @@ def gathered(own: Mapping[int, Item], world: World) -> dict[int, Item]:
     return dict(sorted(everything.items()))
 
 
-def padded(batches: Sequence[Item], world: World) -> Iterator[tuple[Item | None, bool]]:
-    """The micro-batches of this rank, then None as often as others still have one; and whether it is the last.
+def padded(batches: Sequence[Item], world: World) -> Iterator[Item | None]:
+    """The micro-batches of this rank, then None as often as others still have one.
 
     Forward and backward passes of sharded weights wait for all ranks, so all make the same number.
     """
-    most = int(world.most(len(batches)))
-    for number in range(most):
-        yield batches[number] if number < len(batches) else None, number == most - 1
+    for number in range(int(world.most(len(batches)))):
+        yield batches[number] if number < len(batches) else None
 
 
 def over_ranks(metrics: Mapping[str, float], world: World) -> dict[str, float]:

@@ -65,18 +65,21 @@ def on_host(state: dict[str, Any] | None) -> dict[str, Any] | None:
 def _copied(value: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
+    from veripo_fast.distributed.rows import by_rows
+
     if not isinstance(value, DTensor):
         return value.detach().to("cpu", copy=True)
-    return DTensor.from_local(value.to_local().to("cpu", copy=True), _host_mesh(value.device_mesh.size()),
-                              value.placements, run_check=False, shape=value.shape, stride=value.stride())
+    return by_rows(value.to_local().to("cpu", copy=True), _host_mesh(), value.shape)
 
 
 @cache
-def _host_mesh(size: int) -> Any:
+def _host_mesh() -> Any:
     """All ranks in host memory: a DTensor moves its rows to the device of its mesh. Collective when it is new."""
-    from torch.distributed.device_mesh import init_device_mesh
+    import torch
 
-    return init_device_mesh("cpu", (size,))
+    from veripo_fast.distributed.rows import all_ranks
+
+    return all_ranks(torch.device("cpu"))
 
 
 @contextmanager

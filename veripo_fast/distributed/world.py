@@ -216,12 +216,10 @@ def joined(timeout_seconds: float, device: str = "auto") -> Iterator[World]:
             world = World(rank, size, peers)
             _joined.append(world)
             yield world
-            if dist.is_initialized():  # vLLM ends the group with its engine
-                world.leave()
+            world.leave()
     finally:
         _joined.clear()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _number(name: str) -> int:

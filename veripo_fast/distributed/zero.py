@@ -93,7 +93,7 @@ class ZeroBackend:
         """See `Backend`."""
         return self.engine(*inputs)
 
-    def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         """See `Backend`; the gradients of a tower become those of the loss times the number of ranks."""
         self._pending = True
         self.engine.backward(loss * self.size)

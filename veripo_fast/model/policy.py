@@ -42,7 +42,7 @@ class Policy(Tower):
         self.version = 0
         self._idle_batch: PackedBatch | None = None
         self.step = PolicyStep(model, list(encoder.pad_ids.values()))
-        self.backend: Backend = LocalBackend(self.step, lambda: list(model.named_parameters()))
+        self.backend: Backend = LocalBackend(self.step, self.all_parameters)
         model.model.language_model.set_attn_implementation(implementation(attention))
 
     @property
@@ -51,7 +51,11 @@ class Policy(Tower):
 
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Named trainable parameters, each once."""
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [(name, p) for name, p in self.all_parameters() if p.requires_grad]
+
+    def all_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Named parameters as they are now, frozen ones too, each once."""
+        return list(self.model.named_parameters())
 
     def features_of(self, prompts: Sequence[LoadedPrompt]) -> list[VisionFeatures | None]:
         """Tower output for an update: the one at hand while the tower is frozen, else a new pass with gradients."""

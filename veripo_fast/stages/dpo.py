@@ -179,7 +179,7 @@ def reference_logprobs(policy: Policy, pairs: int, load: Callable[[Sequence[int]
     for start in range(0, pairs, config.dpo.pairs_per_step):
         numbers = range(start, min(start + config.dpo.pairs_per_step, pairs))
         rows = load(numbers)
-        for part, _ in padded(micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens), world):
+        for part in padded(micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens), world):
             if part is None:
                 policy.idle()
                 continue
@@ -253,11 +253,11 @@ def dpo_update(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], re
         return {}
     metrics = {"loss": 0.0, "preference_accuracy": 0.0, "margin": 0.0, "chosen_logprobs_mean": 0.0,
                "rejected_logprobs_mean": 0.0, "chosen_drift": 0.0}
-    for part, last in padded(micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens), world):
+    for part in padded(micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens), world):
         if part is None:
-            optimizer.backward(policy.idle(), last=last)
+            optimizer.backward(policy.idle())
             continue
-        values = _backward(policy, optimizer, [rows[i] for i in part], ref_logprobs[part], config, total, last)
+        values = _backward(policy, optimizer, [rows[i] for i in part], ref_logprobs[part], config, total)
         metrics = {name: value + values[name] for name, value in metrics.items()}
     metrics = over_ranks(metrics, world)
     stepped = step_policy(policy, optimizer)
@@ -267,7 +267,7 @@ def dpo_update(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], re
 
 
 def _backward(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], ref_logprobs: torch.Tensor,
-              config: Config, total: int, last: bool) -> dict[str, float]:
+              config: Config, total: int) -> dict[str, float]:
     """Forward and backward of one micro-batch; every metric is its share of the mean over `total` pairs.
 
     chosen_drift is policy minus reference log-prob of the chosen completion, per token: strongly negative means that
@@ -276,5 +276,5 @@ def _backward(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], ref
     batch, mask = pack_pairs(rows, policy.device)
     output = policy.forward(batch, policy.features_of([row.prompt for row in rows]), PairLossInputs(
         preference_loss_of(config), ref_logprobs.to(policy.device), mask, total))
-    loss = optimizer.backward(output.loss, last=last)
+    loss = optimizer.backward(output.loss)
     return {"loss": loss, **{name: value.item() for name, value in output.metrics.items()}}

@@ -211,7 +211,7 @@ class GrpoUpdate:
     def _with_old_logprobs(self, rows: Sequence[UpdateRow]) -> list[UpdateRow]:
         """With the trainer's log-probs before the first update, where the loss compares them with the engine's."""
         known: list[UpdateRow] = []
-        for row, _ in padded(rows, self.world):
+        for row in padded(rows, self.world):
             if row is None:
                 self.policy.idle()
                 continue
@@ -229,11 +229,11 @@ class GrpoUpdate:
         lengths = [packed_length(row.prompt.encoded, [c.token_ids for c in row.group.completions]) for row in own]
         metrics = {"loss": 0.0, "clip_share": 0.0, "kl": 0.0, "packed_tokens": float(sum(lengths)), "ratio_max": 0.0,
                    "parity_max": 0.0}
-        for numbers, last in padded(micro_batches(lengths, self.config.optimizer.max_tokens), self.world):
+        for numbers in padded(micro_batches(lengths, self.config.optimizer.max_tokens), self.world):
             if numbers is None:
-                self._idle(last)
+                self._idle()
                 continue
-            for name, value in self._backward([own[i] for i in numbers], counts, fresh, last).items():
+            for name, value in self._backward([own[i] for i in numbers], counts, fresh).items():
                 metrics[name] = max(metrics[name], value) if name.endswith("_max") else metrics[name] + value
         metrics = over_ranks(metrics, self.world)
         stepped = step_policy(self.policy, self.optimizer)
@@ -243,14 +243,14 @@ class GrpoUpdate:
             return stepped | engine
         return metrics | engine | stepped
 
-    def _idle(self, last: bool) -> None:
+    def _idle(self) -> None:
         """The passes of a micro-batch, while another rank has one."""
         if self.ref is not None:
             with torch.no_grad():
                 self.ref.idle()
-        self.optimizer.backward(self.policy.idle(), last=last)
+        self.optimizer.backward(self.policy.idle())
 
-    def _backward(self, rows: list[UpdateRow], counts: tuple[int, int], fresh: bool, last: bool) -> dict[str, float]:
+    def _backward(self, rows: list[UpdateRow], counts: tuple[int, int], fresh: bool) -> dict[str, float]:
         """Forward and backward of one micro-batch; `counts`: completions and tokens of the whole update."""
         device = self.policy.device
         prompts = [row.prompt for row in rows]
@@ -268,7 +268,7 @@ class GrpoUpdate:
             self.loss, torch.tensor(advantages, device=device), old_logprobs, ref_logprobs,
             self.config.rollout.temperature, *counts,
             rollout_logprobs=rollout_logprobs if self.config.grpo.importance else None))
-        loss = self.optimizer.backward(output.loss, last=last)
+        loss = self.optimizer.backward(output.loss)
         clipped = output.metrics["clip_low_share"] + output.metrics["clip_high_share"]
         return {"loss": loss, "parity_max": parity(output.logprobs, rollout_logprobs), "clip_share": clipped.item(),
                 "kl": output.metrics["kl"].item(), "ratio_max": output.metrics["ratio_max"].item()}

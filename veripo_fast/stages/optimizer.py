@@ -66,14 +66,10 @@ class Optimizer:
         done = min((self.steps - self.config.warmup_steps) / span, 1.0)
         return self.peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def backward(self, loss: torch.Tensor | None, *, last: bool = True) -> float:
-        """Add the gradients of one micro-batch; returns its loss.
-
-        Args:
-            last: whether no rank has another micro-batch for this step.
-        """
+    def backward(self, loss: torch.Tensor | None) -> float:
+        """Add the gradients of one micro-batch; returns its loss."""
         assert loss is not None, "the loss inputs gave log-probs alone"
-        self.backend.backward(loss, last=last)
+        self.backend.backward(loss)
         value = loss.item()
         self.loss += value
         return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ class Session:
         self.engine = make_engine(config, self.policy)  # last: what is built must be closed
         self.gate = gate_of(config, self.policy, self.engine)
         self._checked_parity = False
+        self._told_bad = 0
+        """Bad prompts that all ranks know, the first of the loader's."""
 
     def close(self) -> None:
         """Stop the decoding threads, finish writing to cache and checkpoints, and end the engine."""
@@ -172,12 +175,11 @@ class Session:
         self.state.global_step += 1
         stage = self._stage
         self.saves.check()
-        counts = over_ranks(self._video_counts, self.world)
-        engine = over_ranks(self._engine_values, self.world)
+        counts = over_ranks(self._video_counts | self._engine_values, self.world)
         self.books.write()
         if self.world.main:
             self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
-                              "step": self.state.step - 1, **values, **counts, **engine, "seconds": self._seconds})
+                              "step": self.state.step - 1, **values, **counts, "seconds": self._seconds})
         self._seconds, self._video_counts, self._engine_values = {}, {}, {}
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
@@ -264,8 +266,10 @@ class Session:
 
     def check_some_loaded(self, prompts: Sequence[Prompt], what: str) -> None:
         """Raise DataError when every prompt turned out to be bad. Collective: a rank alone may have bad ones only."""
-        for bad in self.world.gather(self.loader.bad):
+        new = dict(islice(self.loader.bad.items(), self._told_bad, None))
+        for bad in self.world.gather(new):
             self.loader.bad |= bad  # else a rank that gets the prompt later would try it, and say so, once more
+        self._told_bad = len(self.loader.bad)
         if all(prompt in self.loader.bad for prompt in prompts):
             raise DataError(f"none of the {len(prompts)} {what} could be loaded; {self.run.skipped} says why for each")
 

@@ -53,7 +53,7 @@ def check_run(config: Config, resume: bool, allow_changes: Collection[str] = ())
 
 
 @contextmanager
-def claimed(run: RunDir, config: Config, resume: bool, allow_changes: Collection[str] = ()
+def claimed(run: RunDir, config: Config, inputs: dict[str, Any], resume: bool, allow_changes: Collection[str] = ()
             ) -> Iterator[Callable[[], None]]:
     """Hold the run folder, with what the run is made of written into it.
 
@@ -72,37 +72,39 @@ def claimed(run: RunDir, config: Config, resume: bool, allow_changes: Collection
 
     with RunLock(run.root):
         try:
-            begin_run(run, config, resume, allow_changes)
+            begin_run(run, config, inputs, resume, allow_changes)
             yield begin
         finally:
             if not began:
                 discard_run(run.root)
 
 
-def check_ranks(config: Config, world: World) -> None:
-    """Whether ranks and configuration go together, and all ranks work on the same.
+def check_ranks(config: Config, world: World) -> dict[str, Any]:
+    """Whether ranks and configuration go together, and all ranks work on the same; returns its fingerprints.
 
     Raises:
         ConfigError: they do not; on the first rank, PeerFailed on others.
     """
     world.agreed(lambda: check_backend(config, world))
-    if world.size == 1:
-        return
     world.same("a configuration", to_yaml(config), "start all ranks with the same file and options")
     world.agreed(lambda: _check_inputs(config))
     inputs = take_inputs(_data_files(config), resolve_path(config.model.path))
     for kind, what in (("data", "data files"), ("model", "a model"), ("versions", "packages")):
         world.same(what, json.dumps(inputs[kind], sort_keys=True), "every machine needs the same")
     world.same("a GPU", gpu_name(config.model.device), "mixed GPUs would wait for the slowest")
+    return inputs
 
 
-def begin_run(run: RunDir, config: Config, resume: bool, allow_changes: Collection[str] = ()) -> None:
+def begin_run(run: RunDir, config: Config, inputs: dict[str, Any], resume: bool,
+              allow_changes: Collection[str] = ()) -> None:
     """Write what the run is made of; called with the folder locked.
+
+    Args:
+        inputs: fingerprints, from `check_ranks`.
 
     Raises:
         ConfigError: a resume would go on with other inputs, and they are not allowed.
     """
-    inputs = take_inputs(_data_files(config), resolve_path(config.model.path))
     before: dict[str, Any] = {}
     if resume:
         before = read_inputs(run.inputs)
