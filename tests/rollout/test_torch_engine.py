@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +16,9 @@ import torch
 
 from tests.support import policies
 from veripo_fast.errors import DataError
-from veripo_fast.model.packing import pack
+from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.policy import Policy
+from veripo_fast.rollout import torch_engine
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.rollout.torch_engine import TorchEngine, sample
@@ -254,6 +256,76 @@ def test_a_completion_depends_on_its_number_and_not_on_its_batch() -> None:
     halves = [engine.generate(prompts[rank::2], SAMPLED, numbers=range(rank, len(prompts), 2)) for rank in range(2)]
     assert tokens(halves[0]) == tokens(whole[0::2]) and tokens(halves[1]) == tokens(whole[1::2])
     assert tokens(engine.generate(prompts[:1], SAMPLED, numbers=[7])) != tokens(whole[:1])
+
+
+@pytest.mark.parametrize("vocabulary", [5, 128, 129, 1000, 4096])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.3}, {"top_k": 40}, {"top_p": 0.7}])
+def test_tokens_are_those_of_a_running_sum_over_the_vocabulary(vocabulary: int, options: dict) -> None:
+    """Whole blocks without weight, and a last block that is not full, are among them."""
+    rows, sampling = 500, replace(SAMPLED, **({"temperature": 1.0} | options))
+    logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    logits[:100, vocabulary // 3:vocabulary // 3 + 300] = -torch.inf
+    numbers = noise(rows, 3)
+    numbers[-2:] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    drawn, _ = sample(logits, sampling, (1,), numbers)
+    allowed = logits.double() / sampling.temperature
+    allowed[:, 1] = -torch.inf
+    allowed = torch.log_softmax(allowed, -1)
+    if sampling.truncates:  # of the definition's own tokens, ties aside
+        order = allowed.argsort(-1, descending=True)
+        sums = allowed.exp().gather(-1, order).cumsum(-1)
+        last = sampling.top_k - 1 if sampling.top_k else (sums < 0.7).sum(-1, keepdim=True)
+        rank = torch.arange(vocabulary).expand(rows, -1)
+        allowed = torch.full_like(allowed, -torch.inf).scatter(
+            -1, order, torch.where(rank <= last, allowed.gather(-1, order), -torch.inf))
+    sums = torch.softmax(allowed, -1).cumsum(-1)
+    upper = sums.gather(-1, drawn[:, None])[:, 0]
+    lower = upper - torch.softmax(allowed, -1).gather(-1, drawn[:, None])[:, 0]
+    assert ((lower - 2e-6 <= numbers) & (numbers <= upper + 2e-6)).all()
+    assert allowed.gather(-1, drawn[:, None]).isfinite().all()
+
+
+# -- parts of a batch --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", policies.FAMILIES)
+def test_parts_of_a_batch_give_what_the_whole_gives(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are prefilled and tokens are drawn for a part of the batch at a time."""
+    whole = generate(family, SAMPLED)
+    passes: list[int] = []
+    plain = Policy.hidden
+
+    def hidden(self: Policy, batch: PackedBatch, *rest: Any) -> torch.Tensor:
+        passes.append(len(batch.groups))
+        return plain(self, batch, *rest)
+
+    monkeypatch.setattr(Policy, "hidden", hidden)
+    monkeypatch.setattr(torch_engine, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(torch_engine, "MOST_LOGITS", 4 * policies.policy(family).vocabulary)
+    parts = generate(family, SAMPLED)
+    assert sum(passes) == len(MEDIA) and len(passes) > 2
+    assert tokens(parts) == tokens(whole)
+    for one, other in zip(parts, whole, strict=True):
+        for a, b in zip(one.completions, other.completions, strict=True):
+            assert torch.tensor(a.rollout_logprobs).allclose(torch.tensor(b.rollout_logprobs), rtol=0, atol=1e-5)
+
+
+def test_logits_exist_for_a_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policies.policy("qwen3_vl")
+    most = 4 * policy.vocabulary
+    sizes: list[int] = []
+    plain = Policy.head
+
+    def head(self: Policy, hidden: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(hidden) * self.vocabulary)
+        return plain(self, hidden)
+
+    monkeypatch.setattr(Policy, "head", head)
+    monkeypatch.setattr(torch_engine, "MOST_LOGITS", most)
+    generate("qwen3_vl", replace(SAMPLED, max_new_tokens=3))
+    assert max(sizes) <= most
+    monkeypatch.setattr(torch_engine, "MOST_LOGITS", 1)  # less than one row
+    assert len(generate("qwen3_vl", replace(SAMPLED, max_new_tokens=2))) == len(MEDIA)
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------

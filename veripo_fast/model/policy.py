@@ -49,6 +49,11 @@ class Policy(Tower):
     def num_layers(self) -> int:
         return self.model.config.get_text_config().num_hidden_layers
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the language-model head."""
+        return self.model.config.get_text_config().vocab_size
+
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Named trainable parameters, each once."""
         return [(name, p) for name, p in self.all_parameters() if p.requires_grad]

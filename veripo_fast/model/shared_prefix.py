@@ -88,13 +88,13 @@ class PromptCache:
         """Pad the prompts of `lengths` tokens and make room for G * N completions of `max_new_tokens`."""
         self.group_size = group_size
         for layer in self.prompts:
-            keys, values = ([entry[side] for entry in layer] for side in (0, 1))
-            self.padded.append((_pad(keys), _pad(values)))
-            shape = (len(layer) * group_size, keys[0].shape[1], max_new_tokens, keys[0].shape[-1])
-            self.written.append((keys[0].new_zeros(shape), keys[0].new_zeros(shape)))
+            keys, values = (_pad([entry[side] for entry in layer]) for side in (0, 1))
+            layer.clear()  # one layer at a time is held twice
+            self.padded.append((keys, values))
+            shape = (len(keys) * group_size, keys.shape[1], max_new_tokens, keys.shape[-1])
+            self.written.append((keys.new_zeros(shape), keys.new_zeros(shape)))
         device = self.padded[0][0].device
         self.visible = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        self.prompts = []
 
     def keep(self, prompts: torch.Tensor) -> None:
         """Drop the prompts whose completions have all ended; `prompts` int64 lists the rows to keep."""

@@ -28,6 +28,11 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are left out of the distribution."""
+        return self.top_k > 0 or self.top_p < 1
+
 
 OnGroup: TypeAlias = Callable[[int, RolloutGroup], None]
 """(number of the prompt in the batch, its group)."""

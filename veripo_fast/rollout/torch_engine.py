@@ -1,7 +1,8 @@
 """The plain-torch rollout engine: runs anywhere and defines what a faster engine must give.
 
 A prompt is prefilled once and its keys and values are shared by its G completions, which are decoded together. Prompts
-leave the batch when all their completions have ended.
+leave the batch when all their completions have ended. Beside keys and values, what is held does not grow with a batch:
+prompts are prefilled and tokens are drawn for a part of it at a time.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
-from veripo_fast.model.packing import pack
+from veripo_fast.model.packing import micro_batches, pack
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.rollout.protocol import OnGroup, Sampling, not_finite
@@ -18,6 +20,12 @@ from veripo_fast.run.seeds import derive_seed
 from veripo_fast.types import Completion, LoadedPrompt, RolloutGroup
 
 EngineOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+PREFILL_TOKENS = 8192
+"""Prompt tokens of one forward pass; a longer prompt runs alone."""
+MOST_LOGITS = 1 << 25
+"""Rows times vocabulary that are held at once: 128 MiB in float32, and twice that while tokens are drawn from them."""
+_BLOCK = 128
+"""Tokens whose probabilities are added up first; Qwen's vocabularies are multiples of it."""
 
 
 class TorchEngine:
@@ -39,22 +47,27 @@ class TorchEngine:
                  numbers: Sequence[int]) -> list[RolloutGroup]:
         if not prompts:
             return []
-        batch = pack([(item.encoded, []) for item in prompts])
         cache = PromptCache(self.policy.num_layers)
-        hidden = self.policy.hidden(batch, [item.features for item in prompts], cache)
-        cache.start_decoding([group.prompt for group in batch.groups], sampling.group_size, sampling.max_new_tokens)
-        ends = torch.tensor([group.completion_start - 1 for group in batch.groups], device=hidden.device)
+        hidden = self._prefill(prompts, cache)
+        cache.start_decoding([len(item.encoded.token_ids) for item in prompts], sampling.group_size,
+                             sampling.max_new_tokens)
         following = torch.tensor([item.encoded.next_position for item in prompts], device=hidden.device)
-        logits = self.policy.head(hidden[ends])
-        if not logits.isfinite().all():
-            raise not_finite(self.policy.version)
         groups: list[RolloutGroup | None] = [None] * len(prompts)
-        noise = draws(sampling, numbers).to(logits.device)
-        for number, output in self._decode(logits, following, cache, sampling, noise):
+        noise = draws(sampling, numbers).to(hidden.device)
+        for number, output in self._decode(hidden, following, cache, sampling, noise):
             groups[number] = group = self._group(prompts[number], *output)
             if on_group is not None:
                 on_group(number, group)
         return [group for group in groups if group is not None]
+
+    def _prefill(self, prompts: Sequence[LoadedPrompt], cache: PromptCache) -> torch.Tensor:
+        """Run the prompts into the cache; hidden states [N, D] of their last tokens."""
+        ends = []
+        for part in micro_batches([len(item.encoded.token_ids) for item in prompts], PREFILL_TOKENS):
+            batch = pack([(prompts[number].encoded, []) for number in part])
+            hidden = self.policy.hidden(batch, [prompts[number].features for number in part], cache)
+            ends.append(hidden[[group.completion_start - 1 for group in batch.groups]])
+        return torch.cat(ends)
 
     def sync(self) -> dict[str, float]:
         """Nothing: the weights are the trainer's own."""
@@ -70,21 +83,25 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing."""
 
-    def _decode(self, logits: torch.Tensor, following: torch.Tensor, cache: PromptCache, sampling: Sampling,
+    def _decode(self, hidden: torch.Tensor, following: torch.Tensor, cache: PromptCache, sampling: Sampling,
                 noise: torch.Tensor) -> Iterator[tuple[int, EngineOutput]]:
         """As prompts are finished, their number with tokens [G, R], log-probabilities, and the length of each
-        completion; logits [N, V] start it, noise is float64 [N * G, R]."""
-        size = sampling.group_size
-        logits, positions = logits.repeat_interleave(size, 0), following.repeat_interleave(size)
-        rows = torch.arange(len(logits), device=logits.device)
-        numbers = torch.arange(len(logits) // size, device=logits.device)
-        tokens = torch.zeros(len(logits), sampling.max_new_tokens, dtype=torch.long, device=logits.device)
-        logprobs = torch.zeros(tokens.shape, device=logits.device)
-        lengths = torch.full((len(logits),), sampling.max_new_tokens, device=logits.device)
-        ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        ends = torch.tensor(self.policy.encoder.end_ids, device=logits.device)
+        completion; last hidden states [N, D] of the prompts start it, noise is float64 [N * G, R].
+
+        Raises:
+            TrainingError: the first logits are not finite.
+        """
+        size, device = sampling.group_size, hidden.device
+        positions = following.repeat_interleave(size)
+        rows = torch.arange(len(positions), device=device)
+        numbers = torch.arange(len(hidden), device=device)
+        tokens = torch.zeros(len(rows), sampling.max_new_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(tokens.shape, device=device)
+        lengths = torch.full((len(rows),), sampling.max_new_tokens, device=device)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        ends = torch.tensor(self.policy.encoder.end_ids, device=device)
         for step in range(sampling.max_new_tokens):
-            token, logprob = sample(logits, sampling, self.policy.encoder.banned_ids, noise[rows, step])
+            token, logprob = self._draw(hidden, sampling, noise[rows, step], first=step == 0)
             tokens[rows, step], logprobs[rows, step] = token, logprob
             stops = torch.isin(token, ends) & ~ended
             lengths[rows[stops]] = step + 1
@@ -100,8 +117,24 @@ class TorchEngine:
                 cache.keep(keep)
                 alive = (~done).repeat_interleave(size)
                 rows, token, positions, ended = rows[alive], token[alive], positions[alive], ended[alive]
-            logits = self.policy.head(self.policy.decode_hidden(token, positions, cache))
+            hidden = self.policy.decode_hidden(token, positions, cache)
             positions = positions + 1
+
+    def _draw(self, hidden: torch.Tensor, sampling: Sampling, noise: torch.Tensor, *, first: bool
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next token and its log-probability for each completion, from hidden states of each or, at `first`, of each
+        prompt; logits exist for a part of them at a time."""
+        copies = sampling.group_size if first else 1
+        part = max(MOST_LOGITS // (self.policy.vocabulary * copies), 1)
+        drawn = []
+        for states, numbers in zip(hidden.split(part), noise.split(part * copies), strict=True):
+            logits = self.policy.head(states)
+            if first and not logits.isfinite().all():
+                raise not_finite(self.policy.version)
+            drawn.append(sample(logits.repeat_interleave(copies, 0) if first else logits, sampling,
+                                self.policy.encoder.banned_ids, numbers))
+        tokens, logprobs = zip(*drawn, strict=True)
+        return torch.cat(tokens), torch.cat(logprobs)
 
     def _group(self, item: LoadedPrompt, tokens: torch.Tensor, logprobs: torch.Tensor,
                lengths: torch.Tensor) -> RolloutGroup:
@@ -134,22 +167,55 @@ def sample(logits: torch.Tensor, sampling: Sampling, banned_ids: Sequence[int],
     Returns:
         int64 [rows] tokens and float32 [rows]: log softmax(logits / temperature) of each, before bans, top-k and top-p.
     """
-    logprobs = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), -1)
-    allowed = logprobs.clone()
-    allowed[:, list(banned_ids)] = float("-inf")
+    logits = logits.float()
+    if sampling.temperature not in (0, 1):
+        logits = logits / sampling.temperature
+    logprobs = torch.log_softmax(logits, -1)
     if sampling.temperature == 0:
-        tokens = allowed.argmax(-1)
-    else:
+        tokens = _with(logprobs.clone(), banned_ids, float("-inf")).argmax(-1)
+    elif sampling.truncates:
+        allowed = _with(logprobs.clone(), banned_ids, float("-inf"))
         tokens = _inverse(_weights(_truncate(allowed, sampling)), noise)
+    else:
+        tokens = _inverse(_plain_weights(logprobs, banned_ids), noise)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
 def _inverse(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The first token [rows] at which the sum of weights [rows, V] passes a share of their total, never one without
-    weight."""
-    below = weights.cumsum(-1, dtype=torch.float64)
-    wanted = (noise * below[:, -1]).clamp(max=torch.nextafter(below[:, -1], torch.zeros_like(noise)))
-    return torch.searchsorted(below, wanted[:, None], right=True)[:, 0]
+    weight.
+
+    A running sum over the vocabulary costs more than the softmax. It is taken over blocks, and then inside of one.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[-1] % _BLOCK)).view(len(weights), -1, _BLOCK)
+    below = blocks.sum(-1).double().cumsum(-1)
+    wanted = noise * below[:, -1]
+    block = _first_above(below, wanted)
+    before = F.pad(below, (1, 0)).gather(-1, block[:, None])[:, 0]
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block].double().cumsum(-1)
+    return block * _BLOCK + _first_above(inside, wanted - before)
+
+
+def _first_above(sums: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Where running sums [rows, n] first pass what is wanted [rows]; their end where rounding keeps them below it."""
+    wanted = wanted.minimum(torch.nextafter(sums[:, -1], torch.zeros_like(wanted)))
+    return torch.searchsorted(sums, wanted[:, None], right=True)[:, 0]
+
+
+def _with(rows: torch.Tensor, tokens: Sequence[int], value: float) -> torch.Tensor:
+    """Rows [rows, V] after `value` was written at some tokens."""
+    rows[:, list(tokens)] = value
+    return rows
+
+
+def _plain_weights(logprobs: torch.Tensor, banned_ids: Sequence[int]) -> torch.Tensor:
+    """`_weights` of log-probabilities before bans, with one pass over the vocabulary where bans take little."""
+    weights = logprobs.exp()
+    taken = weights[:, list(banned_ids)].sum(-1) > 0.5
+    _with(weights, banned_ids, 0.0)
+    if taken.any():
+        weights[taken] = _weights(_with(logprobs[taken], banned_ids, float("-inf")))
+    return weights
 
 
 def _weights(logprobs: torch.Tensor) -> torch.Tensor:
