@@ -9,6 +9,7 @@ from tests.support import policies
 from veripo_fast.model import shared_prefix
 from veripo_fast.model.packing import micro_batches, pack
 from veripo_fast.model.policy import Policy
+from veripo_fast.model.shared_prefix import GroupSpan
 from veripo_fast.types import EncodedPrompt
 
 CASES = {
@@ -76,6 +77,18 @@ def test_completions_are_attended_in_blocks_when_the_mask_would_be_large(monkeyp
         batch = pack([(prompt, completions)])
         assert [tokens for tokens, _ in batch.groups[0].blocks] == [5, 8, 3, 7]
         assert (policy.completion_logprobs(batch, [None]) - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("prompt", "completions", "expected"), [
+    (882, (8,) * 8, [64]),  # a call costs more than the pairs that a mask hides
+    (882, (32,) * 8, [96, 96, 64]), (882, (64,) * 8, [64] * 8), (882, (512,) * 8, [512] * 8),
+    (100, (64,) * 4, [64] * 4), (3000, (64,) * 4, [128, 128]),
+    (882, (500, 3, 3, 500, 0, 500), [506, 500, 500])])
+def test_completions_share_a_block_where_that_costs_less(prompt: int, completions: tuple[int, ...],
+                                                         expected: list[int]) -> None:
+    blocks = GroupSpan(0, prompt, completions).blocks
+    assert [tokens for tokens, _ in blocks] == expected
+    assert all(mask.shape == (tokens, prompt + tokens) for tokens, mask in blocks)
 
 
 def test_the_last_token_of_a_completion_is_not_run() -> None:
