@@ -35,8 +35,8 @@ METRICS: dict[str, tuple[str, str, tuple[float, float] | None]] = {
     "engine_parity_max": ("Parity gate", "largest |trainer − engine| of its prompts, nats", None),
     "sync_bytes": ("Bytes of a sync", "trainer to engine", None),
     "sampled_tokens_per_second": ("Tokens sampled", "per second of the step", None),
-    "trained_tokens_per_second": ("Tokens trained", "packed, per second of the update", None),
-    "flops": ("FLOPs", "of tower, rollout, reference and update, per step", None),
+    "trained_tokens_per_second": ("Tokens trained", "per second of the update", None),
+    "flops": ("FLOPs", "tower, rollout and update", None),
     "needed_share": ("Needed FLOPs", "share of those done", UNIT),
     "mfu": ("MFU", "of the dense bfloat16 peak, over the step", UNIT),
 }
