@@ -38,7 +38,7 @@ LINES = [
          rank(4, 14, {"vision": 1.0, "rollout": 6.0, "update": 2.0}, {"wait for media": 0.5},
               spans=[["vision", "main", 4.0, 5.5], ["rollout", "main", 5.5, 11.5], ["update", "main", 11.5, 13.5]],
               offset=400)),
-    line(2, None, rank(14, 15, {"checkpoint": 1.0}), rank(14, 15, {}, {"wait for ranks": 1.0})),
+    line(2, None, rank(14, 15, {"checkpoint": 1.0}), rank(14, 15, {}, {"wait for ranks": 1.0}, offset=400)),
     line(2, 1, rank(15, 35, {"vision": 1.0, "rollout": 9.0, "update": 2.0}, {"wait for ranks": 6.0}),
          rank(15, 35, {"vision": 1.0, "rollout": 15.0, "update": 2.0})),
     line(3, 0, rank(36, 38, {"vision": 0.5, "update": 1.5}), stage="dpo-1")]
@@ -52,7 +52,7 @@ grpo-1: 2 steps, 15.0 s each, on 2 ranks
   wait for media              0.25 s     1.7 %
   wait for ranks               1.8 s    11.7 %
   rest                         1.2 s     8.3 %
-  idle 13.3 %, stragglers11.7 %
+  idle 13.3 %, stragglers 11.7 %
   slowest step 2: 20.0 s, 3.2 s more than the mean in rollout
   between steps 5.0 s: load 3.0 s, rest 0.75 s, wait for ranks 0.75 s, checkpoint 0.50 s
 
@@ -103,8 +103,20 @@ def test_trace(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     spans = {(e["pid"], e["tid"], e["name"]): (e["ts"], e["dur"]) for e in events if e["ph"] == "X"}
     assert spans[0, 1, "step 1"] == (4_000_000, 10_000_000)
     assert spans[0, 2, "decode"] == (3_500_000, 1_000_000)
-    assert spans[1, 1, "rollout"] == (5_500_200, 6_000_000)  # the middle of the rank's offsets: 0, 400, 0 and 0
+    assert spans[1, 1, "rollout"] == (5_500_200, 6_000_000)  # the middle of the rank's offsets: 0, 400, 400, 0
     assert {e["args"]["value"] for e in events if e["ph"] == "C"} == {5}
+
+
+def test_trace_of_some_steps_begins_with_them(run: RunDir, tmp_path: Path) -> None:
+    """What began before is cut there, and a rank whose clock is ahead comes first."""
+    early = line(2, 1, rank(15, 35, {}, spans=[["write", "checkpoint", 1, 16]]), rank(15, 35, {}, offset=-1000))
+    run.timeline.write_text("".join(json.dumps(row) + "\n" for row in (*LINES[:3], early)))
+    out = tmp_path / "trace.json"
+    assert main(["timeline", str(run.root), "--steps", "2", "--out", str(out)]) == 0
+    spans = {(e["pid"], e["name"]): (e["ts"], e["dur"]) for e in json.loads(out.read_text())["traceEvents"]
+             if e["ph"] == "X"}
+    assert spans[0, "write"] == (0, 16_000_000 - 14_000_000 + 300)
+    assert spans[0, "step 2"] == (1_000_300, 20_000_000) and spans[1, "step 2"] == (1_000_000, 20_000_000)
 
 
 @pytest.mark.parametrize(("text", "said"), [

@@ -100,8 +100,8 @@ def assert_nested(spans: list[tuple[int, int, str]]) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_killed_run_holds_no_step_twice(tmp_path: Path, asynchronous: bool) -> None:
     """Killed where step 2 stands in the timeline and not in the metrics; then where a checkpoint is half written."""
-    options = {"checkpoint__asynchronous": asynchronous, "stages": [{"kind": "grpo"}], "grpo__steps": 4,
-               "eval__at": "never", "checkpoint__every": 2}
+    options = {"checkpoint__asynchronous": asynchronous, "stages": [{"kind": "grpo"}], "grpo__steps": 6,
+               "eval__at": "never", "checkpoint__every": 1}
     config = written(runs.config(tmp_path / "run", **options), tmp_path)
     run = RunDir(tmp_path / "run")
     for moment in ("doing in vision of step 1", r"mkdir .*\.tmp-step_000002$",
@@ -113,7 +113,7 @@ def test_a_killed_run_holds_no_step_twice(tmp_path: Path, asynchronous: bool) ->
     ended = runs.forks().run("train", "--config", config, "--resume")
     assert ended.code == 0, ended.output
     rows = [json.loads(line) for line in run.timeline.read_text().splitlines()]
-    assert [row["step"] for row in rows if row["step"] is not None] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows if row["step"] is not None] == [0, 1, 2, 3, 4, 5]
     assert [row["global_step"] for row in rows] == sorted(row["global_step"] for row in rows)
     spans = {(lane, name) for row in rows for rank in row["ranks"] for name, lane, _, _ in rank["spans"]}
     assert (("checkpoint", "write checkpoint") in spans) == asynchronous

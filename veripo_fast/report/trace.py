@@ -55,11 +55,11 @@ def events(windows: Iterable[Row], offsets: dict[tuple[float, int], int]) -> Ite
     lanes: dict[tuple[int, str], int] = {}
     zero: int | None = None
     for row in windows:
+        shifts = [round(row["began"] * 1e6) + offsets[row["began"], rank] for rank in range(len(row["ranks"]))]
+        if zero is None:
+            zero = min(shift + part["start_us"] for shift, part in zip(shifts, row["ranks"], strict=True))
         for rank, part in enumerate(row["ranks"]):
-            shift = round(row["began"] * 1e6) + offsets[row["began"], rank]
-            if zero is None:
-                zero = shift + part["start_us"]
-            shift -= zero
+            shift = shifts[rank] - zero
             for lane in dict.fromkeys([MAIN, *(span[1] for span in part["spans"])]):
                 if (rank, lane) not in lanes:
                     yield from _names(lanes, rank, lane)
@@ -84,4 +84,6 @@ def _names(lanes: dict[tuple[int, str], int], rank: int, lane: str) -> Iterator[
 
 def _complete(name: str, start: int, end: int, shift: int, rank: int, lane: int, about: dict[str, Any]
               ) -> dict[str, Any]:
-    return {"ph": "X", "name": name, "ts": start + shift, "dur": end - start, "pid": rank, "tid": lane, "args": about}
+    first = max(start + shift, 0)  # a checkpoint may be in the making when the first window begins
+    return {"ph": "X", "name": name, "ts": first, "dur": max(end + shift - first, 0), "pid": rank, "tid": lane,
+            "args": about}

@@ -82,7 +82,7 @@ class StepWork:
                 passes.flops += tower_flops(self.policy.cost, grids(prompt.encoded), backward=False)
 
     def metrics(self) -> dict[str, Any]:
-        """The work of all ranks as metrics of the step, which begins anew. Collective.
+        """The work of all ranks since `begin` as metrics of the step; seconds and counts begin anew. Collective.
 
         Wall times and counts of a process, under `seconds` and `speed` too, are others after a resume.
         """
