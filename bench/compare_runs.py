@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import read_records
 
-PER_PROCESS = ("seconds", "video_decodes", "tower_runs", "cache_hits", "decoder_fallbacks", "sync_bytes",
+PER_PROCESS = ("seconds", "speed", "video_decodes", "tower_runs", "cache_hits", "decoder_fallbacks", "sync_bytes",
                "sync_over_plain_copy", "engine_rebuilds")
 """Metrics of a step that tell what this process had to do for it: another one after a resume."""
 

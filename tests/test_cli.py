@@ -55,6 +55,14 @@ def test_demo(handed_over):
                      (Path("demo"), 0, False, ["--rollout.engine", "vllm"])]
 
 
+def test_timeline(handed_over, capsys):
+    calls = handed_over("veripo_fast.report.trace", "timeline_command", "said")
+    assert main(["timeline", "runs/one"]) == 0
+    assert main(["timeline", "runs/one", "--out", "t.json", "--steps", "3-8"]) == 0
+    assert calls == [(Path("runs/one"), None, None), (Path("runs/one"), Path("t.json"), "3-8")]
+    assert capsys.readouterr().out == "said\nsaid\n"
+
+
 def test_train(handed_over, config_file):
     calls = handed_over("veripo_fast.trainer", "train")
     assert main(["train", "--grpo.clip-high", "0.28", "--config", str(config_file), "--resume", "--seed=5"]) == 0

@@ -26,7 +26,7 @@ from veripo_fast.types import Completion, Image, Prompt, RolloutGroup, Video
 from veripo_fast.verifier.store import read_pairs
 
 STAGES = ["grpo-1", "grpo-1", "dpo-1", "dpo-1", "grpo-2", "grpo-2"]
-STATE = {"global_step", "stage", "kind", "step", "seconds", "video_decodes", "tower_runs", "cache_hits",
+STATE = {"global_step", "stage", "kind", "step", "seconds", "speed", "video_decodes", "tower_runs", "cache_hits",
          "decoder_fallbacks"}
 GRPO = STATE | {"reward_mean", "accuracy_mean", "format_mean", "length_mean", "finished_share", "zero_variance_share",
                 "prompts", "updates", "loss", "kl", "clip_share", "ratio_max", "parity_max", "grad_norm",
@@ -49,7 +49,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def without_times(records: list[dict]) -> list[dict]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "speed")} for record in records]
 
 
 @pytest.fixture

@@ -145,6 +145,12 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> None:
     print(write_report(options.run_dir, options.out))
 
 
+def _timeline(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.report.trace import timeline_command
+
+    print(timeline_command(options.run_dir, options.out, options.steps))
+
+
 def _synth(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.demo.corpus import write_corpus
 
@@ -218,6 +224,11 @@ COMMANDS: dict[str, Command] = {
         ("run_dir", {"type": Path, "metavar": "RUN", "help": "run folder"}),
         ("--out", {"type": Path, "metavar": "FILE", "help": "HTML file (default RUN/report.html)"}),
     )),
+    "timeline": Command(_timeline, "where the time of each step went, on every rank, and a trace of it for Perfetto", (
+        ("run_dir", {"type": Path, "metavar": "RUN", "help": "run folder"}),
+        ("--out", {"type": Path, "metavar": "FILE", "help": "also write the trace, a JSON file"}),
+        ("--steps", {"metavar": "A-B", "help": "only these steps (global_step in metrics.jsonl), or one"}),
+    )),
     "synth": Command(_synth, "render a corpus of mp4 clips with questions", (
         ("out", {"type": Path, "metavar": "OUT", "help": "new folder"}),
         ("--train", {"type": int, "default": 512, "metavar": "N", "help": "training questions (default 512)"}),
@@ -238,8 +249,6 @@ COMMANDS: dict[str, Command] = {
                            takes_overrides=True),
 }
 
-
-# Parsing
 
 class _Parser(argparse.ArgumentParser):
     """Remembers its option names, and hands usage errors to `main` like any other user error."""

@@ -24,6 +24,7 @@ from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.interrupt import StopRequests
 from veripo_fast.run.jsonlines import dump_objects
 from veripo_fast.run.metrics import MetricsLog, read_records
+from veripo_fast.schedule.timeline import span
 from veripo_fast.stages import dpo, grpo
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.start import check_ranks, check_run, claimed
@@ -87,11 +88,12 @@ def evaluate_stage(session: Session) -> None:
     session.world.doing(f"evaluating after {names[-1]}")
     prompts = session.load_prompts(config.data.eval)[:config.eval.limit]
     session.world.on_main(lambda: session.books.media.check(prompts))
-    records = evaluate(session.engine, session.loader, prompts, config, stage=names[-1],
-                       rows=partial(run.eval_rows, names[-1]), check=session.stop_if_asked, gate=session.gate,
-                       world=session.world)
-    session.engine.sleep()
-    session.books.write()
+    with span("eval"):
+        records = evaluate(session.engine, session.loader, prompts, config, stage=names[-1],
+                           rows=partial(run.eval_rows, names[-1]), check=session.stop_if_asked, gate=session.gate,
+                           world=session.world)
+        session.engine.sleep()
+    session.books.write(names[-1], session.state.global_step)
     if session.world.main:
         atomic_write_text(run.evals, dump_objects([*done, *records]))
         for record in records:

@@ -1,11 +1,12 @@
 """The cost model against the FLOPs that torch counts in a real step of a tiny policy."""
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support import policies
-from veripo_fast.distributed.flops import ModelCost, attention_pairs, group_flops, tower_flops
+from veripo_fast.distributed.flops import ModelCost, Passes, attention_pairs, group_flops, tower_flops
 from veripo_fast.model.packing import pack
 from veripo_fast.model.shared_prefix import GroupSpan
 from veripo_fast.model.step import StepOutput
@@ -70,3 +71,44 @@ def test_flops_of_a_trained_tower_are_those_that_torch_counts(family):
     text = ModelCost.of(policy.model.config, tower_trained=False)
     trained = ModelCost.of(policy.model.config, tower_trained=True)
     assert group_flops(trained, 9, [3], grids) - group_flops(text, 9, [3], grids) == tower_flops(tower, grids)
+
+
+@pytest.mark.parametrize("family", policies.FAMILIES)
+def test_flops_without_a_backward_are_those_that_torch_counts(family):
+    """Of a reference pass, and of a frozen tower."""
+    policy, lengths = policies.policy(family, freeze_vision=True), [9, 1, 30, 17]
+    loaded = policies.loaded(policy, [("video", 4, 3, 4)])
+    prompt, packed = len(loaded.encoded.token_ids), [length - 1 for length in lengths]
+    batch = pack([(loaded.encoded, policies.random_completions(lengths))])
+    cost = ModelCost.of(policy.model.config, tower_trained=False)
+    with torch.no_grad():
+        linear, _ = counted(lambda: policy.step(batch, [loaded.features], NaiveHead()))
+    pairs = attention_flops(cost, attention_pairs(prompt, packed)) // 3
+    assert linear == group_flops(cost, prompt, lengths, backward=False) - pairs
+    media = policies.random_media(policy.encoder, [("video", 4, 4, 6), ("image", 1, 2, 4)])
+    linear, attention = counted(lambda: policy.vision_features(media))
+    assert linear + attention == pytest.approx(tower_flops(policy.cost, media.grid_thw.tolist(), backward=False),
+                                               rel=0.02)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_passes_of_a_policy_are_counted(trained):
+    policy, lengths = policies.policy("qwen3_vl", freeze_vision=not trained), [9, 1, 30]
+    loaded = policies.loaded(policy, [("video", 4, 3, 4)])
+    policy.passes = Passes()
+    cost = ModelCost.of(policy.model.config, tower_trained=trained)
+    grids = loaded.encoded.media.grid_thw.tolist()
+    batch = pack([(loaded.encoded, policies.random_completions(lengths))])
+    policy.completion_logprobs(batch, policy.features_of([loaded]))
+    whole = group_flops(cost, len(loaded.encoded.token_ids), lengths, grids)
+    assert policy.passes == Passes(whole, 0, len(batch.token_ids))
+    with torch.no_grad():
+        policy.completion_logprobs(batch, policy.features_of([loaded]))
+    forward = group_flops(cost, len(loaded.encoded.token_ids), lengths, grids, backward=False)
+    assert policy.passes == Passes(whole + forward, 0, len(batch.token_ids))
+    before = policy.passes.copy()
+    policy.idle()
+    idle, _, _ = policy.idle_inputs()
+    text = ModelCost.of(policy.model.config, tower_trained=False)
+    spare = group_flops(text, idle.groups[0].prompt, [1])
+    assert policy.passes.since(before) == Passes(spare, spare, 0)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
+from tests.report.test_timeline import LINES, line, rank
 from tests.support.browser import Browser
 from tests.support.report_run import half_done, make_run
 from veripo_fast.errors import UserError
@@ -151,6 +152,44 @@ def test_bare_run(run: Path, tmp_path: Path, keep: str) -> None:
     assert ("No training step is recorded yet." in page.read_text()) == (keep == "config.yaml")
 
 
+def test_waits_and_ranks(run: Path, tmp_path: Path) -> None:
+    """From timeline.jsonl, which older runs have not."""
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(run / name, copied / name)
+    html = report.write_report(copied).read_text()
+    assert "Waits and ranks are not recorded in this run." in html and "wait for ranks" not in html
+    rows = [*LINES, line(4, 1, rank(0, 4, {"update": 3.0, "own < phase": 1.0}), stage="dpo-1")]
+    (copied / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
+    html = report.write_report(copied).read_text()
+    assert "Waits and ranks are not recorded" not in html and "own &lt; phase" in html
+    bars = re.findall(r'aria-label="a step of ([^:]+): ([^"]+)"', html)
+    assert [name for name, _ in bars] == ["grpo-1", "dpo-1"]
+    assert bars[0][1] == ("vision 1.0 s, 6.7 %; rollout 8.8 s, 58.3 %; update 2.0 s, 13.3 %; "
+                          "wait for media 0.25 s, 1.7 %; wait for ranks 1.8 s, 11.7 %; rest 1.2 s, 8.3 %")
+    section = html[html.index("Where a step goes"):html.index('<section id="verifier"')]
+    stacks = [sum(map(float, re.findall(r"width:([\d.]+)%", stack)))
+              for stack in section.split('class="stack"')[1:]]
+    assert stacks == [pytest.approx(100, abs=0.01)] * 2
+    cells = re.sub(r"<[^>]+>|\s+", " ", section)
+    assert re.search(r"Share of a step, mean over 1 rank and 2 ranks", cells)
+    assert re.search(r"stragglers\s+11.7 %\s+0.0 %\s+slowest rank\s+1 in rollout\s+–", cells)
+    assert re.search(r"the longest\s+20.0 s \(step 2\)\s+4.0 s \(step 4\)", cells)
+
+
+def test_speed_is_drawn(tmp_path: Path) -> None:
+    rows = [{"global_step": step, "stage": "grpo-1", "kind": "grpo", "step": step - 1, "loss": 0.0,
+             "speed": {"step_seconds": 2.0, "flops": 1e12 * step, "needed_share": 0.9 + step / 100, "mfu": step / 10,
+                       "sampled_tokens_per_second": 5.0 * step, "trained_tokens_per_second": 7.0 * step},
+             "seconds": {"update": 1.0}} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = report.write_report(tmp_path).read_text()
+    for title in ("Tokens sampled", "Tokens trained", "FLOPs", "Needed FLOPs", "MFU"):
+        assert f"<b>{title}</b>" in html
+    assert "step seconds" not in html.lower()
+
+
 # --- charts -----------------------------------------------------------------------------------------------------------
 
 def test_axes_are_honest() -> None:
@@ -242,6 +281,21 @@ def test_browser_phone_has_no_sideways_scroll(browser: Browser, page: Path) -> N
     light = browser.run("getComputedStyle(document.body).backgroundColor")
     browser.open(page, width=400, height=800, dark=True)
     assert browser.run("getComputedStyle(document.body).backgroundColor") != light
+
+
+def test_browser_shows_where_a_step_goes(browser: Browser, run: Path, tmp_path: Path) -> None:
+    """Waits have a pattern of their own, and every bar is as long as the others."""
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(run / name, tmp_path / name)
+    (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LINES))
+    browser.open(report.write_report(tmp_path))
+    assert browser.messages() == []
+    ranks = "getComputedStyle(document.querySelector('.stack .idle.ranks')).backgroundImage"
+    assert browser.run(ranks).startswith("repeating-linear-gradient")
+    assert browser.run(ranks) != browser.run(ranks.replace("ranks", "media"))
+    ends = browser.run("[...document.querySelectorAll('[aria-label^=\"a step of\"] i:last-child')]"
+                       ".map(part => Math.round(part.getBoundingClientRect().right))")
+    assert len(ends) == 2 and abs(ends[0] - ends[1]) <= 1
 
 
 def test_browser_half_done_run(browser: Browser, run: Path, tmp_path: Path) -> None:

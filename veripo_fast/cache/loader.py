@@ -30,6 +30,7 @@ from veripo_fast.config.inputs import CacheConfig, VideoConfig
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.model import encoding
 from veripo_fast.model.tower import Tower
+from veripo_fast.schedule.timeline import FOR_MEDIA, span
 from veripo_fast.types import LoadedPrompt, Media, MediaInputs, Prompt, VisionFeatures
 from veripo_fast.video.contract import most_pixels
 from veripo_fast.video.decode import check_decoder, fallbacks
@@ -87,6 +88,11 @@ class PromptLoader:
         if self.store is not None:
             self.store.close()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of media that are fetched ahead."""
+        return self._slots.held_bytes
+
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Fetch the media of the prompts that `load` will be asked for next, while the caller goes on."""
         wanted = {prompt.media: prompt for prompt in prompts if prompt.media and prompt not in self.bad}
@@ -97,7 +103,8 @@ class PromptLoader:
         """Load prompts in order, leaving out the bad ones; prompts with the same media share one decode."""
         wanted = [prompt for prompt in prompts if prompt not in self.bad]
         started = time.perf_counter()
-        results = self._slots.take({prompt.media: prompt for prompt in wanted if prompt.media})
+        with span(FOR_MEDIA):
+            results = self._slots.take({prompt.media: prompt for prompt in wanted if prompt.media})
         self._count(wait_seconds=time.perf_counter() - started)
         decoded = {media: found for media, found in results.items() if isinstance(found, DecodedMedia)}
         entries = {media: self._on_device(found) for media, found in results.items() if isinstance(found, tuple)}
@@ -148,7 +155,8 @@ class PromptLoader:
             if decoded is not None:
                 return decoded
         factor, device = self.tower.encoder.vision.factor, str(self.tower.device)
-        return DecodedMedia(encoding.decode_frames(prompt.media, self.contract, factor, device), key)
+        with span("decode"):
+            return DecodedMedia(encoding.decode_frames(prompt.media, self.contract, factor, device), key)
 
     def _most_bytes(self, prompt: Prompt) -> int:
         """Bound on the frames that the contract takes of a prompt's media."""

@@ -78,10 +78,12 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long a run may take."""
+    """How long a run may take, and what it notes of that."""
 
     max_hours: float | None = None
     """Stop before this many hours are over, with a checkpoint to go on from (exit code 75); null: no limit."""
+    timeline: bool = True
+    """Note where time goes on every rank, in timeline.jsonl of the run folder (`veripo timeline`)."""
 
     def __post_init__(self) -> None:
         positive(self, "max_hours")

@@ -1,12 +1,13 @@
-"""FLOPs of a group in an update: prompt, completions, head, and the vision tower where it is trained.
+"""FLOPs of a group (prompt, completions, head, and the vision tower where it is trained), and of all passes so far.
 
 Letters: T packed tokens, P prompt, R completion tokens, D hidden, V vocabulary, H heads, K key heads, d head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -70,7 +71,7 @@ class ModelCost:
 
 
 def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequence[int],
-                grid_thw: Sequence[Sequence[int]] = ()) -> int:
+                grid_thw: Sequence[Sequence[int]] = (), *, backward: bool = True) -> int:
     """FLOPs of forward and backward of a packed group whose completions share their prompt.
 
         T = P + sum(R - 1), a completion's last token not being packed
@@ -84,6 +85,8 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
     Args:
         completion_lengths: tokens R of each completion, as sampled.
         grid_thw: of each image and video, as in `MediaInputs`; counts only where the tower is trained.
+        backward: without it a third, a tower's patch embedding excepted. Sampling takes as much: its prompts are run
+            once for all completions, and every token but the last of each completion.
     """
     packed = [max(length - 1, 0) for length in completion_lengths]
     tokens = prompt_tokens + sum(packed)
@@ -91,7 +94,8 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
     layer = tokens * (projections + 3 * cost.hidden * cost.intermediate)
     layer += 2 * cost.heads * cost.head_dim * attention_pairs(prompt_tokens, packed)
     head = cost.hidden * cost.vocabulary * sum(completion_lengths)
-    return 6 * (cost.layers * layer + head) + (tower_flops(cost.tower, grid_thw) if cost.tower else 0)
+    tower = tower_flops(cost.tower, grid_thw, backward=backward) if cost.tower else 0
+    return (6 if backward else 2) * (cost.layers * layer + head) + tower
 
 
 def attention_pairs(prompt: int, packed: Sequence[int]) -> int:
@@ -99,7 +103,7 @@ def attention_pairs(prompt: int, packed: Sequence[int]) -> int:
     return prompt * (prompt + 1) // 2 + sum(length * prompt + length * (length + 1) // 2 for length in packed)
 
 
-def tower_flops(tower: TowerCost, grid_thw: Sequence[Sequence[int]]) -> int:
+def tower_flops(tower: TowerCost, grid_thw: Sequence[Sequence[int]], *, backward: bool = True) -> int:
     """FLOPs of forward and backward of a trained tower; the gradient of the pixels is not computed.
 
     A patch sees its whole picture, or in windowed blocks `window` patches: windows cut by an edge count as full ones.
@@ -112,4 +116,34 @@ def tower_flops(tower: TowerCost, grid_thw: Sequence[Sequence[int]]) -> int:
     wide = tower.merged * tower.hidden
     mergers = tower.mergers * (patches // tower.merged) * wide * (wide + tower.out_hidden)
     embedding = patches * tower.patch_features * tower.hidden
-    return 6 * (tower.depth * block + 2 * tower.hidden * pairs + mergers) + 4 * embedding
+    matrices = tower.depth * block + 2 * tower.hidden * pairs + mergers
+    return 6 * matrices + 4 * embedding if backward else 2 * (matrices + embedding)
+
+
+@dataclass
+class Passes:
+    """What the passes of a model have computed so far, on this rank."""
+
+    flops: int = 0
+    spare_flops: int = 0
+    """Of these: what was not needed, see `stages/step_work.py`."""
+    trained_tokens: int = 0
+    """Packed tokens of the passes with a backward."""
+
+    def copy(self) -> Passes:
+        """As it is now."""
+        return replace(self)
+
+    def since(self, before: Passes) -> Passes:
+        """What has come since a copy was made."""
+        return Passes(self.flops - before.flops, self.spare_flops - before.spare_flops,
+                      self.trained_tokens - before.trained_tokens)
+
+    @contextmanager
+    def spare(self, spare: bool = True) -> Iterator[None]:
+        """A block whose passes are not needed."""
+        before = self.copy()
+        yield
+        if spare:
+            self.spare_flops = before.spare_flops + self.flops - before.flops
+            self.trained_tokens = before.trained_tokens

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -19,6 +19,18 @@ from veripo_fast.errors import ConfigError, PeerFailed, UserError
 Value = TypeVar("Value")
 MEET_SECONDS = 300.0
 """How long ranks wait for each other when they start; a rank that died before it came is missed then."""
+
+
+@dataclass
+class Watch:
+    """Who wants to know how long a rank waits for others."""
+
+    around: Callable[[], AbstractContextManager[None]] | None = None
+    """Makes the block that every exchange of several ranks runs in."""
+
+    def exchange(self) -> AbstractContextManager[None]:
+        """The block of one exchange."""
+        return nullcontext() if self.around is None else self.around()
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class World:
     """Watches the other ranks; None in a world of one."""
     group: Any = None
     """torch.distributed's group; None: the one of all ranks."""
+    watch: Watch = field(default_factory=Watch, compare=False)
 
     @property
     def main(self) -> bool:
@@ -78,7 +91,8 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        with self.watch.exchange():
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, value: Value) -> Value:
@@ -88,7 +102,8 @@ class World:
         import torch.distributed as dist
 
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.group)
+        with self.watch.exchange():
+            dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def move(self, value: Value | None, source: int, target: int) -> Value | None:
@@ -98,10 +113,11 @@ class World:
         import torch.distributed as dist
 
         values: list[Any] = [value]
-        if self.rank == source:
-            dist.send_object_list(values, dst=target)
-            return None
-        dist.recv_object_list(values, src=source)
+        with self.watch.exchange():
+            if self.rank == source:
+                dist.send_object_list(values, dst=target)
+                return None
+            dist.recv_object_list(values, src=source)
         return values[0]
 
     def total(self, values: Sequence[float]) -> list[float]:

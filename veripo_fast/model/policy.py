@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.distributed.backend import Backend, LocalBackend
+from veripo_fast.distributed.flops import ModelCost, group_flops
 from veripo_fast.model.attention import AttentionShape, implementation, select
 from veripo_fast.model.checkpoint_files import (
     COPIED_FILES,
@@ -41,6 +42,7 @@ class Policy(Tower):
         self.model = model
         self.version = 0
         self._idle_batch: PackedBatch | None = None
+        self.text_cost = ModelCost.of(model.config, tower_trained=False)
         self.step = PolicyStep(model, list(encoder.pad_ids.values()))
         self.backend: Backend = LocalBackend(self.step, self.all_parameters)
         model.model.language_model.set_attn_implementation(implementation(attention))
@@ -77,8 +79,18 @@ class Policy(Tower):
 
     def forward(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], inputs: LossInputs) -> StepOutput:
         """`PolicyStep.forward`, wherever the weights lie. Collective where they are sharded."""
+        self._count(batch)
         output: StepOutput = self.backend.forward(batch, features, inputs)
         return output
+
+    def _count(self, batch: PackedBatch) -> None:
+        """Count a pass, which is followed by a backward unless gradients are off."""
+        backward = torch.is_grad_enabled()
+        for group in batch.groups:
+            lengths = [packed + 1 for packed in group.completions]
+            self.passes.flops += group_flops(self.text_cost, group.prompt, lengths, backward=backward)
+        if backward:
+            self.passes.trained_tokens += len(batch.token_ids)
 
     def idle_inputs(self) -> tuple[PackedBatch, list[None], LogprobInputs]:
         """Inputs of `forward` that are a few tokens long."""
@@ -89,7 +101,8 @@ class Policy(Tower):
 
     def idle(self) -> torch.Tensor:
         """A loss of 0 with a gradient of 0: what a rank runs while others have a micro-batch left."""
-        return self.forward(*self.idle_inputs()).logprobs.sum() * 0.0
+        with self.passes.spare():
+            return self.forward(*self.idle_inputs()).logprobs.sum() * 0.0
 
     def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
                cache: PromptCache | None = None) -> torch.Tensor:

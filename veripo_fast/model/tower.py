@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from veripo_fast.config.inputs import ModelConfig
+from veripo_fast.distributed.flops import Passes, TowerCost, tower_flops
 from veripo_fast.model.checkpoint_files import from_pretrained, opened, resolve_device, resolve_path, weight_files
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.types import MediaInputs, VisionFeatures
@@ -34,6 +36,7 @@ class Tower:
         self.visual = visual
         self.encoder = encoder
         self.frozen_vision = frozen
+        self.passes = Passes()
         visual.requires_grad_(not frozen)
 
     @property
@@ -47,6 +50,11 @@ class Tower:
         dtype: torch.dtype = self.visual.dtype
         return dtype
 
+    @cached_property
+    def cost(self) -> TowerCost:
+        """What the FLOPs of its passes depend on."""
+        return TowerCost.of(self.visual.config)
+
     def vision_features(self, media: MediaInputs) -> VisionFeatures:
         """Run the tower on all media of one prompt (images and videos in one call)."""
         return self.vision_features_of([media])[0]
@@ -56,9 +64,12 @@ class Tower:
         visual = self.visual
         pixels = [item.pixel_values for item in media if item.pixel_values is not None]
         assert len(pixels) == len(media), "media were stripped of their pixels before the tower ran"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
+        grids = torch.cat([item.grid_thw for item in media])
+        backward = torch.is_grad_enabled() and not self.frozen_vision
+        self.passes.flops += tower_flops(self.cost, grids.tolist(), backward=backward)
+        with torch.set_grad_enabled(backward):
             out = visual((pixels[0] if len(pixels) == 1 else torch.cat(pixels)).to(self.device, visual.dtype),
-                         grid_thw=torch.cat([item.grid_thw for item in media]).to(self.device), return_dict=True)
+                         grid_thw=grids.to(self.device), return_dict=True)
         merged = self.encoder.vision.merge_size ** 2
         sizes = [int(item.grid_thw.prod(-1).sum()) // merged for item in media]
         deepstack = [level.split(sizes) for level in getattr(out, "deepstack_features", None) or ()]

@@ -34,9 +34,14 @@ METRICS: dict[str, tuple[str, str, tuple[float, float] | None]] = {
     "packed_tokens": ("Packed tokens", "per optimizer step", None),
     "engine_parity_max": ("Parity gate", "largest |trainer − engine| of its prompts, nats", None),
     "sync_bytes": ("Bytes of a sync", "trainer to engine", None),
+    "sampled_tokens_per_second": ("Tokens sampled", "per second of the step", None),
+    "trained_tokens_per_second": ("Tokens trained", "per second of the update", None),
+    "flops": ("FLOPs", "tower, rollout and update", None),
+    "needed_share": ("Needed FLOPs", "share of those done", UNIT),
+    "mfu": ("MFU", "of the dense bfloat16 peak, over the step", UNIT),
 }
 """Known metrics in drawing order: title, what the axis shows, fixed range. Other numeric keys are drawn after them."""
-NO_METRIC = {"global_step", "step", "seconds"}
+NO_METRIC = {"global_step", "step", "seconds", "step_seconds"}
 PHASES = ("decode", "vision", "sync", "rollout", "parity", "reward", "verify", "reference", "forward", "update",
           "checkpoint", "eval")
 """Known phases in the order of the data flow; others follow."""

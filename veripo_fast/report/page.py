@@ -21,6 +21,7 @@ from veripo_fast.errors import UserError
 from veripo_fast.report import curves, scores, verifier
 from veripo_fast.report.run_data import Row, RunData, load_run
 from veripo_fast.report.samples import collect
+from veripo_fast.report.step_bars import step_bars
 from veripo_fast.run.atomic import atomic_write_bytes
 from veripo_fast.text import plural
 
@@ -79,6 +80,7 @@ def _context(run: RunData) -> Row:
         "time_bars": curves.time_bars(run),
         "time_table": curves.time_table(run),
         "phases": curves.phase_order(run),
+        "step_bars": step_bars(run),
         "verifications": verifications,
         "skipped_columns": skipped_columns,
         "skipped_rows": [[_cell(row.get(key)) for key in skipped_columns] for row in run.skipped[:MAX_SKIPPED]],

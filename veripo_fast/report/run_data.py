@@ -152,7 +152,7 @@ def _stages(config: Row, metrics: list[Row]) -> list[Stage]:
     for row in metrics:
         name = str(row.get("stage", "?"))
         stage = stages.setdefault(name, Stage(name, str(row.get("kind", "grpo"))))
-        stage.rows.append(row)
+        stage.rows.append({name: value for name, value in row.items() if name != "speed"} | part(row, "speed"))
     return _with_sources(list(stages.values()))
 
 

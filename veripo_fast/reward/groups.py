@@ -12,6 +12,7 @@ from veripo_kernels import group_advantages
 from veripo_fast.config.schema import Config
 from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.reward.score import score, scores_of, total
+from veripo_fast.schedule.timeline import span
 from veripo_fast.types import RolloutGroup
 
 
@@ -69,7 +70,8 @@ class StreamedScores:
                 if self._ended:
                     break
                 try:
-                    _score_group(group, self._config)
+                    with span("score"):
+                        _score_group(group, self._config)
                 except Exception as error:  # of whatever a reward does; it belongs to the thread that samples
                     self._error = self._error or error
 

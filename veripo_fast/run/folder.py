@@ -7,6 +7,7 @@
       .lock                  who works in the folder
       metrics.jsonl          one line per optimizer phase (see stages/session.py): stage, step, losses, rewards, seconds
       memory.jsonl           one line per finished stage: most bytes held in each phase
+      timeline.jsonl         one line per step, and for what is done between two: spans, waits and counters of each rank
       evals.jsonl            one line per evaluation: stage, mode (greedy or sampled), scores with bootstrap intervals
       skipped.jsonl          media and records that were left out, each with its reason
       rollouts/STAGE/step_000000.parquet
@@ -32,6 +33,7 @@ class RunDir:
         self.inputs = self.root / "inputs.json"
         self.media = self.root / "media.jsonl"
         self.memory = self.root / "memory.jsonl"
+        self.timeline = self.root / "timeline.jsonl"
         self.evals = self.root / "evals.jsonl"
         self.skipped = self.root / "skipped.jsonl"
         self.checkpoints = self.root / "checkpoints"

@@ -35,6 +35,7 @@ from veripo_fast.rollout.store import write_table
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session
+from veripo_fast.stages.step_work import repeated_flops
 from veripo_fast.types import LoadedPrompt, PreferencePair, Prompt, RolloutGroup
 from veripo_fast.verifier.store import read_pairs, write_result
 from veripo_fast.verifier.verify import judged_by_all, make_judge, verify
@@ -73,6 +74,8 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         with session.phase("update"):
             used = torch.tensor([row.number for row in rows], dtype=torch.long)
             values = dpo_update(session.policy, optimizer, rows, ref_logprobs[used], config)
+            session.policy.passes.spare_flops += repeated_flops(
+                session.dealer.cost, [(row.prompt.encoded, row.pair) for row in rows])
         session.finish_step(values, loss=values.get("loss", float("nan")))
 
 

@@ -130,6 +130,7 @@ def stage_reference(session: Session) -> Policy:
     """The policy at the start of the stage, frozen, for the KL term."""
     reference = load_policy(session.config.model, session.stage_start())
     reference.model.requires_grad_(False)
+    reference.passes = session.policy.passes
     distribute_frozen(reference, session.world)
     return reference
 

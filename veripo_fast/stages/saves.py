@@ -22,6 +22,7 @@ from veripo_fast.distributed.world import World
 from veripo_fast.errors import CheckpointError
 from veripo_fast.model.policy import Policy, save_policy, weights_on_host
 from veripo_fast.run.checkpoint import checkpoint_path, save_checkpoint
+from veripo_fast.schedule.timeline import FOR_CHECKPOINT, span
 from veripo_fast.stages.optimizer import Optimizer
 
 
@@ -113,7 +114,8 @@ class Saves:
         if self._thread is None:
             return
         self.check()
-        self._thread.join()
+        with span(FOR_CHECKPOINT):
+            self._thread.join()
         self._thread = None
         error, self._error = self._error, None
         if error is not None:
@@ -121,7 +123,8 @@ class Saves:
 
     def _write_behind(self, content: _Content) -> None:
         try:
-            self._write(content, self._apart)
+            with span("write checkpoint"):
+                self._write(content, self._apart)
         except Exception as error:  # of whatever storage does; it belongs to the thread that trains
             self._error = error
 

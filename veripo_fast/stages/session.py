@@ -19,7 +19,7 @@ from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.distributed.choice import distribute
-from veripo_fast.distributed.shares import gathered, of_engine, over_ranks, own_numbers
+from veripo_fast.distributed.shares import gathered, of_engine, own_numbers
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import DataError
 from veripo_fast.model.checkpoint_files import resolve_path
@@ -33,11 +33,13 @@ from veripo_fast.run.folder import RunDir
 from veripo_fast.run.interrupt import Request, StopRequests
 from veripo_fast.run.memory import HighWater
 from veripo_fast.run.metrics import MetricsLog
+from veripo_fast.schedule.timeline import count, span
 from veripo_fast.stages.books import Books
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.stages.rollouts import stage_rollouts, stored_groups
 from veripo_fast.stages.saves import Saves, State, read_state
+from veripo_fast.stages.step_work import StepWork
 from veripo_fast.stages.stops import end_all, request_of_any
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
 
@@ -59,14 +61,15 @@ class Session:
         self.metrics = metrics
         self.requests = requests
         self.allow_changes = allow_changes
-        self.books = Books(run, world, "media" in allow_changes)
         self.checkpoint = world.on_main(lambda: latest_checkpoint(run.checkpoints))
         self.state = read_state(self.checkpoint)
+        self.books = Books(run, world, "media" in allow_changes, config.train.timeline, self.state.global_step)
         self._began_at = self.state.global_step
         if world.main:
             metrics.truncate_after(self.state.global_step)
         world.doing("loading the policy")
-        self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
+        with span("load"):
+            self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
         self.policy.encoder.path = resolve_path(config.model.path)
@@ -76,9 +79,7 @@ class Session:
                                    config.cache)
         self.saves = Saves(run.checkpoints, self.policy, config.checkpoint, world)
         self.high_water = HighWater(self.policy.device)
-        self._seconds: dict[str, float] = {}
-        self._video_counts: dict[str, float] = {}
-        self._engine_values: dict[str, float] = {}
+        self.work = StepWork(self.policy, config.rollout, world)
         self._stage: StageConfig
         self._optimizer: Optimizer
         self._bar: Any = None
@@ -89,7 +90,8 @@ class Session:
         """Bad prompts that all ranks know, the first of the loader's."""
 
     def close(self) -> None:
-        """Stop the decoding threads, finish writing to cache and checkpoints, and end the engine."""
+        """Stop the decoding threads, finish writing to cache and checkpoints, and end timeline and engine."""
+        self.books.times.close()
         self.loader.close()
         try:
             self.saves.flush()
@@ -103,6 +105,8 @@ class Session:
         self._stage, self._optimizer = stage, optimizer
         with tqdm(total=total, initial=self.state.step, desc=stage.name, unit="step") as self._bar:
             while self.state.step < total:
+                self.work.begin()
+                self.books.times.begin_step(stage.name, self.state.step)
                 yield self.state.step
 
     @contextmanager
@@ -115,17 +119,17 @@ class Session:
         started = time.perf_counter()
         self.world.doing(f"in {name} of step {self.state.global_step}")
         try:
-            with self.high_water.phase(name):
+            with span(name), self.high_water.phase(name):
                 yield
         finally:
             seconds = time.perf_counter() - started
             if name == "vision":
                 done = self.loader.work - work
                 seconds -= done.wait_seconds
-                self._add_seconds("decode", done.wait_seconds)
-                self._video_counts = {"video_decodes": done.video_decodes, "tower_runs": done.tower_runs,
-                                      "cache_hits": done.cache_hits, "decoder_fallbacks": done.decoder_fallbacks}
-            self._add_seconds(name, seconds)
+                self.work.add_seconds("decode", done.wait_seconds)
+                self.work.loaded(done)
+            self.work.add_seconds(name, seconds)
+            count("prefetched bytes", self.loader.held_bytes)
 
     def generate(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, on_group: OnGroup
                  ) -> dict[int, RolloutGroup]:
@@ -139,20 +143,21 @@ class Session:
         groups, sampled = self._stored(loaded, sampling), False
         if groups is None:
             with self.phase("sync"):
-                self._engine_values |= self.engine.sync()
+                self.work.counts |= self.engine.sync()
             with self.phase("rollout"):
                 groups = self.engine.generate(prompts, sampling, on_group, numbers=list(loaded))
             self.engine.sleep()
+            self.work.sampled(prompts, groups)
             sampled = True
         due = self.state.global_step % self.config.rollout.parity_every == 0
         if self.gate is not None and (due or not self._checked_parity):
-            with self.phase("parity"):
+            with self.phase("parity"), self.policy.passes.spare():
                 parity = self.gate.check(prompts, groups, sampling)
             self._checked_parity |= sampled
             if due:
-                self._engine_values["engine_parity_max"] = parity.largest
+                self.work.counts["engine_parity_max"] = parity.largest
         if self.engine.rebuilds:
-            self._engine_values["engine_rebuilds"] = float(self.engine.rebuilds)
+            self.work.counts["engine_rebuilds"] = float(self.engine.rebuilds)
         return dict(zip(loaded, groups, strict=True))
 
     def _stored(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling) -> list[RolloutGroup] | None:
@@ -161,9 +166,6 @@ class Session:
             return None
         path = self.run.rollouts(self._stage.name, self.state.step)
         return stored_groups(path, loaded, sampling, self.policy.version, self.world)
-
-    def _add_seconds(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def finish_step(self, values: dict[str, float], **shown: float) -> None:
         """Count the step, write its metrics, then save if it is time or the run was asked to stop.
@@ -175,12 +177,11 @@ class Session:
         self.state.global_step += 1
         stage = self._stage
         self.saves.check()
-        counts = over_ranks(self._video_counts | self._engine_values, self.world)
-        self.books.write()
+        work = self.work.metrics()
+        self.books.write(stage.name, self.state.global_step)
         if self.world.main:
             self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
-                              "step": self.state.step - 1, **values, **counts, "seconds": self._seconds})
-        self._seconds, self._video_counts, self._engine_values = {}, {}, {}
+                              "step": self.state.step - 1, **values, **work})
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
         if self.state.step == self._bar.total:
@@ -231,7 +232,9 @@ class Session:
         if self.world.main:
             self.high_water.write(self.run.memory, stage.name)
         self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step)
-        self.save(None)
+        with span("checkpoint"):
+            self.save(None)
+        self.books.write(stage.name, self.state.global_step)
 
     # -- what is on disk ------------------------------------------------------------------------------------------
 
@@ -250,7 +253,8 @@ class Session:
         """This rank's share of a batch, by place in it; those that cannot be loaded are left out. Raises DataError."""
         own = self._own_numbers(batch)
         self.books.media.check([batch[number] for number in own])
-        return of_engine(self.loader.load_some(batch, own), self.world, self.config.rollout.tensor_parallel)
+        with self.work.shared():
+            return of_engine(self.loader.load_some(batch, own), self.world, self.config.rollout.tensor_parallel)
 
     def prefetch_share(self, batch: Sequence[Prompt]) -> None:
         """Decode the media of a batch that comes next, of this rank's share."""
