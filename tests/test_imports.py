@@ -8,7 +8,7 @@ import pytest
 from tests.support import import_rules
 from tests.support.paths import REPOSITORY
 
-ORDER = """types errors text < config < run weights distributed < reward < recipes < data < video < model < rollout
+ORDER = """types errors text < config < run weights schedule distributed < reward < recipes < data < video < model < rollout
            < cache < verifier < stages evaluation < trainer < report < inspect < demo < cli < __main__"""
 """Imports inside veripo_fast point left."""
 
@@ -17,7 +17,7 @@ LAZY = ("veripo_fast", "veripo_kernels")
 LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.errors", "veripo_fast.cli", "veripo_fast.config.schema",
          "veripo_fast.config.load", "veripo_fast.config.describe", "veripo_fast.run.folder",
          "veripo_fast.run.checkpoint", "veripo_fast.run.metrics", "veripo_fast.evaluation.intervals",
-         "veripo_fast.distributed.balance", "veripo_fast.distributed.flops"]
+         "veripo_fast.schedule.admission", "veripo_fast.distributed.balance", "veripo_fast.distributed.flops"]
 ROOT_MODULES, LONG, LONG_FILES, LONGEST = 8, 300, 6, 400
 ROOT_FIRST = """
 if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package

@@ -78,10 +78,12 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long a run may take."""
+    """How long a run may take, and what it asks before it begins."""
 
     max_hours: float | None = None
     """Stop before this many hours are over, with a checkpoint to go on from (exit code 75); null: no limit."""
+    check_memory: bool = True
+    """Refuse to start a run that is predicted to need more memory than there is; false: predict, and start."""
 
     def __post_init__(self) -> None:
         positive(self, "max_hours")
