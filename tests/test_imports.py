@@ -8,8 +8,8 @@ import pytest
 from tests.support import import_rules
 from tests.support.paths import REPOSITORY
 
-ORDER = """types errors text < config < run weights schedule distributed < reward < recipes < data < video < model < rollout
-           < cache < verifier < stages evaluation < trainer < report < inspect < demo < cli < __main__"""
+ORDER = """types errors text < config < run weights schedule distributed < reward < recipes < data < video < model
+           < rollout < cache < verifier < stages evaluation < trainer < report < inspect < demo < cli < __main__"""
 """Imports inside veripo_fast point left."""
 
 TRAINER, KERNELS, BENCH = REPOSITORY / "veripo_fast", REPOSITORY / "kernels" / "veripo_kernels", REPOSITORY / "bench"

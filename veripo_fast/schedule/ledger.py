@@ -32,6 +32,8 @@ MIB = 1 << 20
 PROCESS = {"none": 545 * MIB, "fsdp": 600 * MIB, "deepspeed": 640 * MIB, "vllm": 600 * MIB}
 """Interpreter, torch, transformers and the other libraries of a process by backend, once each has been used; what vLLM
 adds stands by itself. Measured on Linux with the CPU builds of torch 2.13 (bench/bench_ledger.py); CUDA's add to it."""
+USED_LATER = 95 * MIB
+"""Of these, what the libraries take when they first decode, score and step: it is not there while the policy loads."""
 SPLINTERED = 0.10
 """Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile."""
 HEAP_BLOCK = 32 * MIB
@@ -114,7 +116,8 @@ class Ledger:
         whole = (shape.language_numbers + shape.vision_numbers) * self.itemsize
         mapped = shape.stored_bytes if not self.on_gpu else 0
         engine = self._engine_weights(starting=True)
-        return self._phase("load", {"weights": whole, "checkpoint files": mapped, **engine}, self._process())
+        return self._phase("load", {"weights": whole, "checkpoint files": mapped, **engine},
+                           {"process": self._process()["process"] - USED_LATER})
 
     def _vision(self, prompts: int) -> Phase:
         work = self.work
