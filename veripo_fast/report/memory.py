@@ -1,4 +1,4 @@
-"""The report's memory table: what each phase was predicted to hold and what it held, and the owners that were summed."""
+"""The report's memory table: what phases were predicted to hold and what they held, and owners that were summed."""
 
 from __future__ import annotations
 

@@ -94,6 +94,8 @@ class Ledger:
         self.trained_tower = not config.model.freeze_vision
         self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, on_gpu)
         self.masked = not on_gpu or config.model.attention == "sdpa"
+        self.reference: Owners = {}
+        """The policy of a KL term, which is there for all of a stage."""
 
     def phases(self, kind: str) -> list[Phase]:
         """Of a stage, in the order in which they come."""
@@ -103,6 +105,7 @@ class Ledger:
             prompts = self.work.pairs
             return [self._load(), self._vision(prompts), self._reference(row), self._update(row, prompts, prompts),
                     self._checkpoint()]
+        self.reference = self._kl()
         row = row_of(self.work.prompt_tokens, self.work.group_size, self.work.completion_tokens, self.work.groups,
                      self.config.optimizer.max_tokens)
         return [self._load(), self._vision(self.work.prompts), self._rollout(),
@@ -154,7 +157,7 @@ class Ledger:
 
     def _update(self, row: Row, groups: int, prompts: int) -> Phase:
         shape, b, held = self.shape, self.itemsize, self.held
-        always = {**self._resident(), **self._features(prompts), "gathered layers": held.gathered, **self._kl()}
+        always = {**self._resident(), **self._features(prompts), "gathered layers": held.gathered}
         several = groups > row.groups
         saved = {"activations": saved_bytes(shape, row, b, self.masked, self.config.model.gradient_checkpointing)}
         if self.trained_tower:
@@ -187,7 +190,7 @@ class Ledger:
         return Phase(name, device, host) if self.on_gpu else Phase(name, {**device, **host})
 
     def _resident(self, stepped: bool = True) -> Owners:
-        resident = dict(self.held.resident)
+        resident = {**self.held.resident, **self.reference}
         return resident if stepped else {name: resident[name] for name in ("weights", "tower")}
 
     def _features(self, prompts: int) -> Owners:
