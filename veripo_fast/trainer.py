@@ -26,6 +26,7 @@ from veripo_fast.run.jsonlines import dump_objects
 from veripo_fast.run.metrics import MetricsLog, read_records
 from veripo_fast.schedule.timeline import span
 from veripo_fast.stages import dpo, grpo
+from veripo_fast.stages.memory import check_memory
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.start import check_ranks, check_run, claimed
 
@@ -46,9 +47,10 @@ def train(config: Config, resume: bool = False, allow_changes: Collection[str] =
     with joined(config.distributed.timeout_seconds, config.model.device) as world, ExitStack() as folder:
         run = world.on_main(lambda: check_run(config, resume, allow_changes))
         inputs = check_ranks(config, world)
+        plan = check_memory(config, world)
         torch.set_num_threads(config.threads or torch.get_num_threads())
         began = world.agreed(lambda: folder.enter_context(
-            claimed(run, config, inputs, resume, allow_changes)) if world.main else None)
+            claimed(run, config, inputs, resume, allow_changes, plan)) if world.main else None)
         with (StopRequests(config.train.max_hours, say=world.main) as requests,
               MetricsLog(run.metrics, run.tensorboard) as metrics):
             session = Session(config, run, metrics, requests, allow_changes, world)

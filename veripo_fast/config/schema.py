@@ -78,12 +78,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long a run may take, and what it notes of that."""
+    """How long a run may take, what it asks before it begins, and what it notes."""
 
     max_hours: float | None = None
     """Stop before this many hours are over, with a checkpoint to go on from (exit code 75); null: no limit."""
     timeline: bool = True
     """Note where time goes on every rank, in timeline.jsonl of the run folder (`veripo timeline`)."""
+    check_memory: bool = True
+    """Refuse to start a run that is predicted to need more memory than there is; false: predict, and start."""
 
     def __post_init__(self) -> None:
         positive(self, "max_hours")

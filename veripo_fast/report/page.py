@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from veripo_fast.errors import UserError
 from veripo_fast.report import curves, scores, verifier
+from veripo_fast.report.memory import memory_table
 from veripo_fast.report.run_data import Row, RunData, load_run
 from veripo_fast.report.samples import collect
 from veripo_fast.report.step_bars import step_bars
@@ -81,6 +82,7 @@ def _context(run: RunData) -> Row:
         "time_table": curves.time_table(run),
         "phases": curves.phase_order(run),
         "step_bars": step_bars(run),
+        "memory_table": memory_table(run),
         "verifications": verifications,
         "skipped_columns": skipped_columns,
         "skipped_rows": [[_cell(row.get(key)) for key in skipped_columns] for row in run.skipped[:MAX_SKIPPED]],

@@ -13,6 +13,7 @@ from veripo_fast.config.schema import Config
 from veripo_fast.distributed.backend import whole_shape
 from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.model.policy import Policy
+from veripo_fast.run.memory import free_bytes
 from veripo_fast.text import memory
 
 _BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -86,15 +87,6 @@ def kv_bytes_per_token(policy: Policy) -> int:
 def engine_weight_bytes(policy: Policy) -> int:
     """Weights of the engine, its tower included, which it allocates while it starts."""
     return sum(math.prod(whole_shape(parameter)) * parameter.element_size() for parameter in policy.model.parameters())
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 (no path of a user)
-        sizes = dict(line.split(":") for line in file)
-    return int(sizes["MemAvailable"].split()[0]) * 1024
 
 
 def _default_bytes(device: torch.device) -> int:

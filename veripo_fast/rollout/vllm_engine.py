@@ -20,13 +20,13 @@ from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.model.policy import Policy, in_own_memory
 from veripo_fast.rollout import vllm_library as library
 from veripo_fast.rollout.engine_input import Vision, media_of
-from veripo_fast.rollout.limits import EngineLimits, free_bytes
+from veripo_fast.rollout.limits import EngineLimits
 from veripo_fast.rollout.protocol import OnGroup, Sampling
 from veripo_fast.rollout.vllm_hooks import EngineFailure, Hooks, call, guarded
 from veripo_fast.rollout.vllm_output import group_of
 from veripo_fast.rollout.vllm_weights import sync_of
 from veripo_fast.rollout.watchdog import Watchdog
-from veripo_fast.run.memory import return_freed_memory
+from veripo_fast.run.memory import free_bytes, return_freed_memory
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.text import memory
 from veripo_fast.types import LoadedPrompt, Message, Prompt, RolloutGroup

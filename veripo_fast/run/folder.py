@@ -6,7 +6,8 @@
       media.jsonl            what each medium was when it was first used
       .lock                  who works in the folder
       metrics.jsonl          one line per optimizer phase (see stages/session.py): stage, step, losses, rewards, seconds
-      memory.jsonl           one line per finished stage: most bytes held in each phase
+      memory.json            what each phase of each stage was predicted to hold, by owner, before the run began
+      memory.jsonl           one line per finished stage: most bytes held in each phase, beside the prediction
       timeline.jsonl         one line per step, and for what is done between two: spans, waits and counters of each rank
       evals.jsonl            one line per evaluation: stage, mode (greedy or sampled), scores with bootstrap intervals
       skipped.jsonl          media and records that were left out, each with its reason
@@ -34,6 +35,7 @@ class RunDir:
         self.media = self.root / "media.jsonl"
         self.memory = self.root / "memory.jsonl"
         self.timeline = self.root / "timeline.jsonl"
+        self.memory_plan = self.root / "memory.json"
         self.evals = self.root / "evals.jsonl"
         self.skipped = self.root / "skipped.jsonl"
         self.checkpoints = self.root / "checkpoints"

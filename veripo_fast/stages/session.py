@@ -22,7 +22,7 @@ from veripo_fast.distributed.choice import distribute
 from veripo_fast.distributed.shares import gathered, of_engine, own_numbers
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import DataError
-from veripo_fast.model.checkpoint_files import resolve_path
+from veripo_fast.model.checkpoint_files import resolve_device, resolve_path
 from veripo_fast.model.policy import in_own_memory, load_policy
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
@@ -36,6 +36,7 @@ from veripo_fast.run.metrics import MetricsLog
 from veripo_fast.schedule.timeline import count, span
 from veripo_fast.stages.books import Books
 from veripo_fast.stages.dealer import Dealer
+from veripo_fast.stages.memory import MemoryBooks
 from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.stages.rollouts import stage_rollouts, stored_groups
 from veripo_fast.stages.saves import Saves, State, read_state
@@ -68,7 +69,9 @@ class Session:
         if world.main:
             metrics.truncate_after(self.state.global_step)
         world.doing("loading the policy")
-        with span("load"):
+        self.high_water = HighWater(resolve_device(config.model.device))
+        self.memory = MemoryBooks(run, self.high_water, world)
+        with span("load"), self.high_water.phase("load"):
             self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
@@ -78,10 +81,9 @@ class Session:
         self.loader = PromptLoader(self.policy, config.video, config.data.max_prompt_tokens, self.books.skip_prompt,
                                    config.cache)
         self.saves = Saves(run.checkpoints, self.policy, config.checkpoint, world)
-        self.high_water = HighWater(self.policy.device)
         self.work = StepWork(self.policy, config.rollout, world)
         self._stage: StageConfig
-        self._optimizer: Optimizer
+        self._optimizer: Optimizer | None = None
         self._bar: Any = None
         self.engine = make_engine(config, self.policy)  # last: what is built must be closed
         self.gate = gate_of(config, self.policy, self.engine)
@@ -182,6 +184,7 @@ class Session:
         if self.world.main:
             self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
                               "step": self.state.step - 1, **values, **work})
+        self.memory.step_done(self.loader.cache.bytes)
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
         if self.state.step == self._bar.total:
@@ -228,9 +231,8 @@ class Session:
 
     def finish_stage(self) -> None:
         """Count the stage and write a checkpoint of its end."""
-        stage = self.config.stages[self.state.stage]
-        if self.world.main:
-            self.high_water.write(self.run.memory, stage.name)
+        self.memory.stage_done(self.config.stages[self.state.stage].name, self._optimizer)
+        self._optimizer = None
         self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step)
         with span("checkpoint"):
             self.save(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,15 @@ def check_run(config: Config, resume: bool, allow_changes: Collection[str] = ())
 
 
 @contextmanager
-def claimed(run: RunDir, config: Config, inputs: dict[str, Any], resume: bool, allow_changes: Collection[str] = ()
-            ) -> Iterator[Callable[[], None]]:
+def claimed(run: RunDir, config: Config, inputs: dict[str, Any], resume: bool, allow_changes: Collection[str] = (),
+            memory: Mapping[str, Any] | None = None) -> Iterator[Callable[[], None]]:
     """Hold the run folder, with what the run is made of written into it.
 
     What is given has to be called once the run has begun: the folder of a new one that could not is left empty, so that
     the next attempt finds it free.
+
+    Args:
+        memory: what its phases will hold, from `stages.memory.check_memory`.
 
     Raises:
         ConfigError: another process holds it, or a resume would go on with other inputs.
@@ -73,6 +76,8 @@ def claimed(run: RunDir, config: Config, inputs: dict[str, Any], resume: bool, a
     with RunLock(run.root):
         try:
             begin_run(run, config, inputs, resume, allow_changes)
+            if memory is not None:
+                atomic_write_text(run.memory_plan, json.dumps(memory, indent=1) + "\n")
             yield begin
         finally:
             if not began:

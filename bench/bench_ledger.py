@@ -1,0 +1,162 @@
+"""What the memory ledger predicts of a run against what the run holds: real `veripo train` runs of a 30 M policy.
+
+    python bench/bench_ledger.py [--cases base fsdp ...] [--folder FOLDER]
+
+Each case is a run of its own in child processes, with one thread a rank, in which every completion reaches its limit:
+the policy is taught for a minute to answer at once and then to go on, so that groups carry a signal and are as long as
+the ledger expects. `data.max_prompt_tokens` stands just above the longest prompt. Measured is VmHWM of rank 0 in each
+phase (run/memory.py), predicted is memory.json, which was written before. Lines go to bench/results/ledger.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import gettempdir
+
+if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
+    sys.path[0] = __file__.rpartition("/bench/")[0]
+
+import torch
+
+from bench import recipe
+from bench.measure import digits
+from bench.tied import PATHS, tied
+from bench.wide_model import write_checkpoint
+from veripo_fast.config.inputs import DataConfig, ModelConfig
+from veripo_fast.data.prompts import load_prompts
+from veripo_fast.demo.corpus import write_corpus
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import load_policy, save_policy
+from veripo_fast.types import Prompt
+
+GRPO, LOOP = "[{kind: grpo}]", "[{kind: grpo}, {kind: dpo}]"
+COMMON = {
+    "threads": 1, "model.device": "cpu", "video.fps": "null", "video.num-frames": 16, "video.min-pixels": 65536,
+    "video.max-pixels": 65536, "data.max-prompt-tokens": 640, "rollout.group-size": 8, "rollout.max-new-tokens": 64,
+    "grpo.steps": 2, "grpo.prompts-per-step": 4, "grpo.learning-rate": 1e-6, "dpo.learning-rate": 1e-6,
+    "dpo.pairs-per-step": 4, "dpo.max-steps": 2, "optimizer.max-tokens": 1024, "eval.at": "never", "stages": GRPO}
+ZERO = {"distributed.backend": "deepspeed"}
+CASES: dict[str, tuple[int, dict[str, object]]] = {
+    "base": (1, {}),
+    "two groups a micro-batch": (1, {"optimizer.max-tokens": 2200}),
+    "group of 16": (1, {"rollout.group-size": 16}),
+    "KL reference": (1, {"grpo.kl-coef": 0.05}),
+    "tower trained": (1, {"model.freeze-vision": "false"}),
+    "bfloat16": (1, {"model.dtype": "bfloat16"}),
+    "gradient checkpointing": (1, {"model.gradient-checkpointing": "true"}),
+    "dpo": (1, {"stages": LOOP, "grpo.steps": 1}),
+    "fsdp": (2, {}),
+    "fsdp, KL reference": (2, {"grpo.kl-coef": 0.05}),
+    "fsdp, bfloat16": (2, {"model.dtype": "bfloat16"}),
+    "zero 1": (2, {**ZERO, "distributed.zero-stage": 1}),
+    "zero 2": (2, {**ZERO, "distributed.zero-stage": 2}),
+    "zero 3, vllm": (2, {**ZERO, "distributed.zero-stage": 3, "rollout.engine": "vllm", "rollout.kv-cache-gb": 0.25}),
+}
+"""Name -> ranks, and options beside `COMMON`."""
+
+
+def prepared(folder: Path) -> None:
+    """A corpus and the policy, unless they are there."""
+    if not (folder / "corpus").exists():
+        write_corpus(folder / "corpus", 12, 4, 0)
+    if not (folder / "model").exists():
+        write_checkpoint(folder / "start", "30m")
+        teach(folder)
+
+
+def teach(folder: Path, steps: int = 25) -> None:
+    """Teacher forcing on the questions without their videos: an answer, then words that do not end."""
+    rng = random.Random(0)
+    policy = load_policy(ModelConfig(path=str(folder / "start"), device="cpu"))
+    encoder = policy.encoder
+    prompts, _ = load_prompts([str(folder / "corpus" / "train.jsonl")], DataConfig())
+    encoded = [encoder.encode(without_media(prompt), None) for prompt in prompts]
+    optimizer = torch.optim.AdamW([parameter for _, parameter in policy.parameters()], betas=(0.9, 0.95))
+    for step in range(steps):
+        chosen = rng.sample(range(len(prompts)), 4)
+        groups = [(encoded[i], [encoder.encode_completion(answer(prompts[i], rng)) for _ in range(2)]) for i in chosen]
+        loss = -policy.completion_logprobs(pack(groups), [None] * len(groups)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 8)
+        optimizer.step()
+    policy.model.to(torch.bfloat16)  # as shipped checkpoints are
+    save_policy(policy, folder / "model")
+
+
+def without_media(prompt: Prompt) -> Prompt:
+    """The prompt as text alone."""
+    return replace(prompt, messages=tuple(
+        replace(message, parts=tuple(part for part in message.parts if isinstance(part, str)))
+        for message in prompt.messages))
+
+
+def answer(prompt: Prompt, rng: random.Random) -> str:
+    """Right in two of five, and then words without an end."""
+    names = ["A", "B", "C", "D"][:len(prompt.options)] or ["1", "2", "3", "40"]
+    given = prompt.gold if rng.random() < 0.4 else rng.choice(names)
+    thought = given if rng.random() < 0.7 else rng.choice(names)
+    return f"<think>so {thought}.</think><answer>{given}</answer>" + " so so so so" * 10
+
+
+def run(folder: Path, name: str, python: str) -> Path:
+    """Train; returns the run folder."""
+    ranks, changes = CASES[name]
+    out = folder / "runs" / name.replace(" ", "-").replace(",", "")
+    if out.exists():
+        sys.exit(f"{out} exists already; remove it or name another --folder")
+    (folder / "empty.yaml").write_text("{}\n")
+    options = {**COMMON, "run-dir": out, "model.path": folder / "model",
+               "data.train": folder / "corpus" / "train.jsonl", **changes}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+    done = subprocess.run(
+        tied(python, *launch, "-m", "veripo_fast", "train", "--config", folder / "empty.yaml", *words),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(PATHS)},
+        capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the run {name} ended with {done.returncode}: {done.stderr[-3000:]}")
+    return out
+
+
+def row_of(name: str, stage: dict[str, object]) -> dict[str, object]:
+    """Predicted and measured peaks of a stage, in MiB, and their ratio."""
+    measured: dict[str, int] = stage["peak_bytes"]  # type: ignore[assignment]
+    plan: dict[str, dict[str, dict[str, int]]] = stage["predicted"]  # type: ignore[assignment]
+    predicted = {phase: sum(owners["device"].values()) for phase, owners in plan.items() if phase in measured}
+    peak = max(measured.values())
+    return {"bench": "ledger", "case": name, "ranks": CASES[name][0], "stage": stage["stage"],
+            "predicted_mib": {phase: count >> 20 for phase, count in predicted.items()},
+            "measured_mib": {phase: measured[phase] >> 20 for phase in predicted},
+            "ratios": {phase: digits(count / measured[phase]) for phase, count in predicted.items()},
+            "peak_predicted_mib": max(predicted.values()) >> 20, "peak_measured_mib": peak >> 20,
+            "peak_ratio": digits(max(predicted.values()) / peak),
+            "owners_mib": {owner: count >> 20 for owner, count in
+                           plan[max(predicted, key=lambda phase: predicted[phase])]["device"].items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[name for name in CASES if "vllm" not in name])
+    parser.add_argument("--folder", type=Path, default=Path(gettempdir()) / "veripo-ledger")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the runs, such as one that has vLLM")
+    args = parser.parse_args()
+    prepared(args.folder)
+    for name in args.cases:
+        out = run(args.folder, name, args.python)
+        for line in (out / "memory.jsonl").read_text().splitlines():
+            row = row_of(name, json.loads(line))
+            path = recipe.append("ledger", row)
+            print(name, row["stage"], row["ratios"], "peak", row["peak_ratio"], path, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Predicted activations against every storage that autograd saves in a forward pass of a real policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.support import policies
+from veripo_fast.model import shared_prefix
+from veripo_fast.model.packing import pack
+from veripo_fast.model.policy import Policy
+from veripo_fast.model.shared_prefix import GroupSpan
+from veripo_fast.schedule import activations
+from veripo_fast.schedule.activations import Row, row_of, saved_bytes, tower_saved_bytes
+from veripo_fast.schedule.shapes import read_shape
+
+DTYPES = {"float32": (torch.float32, 4), "bfloat16": (torch.bfloat16, 2)}
+
+
+def saved_by(policy: Policy, forward: Callable[[], object]) -> int:
+    """Bytes of all storages that autograd saves, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # holds them, so that no address comes twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.fixture(params=[(family, dtype) for family in policies.FAMILIES for dtype in DTYPES], ids="-".join)
+def typed(request: pytest.FixtureRequest) -> object:
+    """A policy in a dtype, which is float32 again afterwards."""
+    family, dtype = request.param
+    policy = policies.policy(family)
+    policy.model.to(DTYPES[dtype][0])
+    yield policy, read_shape(policies.checkpoint(family)), DTYPES[dtype][1]
+    policy.model.to(torch.float32)
+
+
+@pytest.mark.parametrize(("groups", "completions", "length"), [(1, 4, 17), (2, 3, 40), (3, 8, 5)])
+def test_language_model(typed, groups: int, completions: int, length: int) -> None:
+    policy, shape, itemsize = typed
+    item = policies.loaded(policy, [("video", 8, 4, 4)])
+    written = policies.random_completions([length] * completions)
+    batch = pack([(item.encoded, written)] * groups)
+    row = Row(groups, len(item.encoded.token_ids), completions, length)
+    assert row.tokens == len(batch.token_ids) and row.predicted == len(batch.targets)
+
+    saved = saved_by(policy, lambda: policy.hidden(batch, [item.features] * groups))
+
+    assert saved_bytes(shape, row, itemsize, masked=True, checkpointing=False) == pytest.approx(saved, rel=0.02)
+
+
+def test_tower(typed) -> None:
+    policy, shape, itemsize = typed
+    media = policies.random_media(policy.encoder, [("video", 8, 4, 6)])
+
+    saved = saved_by(policy, lambda: policy.vision_features_of([media]))
+
+    predicted = tower_saved_bytes(shape.tower, int(media.grid_thw.prod()), itemsize)
+    assert predicted == pytest.approx(saved, rel=0.05)
+
+
+def test_gradient_checkpointing_keeps_one_input_a_layer() -> None:
+    policy, shape = policies.policy("qwen3_vl"), read_shape(policies.checkpoint("qwen3_vl"))
+    item = policies.loaded(policy, [("video", 8, 4, 4)])
+    batch = pack([(item.encoded, policies.random_completions([30] * 4))])
+    row = Row(1, len(item.encoded.token_ids), 4, 30)
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.train()
+    try:
+        saved = saved_by(policy, lambda: policy.hidden(batch, [item.features]))
+    finally:
+        policy.model.gradient_checkpointing_disable()
+        policy.model.eval()
+    kept = saved_bytes(shape, row, 4, masked=True, checkpointing=True) - activations.layer_bytes(shape, row, 4, True)
+    assert kept == pytest.approx(saved, rel=0.1), "one layer more is there while it runs again"
+
+
+def test_blocks_are_those_of_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert activations.MAX_MASK_ELEMENTS == shared_prefix.MAX_MASK_ELEMENTS
+    for module in (activations, shared_prefix):
+        monkeypatch.setattr(module, "MAX_MASK_ELEMENTS", 5000)
+    span = GroupSpan(0, 90, (16,) * 7)
+    assert Row(1, 90, 7, 17).blocks() == [tokens for tokens, _ in span.blocks]
+    assert len(span.blocks) > 2
+    assert Row(1, 90, 7, 17).mask_numbers == sum(mask.numel() for _, mask in span.blocks)
+
+
+def test_constants_are_those_of_the_kernels() -> None:
+    from veripo_kernels import linear_loss, linear_torch
+
+    assert (activations.TILE, activations.WORKSPACE_BYTES) == (linear_torch.TILE, linear_loss.WORKSPACE_BYTES)
+
+
+@pytest.mark.parametrize(("share", "max_tokens", "tokens"), [(4, 10, 130), (4, 300, 300), (4, 10_000, 520)])
+def test_rows_fill_up_to_the_limit_unless_a_group_is_larger(share: int, max_tokens: int, tokens: int) -> None:
+    assert row_of(100, 3, 11, share, max_tokens).tokens == tokens

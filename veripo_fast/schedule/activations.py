@@ -1,0 +1,138 @@
+"""Bytes that a forward pass leaves for its backward pass, and what both need besides, counted from the code that runs.
+
+The counts are those of transformers' Qwen2.5-VL and Qwen3-VL in eager mode with veripo's attention
+(model/shared_prefix.py, model/packed_attention.py): what autograd saves, each storage once.
+tests/schedule/test_activations.py compares them with what it saves.
+
+Letters: T packed tokens, P prompt, R completion tokens, G group, M predicted tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veripo_fast.schedule.shapes import ModelShape, TowerShape
+
+MAX_MASK_ELEMENTS = 1 << 25
+"""That of model/shared_prefix.py, which a test compares."""
+TILE = 1024
+"""That of veripo_kernels/linear_torch.py."""
+WORKSPACE_BYTES = 1 << 30
+"""That of veripo_kernels/linear_loss.py."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A packed row of equal groups; their number may be broken, where groups of several sizes fill a row."""
+
+    groups: float
+    prompt: int
+    """P."""
+    completions: int
+    """G."""
+    length: int
+    """R, of each completion; its last token is not packed."""
+
+    @property
+    def group_tokens(self) -> int:
+        return self.prompt + self.completions * (self.length - 1)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return round(self.groups * self.group_tokens)
+
+    @property
+    def predicted(self) -> int:
+        """M."""
+        return round(self.groups * self.completions * self.length)
+
+    def blocks(self) -> list[int]:
+        """Completion tokens of each block of a group, as `GroupSpan.blocks` cuts them."""
+        packed, blocks, tokens = self.length - 1, list[int](), 0
+        for _ in range(self.completions):
+            if tokens and (tokens + packed) * (self.prompt + tokens + packed) > MAX_MASK_ELEMENTS:
+                blocks.append(tokens)
+                tokens = 0
+            tokens += packed
+        return [*blocks, tokens] if tokens else blocks
+
+    @property
+    def mask_numbers(self) -> int:
+        """Elements of the masks of all blocks."""
+        return round(self.groups * sum(tokens * (self.prompt + tokens) for tokens in self.blocks()))
+
+
+def row_of(prompt: int, completions: int, length: int, share: int, max_tokens: int) -> Row:
+    """The largest micro-batch of `share` groups: `max_tokens` filled, or a larger group alone."""
+    group = Row(1, prompt, completions, length)
+    tokens = min(max(max_tokens, group.group_tokens), share * group.group_tokens)
+    return Row(tokens / group.group_tokens, prompt, completions, length)
+
+
+def _norm(width: int, itemsize: int) -> int:
+    """An RMS norm of a token: its input in float32, the normed in the dtype of the weights, and what it gives."""
+    return width * (4 + 2 * itemsize)
+
+
+def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int:
+    """What a decoder layer saves for its backward pass.
+
+    Args:
+        masked: attention by SDPA in blocks, with a mask and copies of the prompt's keys and values each; else by one
+            varlen call, with copies for every completion but the first.
+    """
+    heads = shape.heads
+    token = 2 * _norm(shape.hidden, itemsize) + 4 * shape.intermediate * itemsize
+    token += 3 * shape.queries * itemsize + 2 * shape.keys * itemsize  # rotated, attended, its copy; keys and values
+    token += 4 * heads + 8
+    if shape.family == "qwen3_vl":
+        token += (shape.queries + shape.keys) * (4 + itemsize) + 8 * heads
+    blocks = row.blocks()
+    if masked:
+        copied = row.groups * sum(row.prompt + tokens for tokens in blocks)
+    else:
+        copied = row.tokens + row.groups * max(row.completions - 1, 0) * row.prompt
+    saved = row.tokens * token + round(copied) * 2 * shape.keys * itemsize
+    return saved + (row.mask_numbers * itemsize if masked else 0)
+
+
+def saved_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool, checkpointing: bool) -> int:
+    """What the language model saves: every layer, or with gradient checkpointing the input of each and one layer."""
+    last = row.tokens * shape.hidden * (4 + itemsize)
+    layer = layer_bytes(shape, row, itemsize, masked)
+    if checkpointing:
+        return last + layer + shape.layers * row.tokens * shape.hidden * itemsize
+    return last + shape.layers * layer
+
+
+def working_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
+    """Tensors that a layer holds at once besides what it saves: the gated MLP with the residual stream around it."""
+    mlp = 3 * shape.intermediate + 3 * shape.hidden
+    attention = 4 * shape.queries + 4 * shape.keys + 3 * shape.hidden
+    return tokens * max(mlp, attention) * itemsize
+
+
+def tower_saved_bytes(tower: TowerShape, patches: int, itemsize: int) -> int:
+    """What a tower that trains saves for its backward pass."""
+    hidden = tower.hidden
+    norms = 2 * _norm(hidden, itemsize) if tower.gated else 4 * hidden * itemsize
+    block = norms + (7 * hidden + (4 if tower.gated else 2) * tower.intermediate) * itemsize + 4 * tower.heads
+    mergers = (3 * (1 + tower.deepstack) + 1) * hidden * itemsize
+    return patches * (tower.depth * block + mergers + tower.features * itemsize)
+
+
+def tower_working_bytes(tower: TowerShape, patches: int, itemsize: int) -> int:
+    """Tensors that a block holds at once while no gradient is wanted; queries and keys are rotated in float32."""
+    mlp = ((3 if tower.gated else 2) * tower.intermediate + 2 * tower.hidden) * itemsize
+    attention = tower.hidden * (5 * itemsize + 4 * 6)
+    return patches * max(mlp, attention)
+
+
+def loss_bytes(shape: ModelShape, row: Row, itemsize: int, on_gpu: bool) -> dict[str, int]:
+    """Of the fused loss: the logits of a run, and the gradients by hidden states and head that it forms on the way."""
+    wide = 2 if on_gpu else 4
+    rows = min(row.predicted, max(WORKSPACE_BYTES // (shape.vocabulary * wide), 1))
+    tile = 0 if on_gpu else 3 * rows * min(TILE, shape.vocabulary) * 4 + min(TILE, shape.vocabulary) * shape.hidden * 4
+    hidden = row.predicted * shape.hidden * (2 * itemsize + 4)
+    return {"logits": rows * shape.vocabulary * wide + tile, "loss": hidden, "head gradient": shape.head_numbers * 4}

@@ -1,0 +1,243 @@
+"""The memory ledger: how many bytes each phase of a run will hold on one rank, and who owns them, before anything runs.
+
+Pure functions of the model's shape, the configuration, the number of ranks and the kind of device. What the numbers
+are made of lies in placement.py (weights, gradients, AdamW), activations.py (forward and backward) and workload.py (the
+largest step); this file says what is there at the same time. A phase has several moments, and its peak is the largest.
+
+Not in it: what a CUDA context holds, which the free memory of a GPU leaves out too, and how an allocator splinters on a
+GPU. On a CPU the process itself is an owner, and so is what glibc keeps of freed blocks (`SPLINTERED`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from veripo_fast.config.load import apply_overrides
+from veripo_fast.config.schema import Config, StageConfig
+from veripo_fast.schedule.activations import (
+    Row,
+    loss_bytes,
+    row_of,
+    saved_bytes,
+    tower_saved_bytes,
+    tower_working_bytes,
+    working_bytes,
+)
+from veripo_fast.schedule.placement import Held, Owners, Placement, frozen_bytes, held_by
+from veripo_fast.schedule.shapes import ModelShape
+from veripo_fast.schedule.workload import Workload, workload_of
+
+MIB = 1 << 20
+PROCESS = {"none": 545 * MIB, "fsdp": 600 * MIB, "deepspeed": 640 * MIB, "vllm": 600 * MIB}
+"""Interpreter, torch, transformers and the other libraries of a process by backend, once each has been used; what vLLM
+adds stands by itself. Measured on Linux with the CPU builds of torch 2.13 (bench/bench_ledger.py); CUDA's add to it."""
+USED_LATER = 95 * MIB
+"""Of these, what the libraries take when they first decode, score and step: it is not there while the policy loads."""
+SPLINTERED = 0.10
+"""Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile."""
+HEAP_BLOCK = 32 * MIB
+"""glibc takes smaller blocks from its heap, where what is kept of a layer pins the free blocks around it."""
+SAMPLING_BYTES = 40
+"""Per logit of the torch engine while a token is drawn: float32 copies, and a sum in float64."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The largest moment of a phase, on one rank."""
+
+    name: str
+    device: Owners
+    """Owner -> bytes on the device that trains; on a CPU everything."""
+    host: Owners = field(default_factory=dict)
+    """Of a GPU: the same in host memory."""
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def largest(self) -> str:
+        """The owner with most bytes on the device."""
+        return max(self.device, key=lambda owner: self.device[owner])
+
+
+def predict(shape: ModelShape, config: Config, ranks: int = 1, *, on_gpu: bool = False) -> dict[str, list[Phase]]:
+    """The phases of every stage of a run, by the stage's name."""
+    stages = {}
+    for stage in config.stages:
+        own = apply_overrides(config, stage.set) if stage.set else config
+        stages[stage.name] = stage_phases(shape, own, stage, ranks, on_gpu=on_gpu)
+    return stages
+
+
+def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, *, on_gpu: bool) -> list[Phase]:
+    """The phases of one stage, whose overrides are in `config`."""
+    return Ledger(shape, config, ranks, on_gpu, workload_of(config, shape, ranks)).phases(stage.kind)
+
+
+class Ledger:
+    """The owners of one stage on one rank.
+
+    Args:
+        work: the step that is looked at.
+    """
+
+    def __init__(self, shape: ModelShape, config: Config, ranks: int, on_gpu: bool, work: Workload) -> None:
+        self.shape, self.config, self.ranks, self.on_gpu, self.work = shape, config, ranks, on_gpu, work
+        self.itemsize = 4 if config.model.dtype == "float32" else 2
+        self.placement = Placement.of(config.distributed, ranks)
+        self.trained_tower = not config.model.freeze_vision
+        self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, on_gpu)
+        self.masked = not on_gpu or config.model.attention == "sdpa"
+        self.reference: Owners = {}
+        """The policy of a KL term, which is there for all of a stage."""
+
+    def phases(self, kind: str) -> list[Phase]:
+        """Of a stage, in the order in which they come."""
+        if kind == "dpo":
+            row = row_of(self.work.prompt_tokens, 2, self.work.completion_tokens, self.work.pairs,
+                         self.config.optimizer.max_tokens)
+            prompts = self.work.pairs
+            return [self._load(), self._vision(prompts), self._reference(row), self._update(row, prompts, prompts),
+                    self._checkpoint()]
+        self.reference = self._kl()
+        row = row_of(self.work.prompt_tokens, self.work.group_size, self.work.completion_tokens, self.work.groups,
+                     self.config.optimizer.max_tokens)
+        return [self._load(), self._vision(self.work.prompts), self._rollout(),
+                self._update(row, self.work.groups, self.work.prompts), self._checkpoint()]
+
+    # -- phases -------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> Phase:
+        """The files are mapped, and each weight is copied into memory of its own; every rank loads all of them."""
+        shape = self.shape
+        whole = (shape.language_numbers + shape.vision_numbers) * self.itemsize
+        mapped = shape.stored_bytes if not self.on_gpu else 0
+        engine = self._engine_weights(starting=True)
+        return self._phase("load", {"weights": whole, "checkpoint files": mapped, **engine},
+                           {"process": self._process()["process"] - USED_LATER})
+
+    def _vision(self, prompts: int) -> Phase:
+        work = self.work
+        tower = {"tower activations": tower_working_bytes(self.shape.tower, work.patches, self.itemsize),
+                 "patches": 2 * work.patches * self.shape.tower.features * self.itemsize}
+        frames = 3 * work.pixels * prompts
+        return self._phase("vision", {**self._resident(), **self._features(prompts), **tower},
+                           {"frames": frames, **self._host()})
+
+    def _rollout(self) -> Phase:
+        if self.config.rollout.engine == "vllm":
+            return self._phase("rollout", {**self._resident(), **self._features(self.work.prompts),
+                                           **self._engine_weights(starting=False), **self._engine_cache()},
+                               self._host())
+        work, shape, b = self.work, self.shape, self.itemsize
+        tokens, rows = work.prompts * work.prompt_tokens, work.prompts * work.group_size
+        token_cache = 2 * shape.keys * shape.layers * b
+        always = {**self._resident(), **self._features(work.prompts), "whole weights": self.held.whole}
+        working = working_bytes(shape, tokens, b)
+        in_heap = not self.on_gpu and tokens * shape.intermediate * b < HEAP_BLOCK
+        prefill = {**always, "prompt cache": tokens * token_cache, "allocator": working if in_heap else 0,
+                   "activations": working + tokens * shape.hidden * b}
+        drawn = rows * work.completion_tokens * (8 + 8 + 4)
+        decode = {**always, "prompt cache": 2 * tokens * token_cache,  # a copy while it is padded, or prompts end
+                  "completion cache": rows * work.completion_tokens * token_cache, "draws": drawn}
+        scores = rows * shape.heads * (work.prompt_tokens + work.completion_tokens) * 4 * 4
+        sampled = {**decode, "logits": rows * shape.vocabulary * SAMPLING_BYTES, "attention scores": scores}
+        return max((self._phase("rollout", owners, self._host()) for owners in (prefill, sampled)),
+                   key=lambda phase: phase.device_bytes)
+
+    def _reference(self, row: Row) -> Phase:
+        return self._phase("reference", {**self._resident(stepped=False), **self._features(self.work.pairs),
+                                         **self._forward(row)}, self._host())
+
+    def _update(self, row: Row, groups: int, prompts: int) -> Phase:
+        shape, b, held = self.shape, self.itemsize, self.held
+        always = {**self._resident(), **self._features(prompts), "gathered layers": held.gathered}
+        several = groups > row.groups
+        saved = {"activations": saved_bytes(shape, row, b, self.masked, self.config.model.gradient_checkpointing)}
+        if self.trained_tower:
+            patches = round(self.work.patches * row.groups)
+            saved["tower activations"] = tower_saved_bytes(shape.tower, patches, b)
+        loss = loss_bytes(shape, row, b, self.on_gpu)
+        earlier = {"gradients": held.gradients if several else 0}
+        backward = {"backward": working_bytes(shape, row.tokens, b), "head gradient": 2 * loss["head gradient"]}
+        splintered = {} if self.on_gpu else {"allocator": round(SPLINTERED * sum(saved.values()))}
+        moments = [{**always, **saved, **loss, **earlier, **splintered},
+                   {**always, **saved, **earlier, **backward, **splintered},
+                   {**always, "gradients": held.gradients, "AdamW's step": held.stepping}]
+        return max((self._phase("update", owners, self._host()) for owners in moments),
+                   key=lambda phase: phase.device_bytes)
+
+    def _checkpoint(self) -> Phase:
+        """Rank 0's: a whole copy in host memory where ranks share the weights or training goes on, and what safetensors
+        writes from."""
+        whole = (self.shape.language_numbers + self.shape.vision_numbers) * self.itemsize
+        copies = 2 if self.placement.backend != "none" or self.config.checkpoint.asynchronous else 1
+        host = {"checkpoint": copies * whole}
+        if self.config.checkpoint.asynchronous:
+            host["checkpoint"] += self.held.resident["AdamW's moments"] + self.held.resident["masters"]
+        return self._phase("checkpoint", self._resident(), {**host, **self._host()})
+
+    # -- owners -------------------------------------------------------------------------------------------------------
+
+    def _phase(self, name: str, device: Owners, host: Owners) -> Phase:
+        device, host = ({owner: count for owner, count in part.items() if count} for part in (device, host))
+        return Phase(name, device, host) if self.on_gpu else Phase(name, {**device, **host})
+
+    def _resident(self, stepped: bool = True) -> Owners:
+        resident = {**self.held.resident, **self.reference}
+        return resident if stepped else {name: resident[name] for name in ("weights", "tower")}
+
+    def _features(self, prompts: int) -> Owners:
+        """The tower's output, and while the tower trains the patches of every prompt of the step."""
+        work, tower = self.work, self.shape.tower
+        entry = work.features * tower.out_hidden * (1 + tower.deepstack) * self.itemsize
+        cached = min(work.media * entry, self.config.cache.gpu_bytes if self.on_gpu else self.config.cache.host_bytes)
+        if self.trained_tower:
+            kept = prompts * work.patches * tower.features * self.itemsize
+            return {"tower output": prompts * entry, "host patches" if self.on_gpu else "patches of the step": kept}
+        return {"tower output": max(prompts * entry, cached)}
+
+    def _kl(self) -> Owners:
+        if not self.config.grpo.kl_coef:
+            return {}
+        return {"reference policy": frozen_bytes(self.shape, self.ranks, self.itemsize, tower=True)}
+
+    def _forward(self, row: Row) -> Owners:
+        return {"activations": working_bytes(self.shape, row.tokens, self.itemsize)
+                + row.tokens * self.shape.hidden * self.itemsize, "gathered layers": self.held.gathered}
+
+    def _host(self) -> Owners:
+        """What lies in host memory all the time."""
+        work = self.work
+        ahead = min(self.config.cache.prefetch_prompts, work.prompts) * 3 * work.pixels
+        host = {**self.held.host, **self._process(), "frames ahead": min(ahead, self.config.cache.prefetch_bytes)}
+        if self.on_gpu and not self.trained_tower:
+            entry = work.features * self.shape.tower.out_hidden * (1 + self.shape.tower.deepstack) * self.itemsize
+            host["vision cache"] = min(work.media * entry, self.config.cache.host_bytes)
+        return host
+
+    def _process(self) -> Owners:
+        backend = {"none": "none", "fsdp": "fsdp"}.get(self.placement.backend, "deepspeed")
+        return {"process": max(PROCESS[backend], PROCESS["vllm"] if self.config.rollout.engine == "vllm" else 0)}
+
+    def _engine_weights(self, starting: bool) -> Owners:
+        """vLLM makes its own weights while it starts, and keeps them unless they are the trainer's."""
+        rollout = self.config.rollout
+        if rollout.engine != "vllm":
+            return {}
+        alias = rollout.weights == "alias" and self.placement.backend == "none"
+        whole = (self.shape.language_numbers + self.shape.vision_numbers) * self.itemsize // rollout.tensor_parallel
+        return {"engine weights": whole} if starting or not alias else {}
+
+    def _engine_cache(self) -> Mapping[str, int]:
+        rollout, shape = self.config.rollout, self.shape
+        asked = int(rollout.kv_cache_gb * 2 ** 30) or 2 ** 30
+        batched = max(8192, self.work.prompt_tokens + self.work.completion_tokens)
+        return {"key/value cache": asked, "engine activations": working_bytes(shape, batched, self.itemsize)
+                + min(rollout.max_sequences, batched) * shape.vocabulary * 4 * 3}

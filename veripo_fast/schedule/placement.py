@@ -1,0 +1,125 @@
+"""Where weights, gradients and AdamW's state of a policy lie: whole, in rows of FSDP2, or in the partitions of ZeRO.
+
+What distributed/backend.py, fsdp.py, rows.py and zero.py allocate, from shapes alone.
+
+Letters: N numbers of a part of the model, b bytes of a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from veripo_fast.config.schema import DistributedConfig
+from veripo_fast.schedule.shapes import ModelShape, Shape
+
+Owners = Mapping[str, int]
+"""Owner -> bytes."""
+BUCKET = 500_000_000
+"""DeepSpeed's default of reduce_bucket_size, in numbers."""
+LIVE = 1_000_000_000
+"""DeepSpeed's default of stage3_max_live_parameters."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a policy is spread over ranks.
+
+    Args of `of` are the configuration and how many ranks there are.
+    """
+
+    backend: str
+    """none, fsdp, zero1, zero2 or zero3."""
+    ranks: int = 1
+    offload: bool = False
+
+    @classmethod
+    def of(cls, config: DistributedConfig, ranks: int) -> Placement:
+        """What `distributed.choice.distribute` does."""
+        if ranks == 1:
+            return cls("none")
+        if config.backend != "deepspeed":
+            return cls("fsdp", ranks)
+        return cls(f"zero{config.zero_stage}", ranks, config.offload == "cpu")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are."""
+        return self.backend in ("fsdp", "zero3")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank."""
+
+    resident: Owners
+    """From the load on: weights, and float32 masters of bfloat16 weights; AdamW's state from the first step on."""
+    gradients: int
+    """Once every parameter has one."""
+    gathered: int
+    """Weights and gradients that are whole while a layer runs."""
+    whole: int
+    """More weights while every one is whole, as the torch engine needs them."""
+    stepping: int
+    """Besides, while AdamW steps."""
+    host: Owners
+    """What lies in host memory because it is offloaded."""
+
+
+def rows_share(shapes: tuple[Shape, ...], ranks: int) -> int:
+    """Numbers that the first rank holds where each tensor is cut by rows."""
+    return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in shapes)
+
+
+def held_by(shape: ModelShape, placement: Placement, itemsize: int, tower_trained: bool, on_gpu: bool) -> Held:
+    """What a rank holds of a policy that trains."""
+    ranks, backend = placement.ranks, placement.backend
+    language, vision = shape.language_numbers, shape.vision_numbers
+    own = rows_share(shape.language, ranks) if backend in ("none", "fsdp") else -(-language // ranks)
+    tower_own = rows_share(shape.vision, ranks) if tower_trained else 0
+    stepped = own + tower_own
+    weights = (own if placement.sharded else language) * itemsize
+    masters, moments = 4 * stepped if itemsize < 4 else 0, 8 * stepped
+    gradients = own * itemsize
+    largest = max(math.prod(part) for part in shape.language)
+    stepping = 4 * (stepped if on_gpu else 2 * largest)
+    if backend == "none":
+        stepping += 4 * stepped if itemsize < 4 else 0
+    elif backend == "fsdp":
+        stepping += 4 * stepped
+    else:
+        masters = 4 * (own + (tower_own if itemsize < 4 else 0))
+        gradients = language * itemsize if backend == "zero1" else 4 * own
+        stepping += 4 * own
+    resident = {"weights": weights, "tower": vision * itemsize, "masters": masters, "AdamW's moments": moments}
+    host: dict[str, int] = {}
+    if placement.offload:
+        host = {"offloaded AdamW": 4 * own + 8 * own + 4 * own}
+        resident |= {"masters": masters - 4 * own, "AdamW's moments": moments - 8 * own}
+        gradients, stepping = language * itemsize if backend == "zero1" else 0, 4 * tower_own
+    tower_gradients = vision * itemsize if tower_trained else 0
+    return Held(resident, gradients + tower_gradients, _gathered(shape, placement, itemsize, on_gpu),
+                (language - own) * itemsize if placement.sharded else 0, stepping, host)
+
+
+def _gathered(shape: ModelShape, placement: Placement, itemsize: int, on_gpu: bool) -> int:
+    """Whole weights and gradients around the layer that runs, with the buffers that they are sent in."""
+    language, layer = shape.language_numbers, shape.layer_numbers
+    bucket = BUCKET if on_gpu else min(BUCKET, language)  # memory that nobody touches costs a CPU nothing
+    if placement.backend == "none":
+        return 0
+    if placement.backend == "fsdp":
+        root = language - shape.layers * layer
+        # the root and its gradient stay whole from the forward to the backward pass; of layers there are two, each with
+        # the buffer that it came in, and one gradient in float32 on its way out
+        return root * 2 * itemsize + layer * (2 * 2 * itemsize + itemsize + 4)
+    if placement.backend == "zero3":
+        return min(LIVE, language) * itemsize + 4 * bucket
+    return 4 * bucket if placement.backend == "zero2" else 0
+
+
+def frozen_bytes(shape: ModelShape, ranks: int, itemsize: int, tower: bool) -> int:
+    """Of a policy that only gives log-probs; `tower`: with its own."""
+    language = rows_share(shape.language, ranks) if ranks > 1 else shape.language_numbers
+    return (language + (shape.vision_numbers if tower else 0)) * itemsize

@@ -1,0 +1,211 @@
+"""What a checkpoint is made of: names and shapes of its weights, read from config.json and the safetensors headers.
+
+No weight is read, nothing is built, torch is not needed. Widths come from the tensors themselves, because a config.json
+may leave out what its class has as a default.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veripo_fast.errors import CheckpointError
+
+Shape = tuple[int, ...]
+VISION = re.compile(r"(model\.)?visual\.")
+"""What the names of a tower's weights begin with."""
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_LARGEST_HEADER = 100 << 20
+"""Bytes; safetensors itself refuses a larger one."""
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """A vision tower."""
+
+    depth: int
+    hidden: int
+    intermediate: int
+    out_hidden: int
+    """Hidden size of the language model."""
+    gated: bool
+    """Whether it is Qwen2.5-VL's: RMS norms and a gated MLP, else layer norms and a plain one."""
+    merged: int
+    """Patches in a token."""
+    merge_size: int
+    patch_size: int
+    temporal_patch_size: int
+    deepstack: int
+    """Mergers besides the last one."""
+    heads: int
+    features: int
+    """Numbers in a patch."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side of a merged token."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Qwen2.5-VL or Qwen3-VL checkpoint."""
+
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int
+    """Width of a token's queries: heads times head size."""
+    keys: int
+    """Width of a token's keys, which is that of its values."""
+    heads: int
+    vocabulary: int
+    positions: int
+    """Longest sequence."""
+    tied: bool
+    """Whether the head is the embedding."""
+    tower: TowerShape
+    language: tuple[Shape, ...]
+    """Of each weight of the language model and the head; a tied one counts once."""
+    vision: tuple[Shape, ...]
+    """Of each weight of the tower."""
+    stored_bytes: int
+    """Of the weights in the files."""
+    stored_itemsizes: frozenset[int]
+    """Bytes of a number in the files."""
+
+    @property
+    def language_numbers(self) -> int:
+        return numbers(self.language)
+
+    @property
+    def vision_numbers(self) -> int:
+        return numbers(self.vision)
+
+    @property
+    def head_numbers(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def layer_numbers(self) -> int:
+        """Weights of a decoder layer."""
+        outside = self.head_numbers * (1 if self.tied else 2) + self.hidden
+        return (self.language_numbers - outside) // self.layers
+
+
+def numbers(shapes: tuple[Shape, ...]) -> int:
+    """How many numbers tensors of these shapes hold."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The shape of a checkpoint folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or it is no checkpoint of Qwen2.5-VL or Qwen3-VL.
+    """
+    config = _json(folder / "config.json")
+    tensors: dict[str, tuple[Shape, int]] = {}
+    for name in weight_files(folder):
+        tensors |= header(folder / name)
+    return shape_of(config, tensors, folder)
+
+
+def shape_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[Shape, int]], folder: Path) -> ModelShape:
+    """The shape that a config.json and the tensors of the files, with the bytes of their numbers, describe.
+
+    Raises:
+        CheckpointError: a weight or an option that everything has is not there.
+    """
+    text = config.get("text_config") or config  # before transformers 4.52 Qwen2.5-VL's lay at the top
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    vision = {VISION.sub("", name): shape for name, shape in shapes.items() if VISION.match(name)}
+    language = {name: shape for name, shape in shapes.items() if not VISION.match(name)}
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")) or HEAD not in language
+    if tied:
+        language.pop(HEAD, None)
+    try:
+        vocabulary, hidden = _ending(language, EMBEDDING)
+        queries = _ending(language, "layers.0.self_attn.q_proj.weight")[0]
+        keys = _ending(language, "layers.0.self_attn.k_proj.weight")[0]
+        intermediate = _ending(language, "layers.0.mlp.gate_proj.weight")[0]
+        tower = _tower(config.get("vision_config") or {}, vision, hidden)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} does not hold the weights of a Qwen2.5-VL or Qwen3-VL: {error} is missing"
+                              ) from error
+    return ModelShape(
+        str(config.get("model_type")), _count(language, r"layers\.(\d+)\."), hidden, intermediate, queries, keys,
+        int(text.get("num_attention_heads") or 32), vocabulary, int(text.get("max_position_embeddings") or 32768), tied,
+        tower, tuple(language.values()), tuple(vision.values()),
+        sum(math.prod(shape) * size for shape, size in tensors.values()),
+        frozenset(size for _, size in tensors.values()))
+
+
+def _tower(config: Mapping[str, Any], shapes: Mapping[str, Shape], out_hidden: int) -> TowerShape:
+    hidden, channels, temporal, patch, _ = _ending(shapes, "patch_embed.proj.weight")
+    gated = "blocks.0.mlp.gate_proj.weight" in shapes
+    intermediate = _ending(shapes, f"blocks.0.mlp.{'gate_proj' if gated else 'linear_fc1'}.weight")[0]
+    merge = int(config.get("spatial_merge_size", 2))
+    return TowerShape(
+        _count(shapes, r"blocks\.(\d+)\."), hidden, intermediate, out_hidden, gated, merge ** 2, merge, patch, temporal,
+        _count(shapes, r"deepstack_merger_list\.(\d+)\."), int(config.get("num_heads", 16)),
+        channels * temporal * patch ** 2)
+
+
+def _ending(shapes: Mapping[str, Shape], name: str) -> Shape:
+    for found, shape in shapes.items():
+        if found.endswith(name):
+            return shape
+    raise KeyError(name)
+
+
+def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
+    numbered = {int(match[1]) for name in shapes if (match := re.search(pattern, name))}
+    return len(numbered)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files of a checkpoint. Raises CheckpointError."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise CheckpointError(f"{index} has no weight_map that names a file for each weight")
+    return sorted(set(places.values()))
+
+
+def header(path: Path) -> dict[str, tuple[Shape, int]]:
+    """Shape, and bytes of a number, of each tensor of a safetensors file: eight bytes of length, then JSON.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            length, = struct.unpack("<Q", file.read(8))
+            if length > _LARGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            entries = json.loads(file.read(length))
+        return {name: (tuple(map(int, entry["shape"])), _BYTES.get(entry["dtype"], 4))
+                for name, entry in entries.items() if name != "__metadata__"}
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the weight file {path} is damaged: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value

@@ -1,0 +1,62 @@
+"""How large a step can get: tokens, patches and completions of one rank, from a configuration and a model's shape.
+
+It is a bound for prompts with one video each, whose completions all reach their limit. What a record asks for itself
+(several videos, more frames) is in no configuration; data.max_prompt_tokens bounds that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veripo_fast.config.schema import Config
+from veripo_fast.schedule.shapes import ModelShape
+
+TEXT_TOKENS = 512
+"""Of a question with its options, the instruction and the chat template."""
+STAMP_TOKENS = 10
+"""Qwen3-VL's time before each pair of frames, with the tokens around the pair."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rank does in a step."""
+
+    prompt_tokens: int
+    """P, of the longest prompt."""
+    patches: int
+    """Of its video."""
+    pixels: int
+    """Of all frames of its video."""
+    features: int
+    """Merged tokens of its video."""
+    completion_tokens: int
+    """R."""
+    group_size: int
+    """G."""
+    prompts: int
+    """That this rank loads and samples for in a rollout."""
+    groups: int
+    """That it trains on in an update."""
+    pairs: int
+    """The same of a dpo step."""
+    media: int
+    """Videos of the stage that any rank loads, at most."""
+
+
+def workload_of(config: Config, shape: ModelShape, ranks: int) -> Workload:
+    """The largest step of a stage, whose overrides are in `config`."""
+    video, tower, rollout = config.video, shape.tower, config.rollout
+    frames = video.num_frames or video.max_frames
+    pairs = -(-frames // tower.temporal_patch_size)
+    tokens = pairs * max(video.max_pixels // tower.factor ** 2, 1)
+    stamps = pairs * STAMP_TOKENS if shape.family == "qwen3_vl" else 2
+    longest = shape.positions - min(rollout.max_new_tokens, shape.positions - 1)
+    prompt = min(tokens + stamps + TEXT_TOKENS, config.data.max_prompt_tokens, longest)
+    features = min(tokens, prompt)
+    engines = max(ranks // rollout.tensor_parallel, 1)
+    grpo = config.grpo
+    return Workload(
+        prompt, features * tower.merged, features * tower.factor ** 2 * tower.temporal_patch_size, features,
+        rollout.max_new_tokens, rollout.group_size, -(-grpo.prompts_per_step // engines),
+        -(-(grpo.prompts_per_step // grpo.updates_per_rollout) // ranks), -(-config.dpo.pairs_per_step // ranks),
+        -(-grpo.steps * grpo.prompts_per_step // ranks))
