@@ -231,7 +231,8 @@ class Session:
 
     def finish_stage(self) -> None:
         """Count the stage and write a checkpoint of its end."""
-        self.memory.stage_done(self.config.stages[self.state.stage].name, self._optimizer)
+        stage = self.config.stages[self.state.stage]
+        self.memory.stage_done(stage.name, self._optimizer)
         self._optimizer = None
         self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step)
         with span("checkpoint"):
