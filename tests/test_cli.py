@@ -12,7 +12,8 @@ import pytest
 from tests.support.children import PATIENCE_SECONDS, start
 from tests.support.paths import REPOSITORY
 from veripo_fast import __version__
-from veripo_fast.cli import COMMANDS, main
+from veripo_fast.cli import main
+from veripo_fast.commands import COMMANDS
 from veripo_fast.config.load import load_config
 from veripo_fast.config.schema import Config
 from veripo_fast.errors import CheckpointError

@@ -8,13 +8,15 @@ import pytest
 from tests.support import import_rules
 from tests.support.paths import REPOSITORY
 
-ORDER = """types errors text < config < run weights schedule distributed < reward < recipes < data < video < model
-           < rollout < cache < verifier < stages evaluation < trainer < report < inspect < demo < cli < __main__"""
+ORDER = """types errors text < config < run weights distributed < schedule < reward < recipes < data < video < model
+           < rollout < cache < verifier < stages evaluation < trainer < report < inspect < demo < commands < cli
+           < __main__"""
 """Imports inside veripo_fast point left."""
 
 TRAINER, KERNELS, BENCH = REPOSITORY / "veripo_fast", REPOSITORY / "kernels" / "veripo_kernels", REPOSITORY / "bench"
 LAZY = ("veripo_fast", "veripo_kernels")
-LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.errors", "veripo_fast.cli", "veripo_fast.config.schema",
+LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.errors", "veripo_fast.commands", "veripo_fast.cli",
+         "veripo_fast.config.schema",
          "veripo_fast.config.load", "veripo_fast.config.describe", "veripo_fast.run.folder",
          "veripo_fast.run.checkpoint", "veripo_fast.run.metrics", "veripo_fast.evaluation.intervals",
          "veripo_fast.schedule.admission", "veripo_fast.distributed.balance", "veripo_fast.distributed.flops"]

@@ -17,7 +17,7 @@ from bench import gpu_check, measure, recipe
 from bench.kernels import bench_kernels, cases, child, peers, rows, sweep
 from tests.support.children import PATIENCE_SECONDS, run
 from tests.support.paths import REPOSITORY
-from veripo_fast import cli
+from veripo_fast import cli, commands
 
 CPU = torch.device("cpu")
 
@@ -344,7 +344,7 @@ def test_veripo_bench_hands_its_options_over(tmp_path, monkeypatch, capsys):
     script.parent.mkdir()
     script.write_text("import sys, beside\nprint(sys.argv[1:], __name__, beside.here)\n")
     script.with_name("beside.py").write_text("here = True\n")
-    monkeypatch.setattr(cli, "BENCH", tmp_path)
+    monkeypatch.setattr(commands, "BENCH", tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", sys.path[:])
     assert cli.main(["bench", "kernels", "--shape", "1", "2", "3", "--plot", "--help"]) == 0
@@ -352,12 +352,12 @@ def test_veripo_bench_hands_its_options_over(tmp_path, monkeypatch, capsys):
 
 
 def test_veripo_bench_outside_a_checkout(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "BENCH", tmp_path)
+    monkeypatch.setattr(commands, "BENCH", tmp_path)
     assert cli.main(["bench", "step"]) == 2
     assert "needs a checkout" in capsys.readouterr().err
     assert cli.main(["bench", "kernel"]) == 2 and "kernels" in capsys.readouterr().err
 
 
 def test_there_is_a_script_for_every_name():
-    choices = next(options for flag, options in cli.COMMANDS["bench"].arguments if flag == "name")["choices"]
-    assert all((cli.BENCH / cli.BENCHES[name]).exists() for name in choices) and Path(cli.BENCH).name == "bench"
+    choices = next(options for flag, options in commands.COMMANDS["bench"].arguments if flag == "name")["choices"]
+    assert all((commands.BENCH / commands.BENCHES[name]).exists() for name in choices) and Path(commands.BENCH).name == "bench"

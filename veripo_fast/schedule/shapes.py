@@ -47,6 +47,10 @@ class TowerShape:
     heads: int
     features: int
     """Numbers in a patch."""
+    full_blocks: int = 0
+    """Blocks in which a patch attends to its whole picture; Qwen2.5-VL's others have windows."""
+    window: int = 0
+    """Patches of a window."""
 
     @property
     def factor(self) -> int:
@@ -154,10 +158,14 @@ def _tower(config: Mapping[str, Any], shapes: Mapping[str, Shape], out_hidden: i
     gated = "blocks.0.mlp.gate_proj.weight" in shapes
     intermediate = _ending(shapes, f"blocks.0.mlp.{'gate_proj' if gated else 'linear_fc1'}.weight")[0]
     merge = int(config.get("spatial_merge_size", 2))
+    depth = _count(shapes, r"blocks\.(\d+)\.")
+    full = config.get("fullatt_block_indexes", [7, 15, 23, 31])
+    side = int(config.get("window_size", 112)) // (patch * merge) * merge
     return TowerShape(
-        _count(shapes, r"blocks\.(\d+)\."), hidden, intermediate, out_hidden, gated, merge ** 2, merge, patch, temporal,
+        depth, hidden, intermediate, out_hidden, gated, merge ** 2, merge, patch, temporal,
         _count(shapes, r"deepstack_merger_list\.(\d+)\."), int(config.get("num_heads", 16)),
-        channels * temporal * patch ** 2)
+        channels * temporal * patch ** 2, sum(index < depth for index in full) if gated else depth,
+        side ** 2 if gated else 0)
 
 
 def _ending(shapes: Mapping[str, Shape], name: str) -> Shape:

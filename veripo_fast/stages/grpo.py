@@ -149,6 +149,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
             "accuracy_mean": mean([value for group in groups for value in scores_of(group, "accuracy")]),
             "format_mean": mean([value for group in groups for value in scores_of(group, "format")]),
             "length_mean": mean([float(len(row.token_ids)) for row in rows]),
+            "length_max": float(max((len(row.token_ids) for row in rows), default=0)),
             "finished_share": mean([float(row.finish_reason == "stop") for row in rows]),
             "zero_variance_share": mean([float(not has_signal(group)) for group in groups]),
             "prompts": len(groups)}

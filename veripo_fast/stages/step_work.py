@@ -14,6 +14,7 @@ recomputed by gradient checkpointing, and attention between tokens that do not s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,13 +42,16 @@ class StepWork:
         """By phase, the checkpoint before the step included."""
         self.counts: dict[str, float] = {}
         """Of media, and of the engine."""
-        self.sampled_tokens = 0
+        self._new_rollout()
         self.begin()
 
     def begin(self) -> None:
         """The step begins here."""
         self._began = time.perf_counter()
         self._before = self.policy.passes.copy()
+
+    def _new_rollout(self) -> None:
+        self.sampled_tokens = self.prompts = self.prompt_tokens = self.patches = 0
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Count the time of a phase."""
@@ -73,6 +77,9 @@ class StepWork:
             lengths = [len(completion.token_ids) for completion in group.completions]
             needed = group_flops(cost, len(prompt.encoded.token_ids), lengths, backward=False)
             self.sampled_tokens += sum(lengths)
+            self.prompts += 1
+            self.prompt_tokens += len(prompt.encoded.token_ids)
+            self.patches += sum(math.prod(grid) for grid in grids(prompt.encoded))
             passes.flops += needed
             if self.rollout.engine == "torch":
                 whole = group_flops(cost, len(prompt.encoded.token_ids), [max(lengths)] * len(lengths), backward=False)
@@ -88,10 +95,13 @@ class StepWork:
         """
         step_seconds, done = time.perf_counter() - self._began, self.policy.passes.since(self._before)
         own = {"sampled": self.sampled_tokens, "trained": done.trained_tokens, "flops": done.flops,
-               "spare": done.spare_flops}
+               "spare": done.spare_flops, "prompts": self.prompts, "prompt_tokens": self.prompt_tokens,
+               "patches": self.patches}
         counts = over_ranks(self.counts | own, self.world)
-        sampled, trained, flops, spare = (counts.pop(name) for name in own)
-        speed: dict[str, float] = {"step_seconds": step_seconds, "flops": flops}
+        sampled, trained, flops, spare, prompts, prompt_tokens, patches = (counts.pop(name) for name in own)
+        speed: dict[str, float] = {"step_seconds": step_seconds, "ranks": self.world.size, "flops": flops}
+        if prompts:
+            speed |= {"prompt_tokens_mean": prompt_tokens / prompts, "patches_mean": patches / prompts}
         if sampled:
             speed["sampled_tokens_per_second"] = sampled / step_seconds
         if self.seconds.get("update"):
@@ -101,7 +111,8 @@ class StepWork:
         if self.peak_flops:
             speed["mfu"] = flops / (step_seconds * self.world.size * self.peak_flops)
         metrics = {**counts, "speed": speed, "seconds": self.seconds}
-        self.seconds, self.counts, self.sampled_tokens = {}, {}, 0
+        self.seconds, self.counts = {}, {}
+        self._new_rollout()
         return metrics
 
     def _repeats(self) -> bool:

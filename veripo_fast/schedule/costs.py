@@ -1,0 +1,227 @@
+"""Seconds of a step by phase: FLOPs and bytes over what a device reaches of its peaks.
+
+A cost model, not a simulation: each phase takes the longer of its arithmetic and its traffic, as in a roofline
+(Williams et al. 2009). What no formula knows (decoding of videos that training does not hide, rewards, a verifier's
+judge) is 0 until a finished run has measured it.
+
+Letters: P prompt tokens, R completion tokens, G group size, N weights, b bytes of a weight, K ranks, E engines.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from veripo_fast.config.schema import Config
+from veripo_fast.distributed.balance import deal, idle_share
+from veripo_fast.distributed.flops import ModelCost, TowerCost, group_flops, tower_flops
+from veripo_fast.schedule.hardware import Hardware
+from veripo_fast.schedule.shapes import ModelShape
+from veripo_fast.schedule.workload import Workload
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the prompts and completions of a stage are like, on average."""
+
+    prompt_tokens: float
+    patches: float
+    """Of a prompt's media."""
+    completion_tokens: float
+    longest: float
+    """The longest completion of a rollout batch."""
+    live_share: float = 1.0
+    """Groups with a signal; others are not trained on."""
+    spread: float = 0.5
+    """Standard deviation of a group's mean completion over the mean, which decides how long ranks wait."""
+
+    @classmethod
+    def bound(cls, work: Workload) -> Lengths:
+        """Every prompt and completion as long as the configuration lets it be."""
+        return cls(work.prompt_tokens, work.patches, work.completion_tokens, work.completion_tokens, spread=0.0)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one device reaches."""
+
+    train: float
+    """FLOPs per second of an update, of a forward pass and of the tower."""
+    decode: float
+    """FLOPs per second while completions are written, where arithmetic bounds that."""
+    memory: float
+    """Bytes per second of weights and keys that decoding reads; 0: never the bound."""
+    link: float
+    """Bytes per second that a rank sends to the others; 0: never the bound."""
+    load_seconds: float = 0.0
+    """Of a prompt: what training waits for its media."""
+    reward_seconds: float = 0.0
+    """Of a completion."""
+    step_seconds: float = 0.0
+    """Of a step, whatever its size: checkpoints, books."""
+    source: str = "assumed"
+
+    @classmethod
+    def assumed(cls, hardware: Hardware) -> Rates:
+        """Shares of the peaks that are usual for bfloat16 on such GPUs."""
+        return cls(TRAIN_SHARE * hardware.bf16_flops, DECODE_SHARE * hardware.bf16_flops,
+                   MEMORY_SHARE * hardware.memory_bandwidth, LINK_SHARE * hardware.nvlink_bandwidth / 2)
+
+
+TRAIN_SHARE, DECODE_SHARE, MEMORY_SHARE, LINK_SHARE = 0.4, 0.2, 0.6, 0.7
+"""Assumed, not measured here: `--from RUN` takes what a run has reached."""
+ADAMW_BYTES = 28
+"""Read and written for a weight by AdamW in float32: gradient, master and two moments read, three of them written."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of a step on the rank that has most."""
+
+    encode_flops: float
+    prefill_flops: float
+    decode_flops: float
+    decode_bytes: float
+    update_flops: float
+    link_bytes: float
+    step_bytes: float
+    """Of AdamW."""
+    idle_share: float
+    """Mean over ranks: what they wait for the fullest one in an update."""
+    prompts: float
+    """That a rank loads."""
+    completions: float
+    """Of all ranks."""
+    tokens: float
+    """Sampled by all ranks."""
+
+
+def model_cost(shape: ModelShape) -> ModelCost:
+    """The shape as `group_flops` wants it; its tower counts where it is trained."""
+    head_size = max(shape.queries // shape.heads, 1)
+    return ModelCost(shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.keys // head_size, head_size,
+                     shape.vocabulary, None)
+
+
+def tower_cost(shape: ModelShape) -> TowerCost:
+    """The tower of a shape."""
+    tower = shape.tower
+    return TowerCost(tower.depth, tower.hidden, tower.intermediate, tower.out_hidden, 3 if tower.gated else 2,
+                     tower.merged, 1 + tower.deepstack, tower.features, tower.full_blocks, tower.window)
+
+
+def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> Work:
+    """A GRPO step whose overrides are in `config`."""
+    size, grpo, rollout = config.rollout.group_size, config.grpo, config.rollout
+    engines = max(ranks // rollout.tensor_parallel, 1)
+    prompts, cost = grpo.prompts_per_step, model_cost(shape)
+    sampled = math.ceil(prompts / engines)
+    own = [max(round(lengths.completion_tokens), 1)] * size
+    prompt = max(round(lengths.prompt_tokens), 1)
+    prefill = group_flops(cost, prompt, [1], backward=False)
+    decode = group_flops(cost, prompt, own, backward=False) - prefill
+    itemsize = 4 if config.model.dtype == "float32" else 2
+    read = lengths.longest * shape.language_numbers * itemsize / rollout.tensor_parallel
+    cache = sampled * size * lengths.completion_tokens * 2 * shape.keys * shape.layers * itemsize
+    read += cache * (lengths.prompt_tokens + lengths.completion_tokens / 2) / rollout.tensor_parallel
+    encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False)
+    live = max(round(prompts * lengths.live_share), 1)
+    most, idle = _dealt(shape, config, ranks, lengths, live)
+    updates = grpo.updates_per_rollout
+    return Work(
+        encode * math.ceil(prompts / ranks), prefill * sampled / rollout.tensor_parallel,
+        decode * sampled / rollout.tensor_parallel, read, most, _link_bytes(shape, config, ranks, most) + sync_bytes(
+            shape, config, ranks), ADAMW_BYTES * shape.language_numbers / ranks * updates, idle,
+        math.ceil(prompts / ranks), prompts * size, prompts * size * lengths.completion_tokens)
+
+
+def dpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> Work:
+    """A DPO step; the reference's log-probs are computed once for each pair, before the first step."""
+    pairs = math.ceil(config.dpo.pairs_per_step / ranks)
+    own = [max(round(lengths.completion_tokens), 1)] * 2
+    prompt = max(round(lengths.prompt_tokens), 1)
+    flops = group_flops(model_cost(shape), prompt, own) * pairs
+    reference = group_flops(model_cost(shape), prompt, own, backward=False) * pairs
+    update = flops * _recomputed(config) + _tower_update(shape, config, lengths) * pairs
+    encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * pairs
+    return Work(encode, 0, 0, 0, update + reference, _link_bytes(shape, config, ranks, update),
+                ADAMW_BYTES * shape.language_numbers / ranks, 0.0, pairs, 0,
+                config.dpo.pairs_per_step * 2 * lengths.completion_tokens)
+
+
+def seconds(work: Work, rates: Rates) -> dict[str, float]:
+    """Seconds of each phase of a step."""
+    decode = work.decode_flops / rates.decode
+    if rates.memory:
+        decode = max(decode, work.decode_bytes / rates.memory)
+    update = work.update_flops / rates.train
+    if rates.memory:
+        update += work.step_bytes / rates.memory
+    sending = work.link_bytes / rates.link if rates.link else 0.0
+    found = {"vision": work.encode_flops / rates.train + rates.load_seconds * work.prompts,
+             "rollout": work.prefill_flops / rates.train + decode, "reward": rates.reward_seconds * work.completions,
+             "update": max(update, sending), "rest": rates.step_seconds}
+    return {name: value for name, value in found.items() if value}
+
+
+def sync_bytes(shape: ModelShape, config: Config, ranks: int) -> float:
+    """Bytes that a rank receives while the engine's weights follow the policy's."""
+    if ranks == 1 or config.rollout.engine != "vllm":
+        return 0.0
+    itemsize = 4 if config.model.dtype == "float32" else 2
+    return (1 / config.rollout.tensor_parallel) * shape.language_numbers * itemsize
+
+
+def _grid(shape: ModelShape, config: Config, lengths: Lengths) -> list[list[int]]:
+    """One video, whose frames are as large as the configuration lets them be."""
+    patches = round(lengths.patches)
+    if not patches:
+        return []
+    largest = max(config.video.max_pixels // shape.tower.patch_size ** 2, shape.tower.merged)
+    pairs = max(round(patches / largest), 1)
+    return [[pairs, max(round(patches / pairs), 1), 1]]
+
+
+def _tower_update(shape: ModelShape, config: Config, lengths: Lengths) -> int:
+    return 0 if config.model.freeze_vision else tower_flops(tower_cost(shape), _grid(shape, config, lengths))
+
+
+def _recomputed(config: Config) -> float:
+    """Gradient checkpointing runs the forward pass a second time."""
+    return 4 / 3 if config.model.gradient_checkpointing else 1.0
+
+
+def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, groups: int) -> tuple[float, float]:
+    """FLOPs of an update's fullest rank, and the mean share that ranks wait for it, by the trainer's own dealer."""
+    draw = random.Random(0)
+    sigma = math.sqrt(math.log1p(lengths.spread ** 2))
+    prompt = max(round(lengths.prompt_tokens), 1)
+    cost, size, tower = model_cost(shape), config.rollout.group_size, _tower_update(shape, config, lengths)
+    passes = _recomputed(config) + (1 / 3 if config.grpo.kl_coef else 0.0)
+    limit = config.rollout.max_new_tokens
+    drawn = [math.exp(draw.gauss(-sigma ** 2 / 2, sigma)) if sigma else 1.0 for _ in range(groups)]
+    means = [min(max(round(lengths.completion_tokens * factor), 1), limit) for factor in drawn]
+    flops = [group_flops(cost, prompt, [mean] * size) * passes + tower for mean in means]
+    updates = config.grpo.updates_per_rollout
+    share = math.ceil(groups / updates)
+    most = idle = 0.0
+    for start in range(0, groups, share):
+        part = flops[start:start + share]
+        dealt = deal(part, ranks)
+        most += max(sum(part[index] for index in own) for own in dealt)
+        idle += sum(idle_share(part, dealt)) / ranks / math.ceil(groups / share)
+    return most, idle
+
+
+def _link_bytes(shape: ModelShape, config: Config, ranks: int, flops: float) -> float:
+    """Bytes that a rank receives for an update: weights for each forward and backward, and gradients once."""
+    if ranks == 1:
+        return 0.0
+    itemsize = 4 if config.model.dtype == "float32" else 2
+    weights = shape.language_numbers * itemsize * (ranks - 1) / ranks
+    per_batch = group_flops(model_cost(shape), config.optimizer.max_tokens, [1]) * _recomputed(config)
+    batches = max(math.ceil(flops / per_batch), 1)
+    sharded = config.distributed.backend != "deepspeed" or config.distributed.zero_stage == 3
+    return weights * (3 * batches if sharded else 2 * config.grpo.updates_per_rollout)
+

@@ -1,0 +1,140 @@
+"""What a run would cost on so many GPUs: whether it fits, seconds of a step by phase, days and GPU-hours.
+
+Pure, and quick for 1,024 GPUs: the memory ledger (ledger.py) and the cost model (costs.py) on shapes, with the dealer
+that a run uses. `search` tries the options that move most.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from veripo_fast.config.load import apply_overrides
+from veripo_fast.config.schema import Config, StageConfig
+from veripo_fast.errors import ConfigError
+from veripo_fast.schedule.admission import Excess, Room, worst_excess
+from veripo_fast.schedule.costs import Lengths, Rates, Work, dpo_work, grpo_work, seconds
+from veripo_fast.schedule.hardware import Hardware
+from veripo_fast.schedule.ledger import Phase, stage_phases
+from veripo_fast.schedule.shapes import ModelShape
+from veripo_fast.schedule.workload import workload_of
+
+USABLE = 0.97
+"""Of a GPU's memory; a context and what the allocator cannot use take the rest."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage."""
+
+    name: str
+    kind: str
+    steps: int | None
+    """None: a DPO stage, whose pairs the verifier will find."""
+    lengths: Lengths
+    work: Work
+    seconds: Mapping[str, float]
+    """Of a step, by phase."""
+    phases: tuple[Phase, ...]
+    excess: Excess | None
+    """The phase that lacks most memory; None where all fit."""
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tightest(self) -> Phase:
+        """The phase with most bytes on the device."""
+        return max(self.phases, key=lambda phase: phase.device_bytes)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All stages of a configuration."""
+
+    config: Config
+    gpus: int
+    hardware: Hardware | None
+    rates: Rates
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(stage.excess is None for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages whose number of steps is known."""
+        return sum(stage.step_seconds * stage.steps for stage in self.stages if stage.steps)
+
+
+def plan(shape: ModelShape, config: Config, gpus: int, hardware: Hardware | None, rates: Rates,
+         lengths: Mapping[str, Lengths]) -> RunPlan:
+    """Plan every stage.
+
+    Args:
+        hardware: None: CPUs, whose memory is not looked at.
+        lengths: by kind of stage, as a run has seen them; for a kind that is not there, as the configuration bounds it.
+
+    Raises:
+        ConfigError: the ranks fit neither the batch nor the engines.
+    """
+    if gpus % config.rollout.tensor_parallel:
+        raise ConfigError(f"{gpus} GPUs cannot be shared out to engines of rollout.tensor_parallel "
+                          f"{config.rollout.tensor_parallel}")
+    return RunPlan(config, gpus, hardware, rates, tuple(
+        _stage(shape, apply_overrides(config, stage.set) if stage.set else config, stage, gpus, hardware, rates,
+               lengths.get(stage.kind)) for stage in config.stages))
+
+
+def _stage(shape: ModelShape, config: Config, stage: StageConfig, gpus: int, hardware: Hardware | None, rates: Rates,
+           lengths: Lengths | None) -> StagePlan:
+    lengths = lengths or Lengths.bound(workload_of(config, shape, gpus))
+    made = grpo_work if stage.kind == "grpo" else dpo_work
+    work = made(shape, config, gpus, lengths)
+    phases = tuple(stage_phases(shape, config, stage, gpus, on_gpu=hardware is not None))
+    excess = None
+    if hardware is not None:
+        excess = worst_excess({stage.name: phases}, Room(hardware.name, int(hardware.memory_bytes * USABLE), None))
+    return StagePlan(stage.name, stage.kind, config.grpo.steps if stage.kind == "grpo" else None, lengths, work,
+                     seconds(work, rates), phases, excess)
+
+
+def search(shape: ModelShape, config: Config, gpus: int, hardware: Hardware, rates: Rates,
+           lengths: Mapping[str, Lengths]) -> list[tuple[dict[str, object], RunPlan]]:
+    """Plans with other options that fit, the quickest first, each with what it changes."""
+    found = []
+    for options in _choices(config, gpus):
+        try:
+            changed = apply_overrides(config, options)
+            made = plan(shape, changed, gpus, hardware, rates, lengths)
+        except ConfigError:  # options that do not go together
+            continue
+        if made.fits:
+            found.append((options, made))
+    return sorted(found, key=lambda pair: (pair[1].seconds, len(pair[0])))
+
+
+def _choices(config: Config, gpus: int) -> Iterator[dict[str, object]]:
+    """Options that differ from the configuration's own."""
+    several: list[dict[str, object]] = [{}]
+    if gpus > 1:
+        several = [{"distributed.backend": "fsdp"}, {"distributed.backend": "deepspeed", "distributed.zero_stage": 2},
+                   {"distributed.backend": "deepspeed", "distributed.zero_stage": 2, "distributed.offload": "cpu"}]
+    sizes = [size for size in (1, 2, 4, 8) if gpus % size == 0] if config.rollout.engine == "vllm" else [1]
+    batches = [config.optimizer.max_tokens * factor // 4 for factor in (1, 2, 4, 8, 16)]
+    for backend, size, tokens, again in itertools.product(several, sizes, batches, (False, True)):
+        options: dict[str, object] = {**backend, "optimizer.max_tokens": tokens,
+                                      "model.gradient_checkpointing": again}
+        if config.rollout.engine == "vllm":
+            options["rollout.tensor_parallel"] = size
+        yield {name: value for name, value in options.items() if value != _value(config, name)}
+
+
+def _value(config: Config, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
