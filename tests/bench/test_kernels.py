@@ -360,4 +360,5 @@ def test_veripo_bench_outside_a_checkout(tmp_path, monkeypatch, capsys):
 
 def test_there_is_a_script_for_every_name():
     choices = next(options for flag, options in commands.COMMANDS["bench"].arguments if flag == "name")["choices"]
-    assert all((commands.BENCH / commands.BENCHES[name]).exists() for name in choices) and Path(commands.BENCH).name == "bench"
+    assert all((commands.BENCH / commands.BENCHES[name]).exists() for name in choices)
+    assert Path(commands.BENCH).name == "bench"

@@ -78,12 +78,13 @@ def test_many_groups_leave_little_idle(ranks, owned):
 
 
 @pytest.mark.parametrize("owned", [False, True])
-def test_deal_of_a_thousand_ranks_takes_less_than_a_second(owned):
-    costs = lognormal(8192, seed=0)
-    owners = [i // 8 for i in range(8192)] if owned else None
+@pytest.mark.parametrize(("each", "seconds"), [(8, 2), (4, 10)])  # with few groups each, exchanges are hard to find
+def test_deal_of_a_thousand_ranks_takes_seconds_at_most(each, seconds, owned):
+    costs = [10 + value for value in lognormal(1024 * each, seed=0)]
+    owners = [i // each for i in range(1024 * each)] if owned else None
     started = time.process_time()
     deal(costs, 1024, owners)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < seconds
 
 
 def test_deal_does_not_depend_on_hashes(python):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 Deal: TypeAlias = list[list[int]]
 """Of each rank: the indices of its groups."""
@@ -146,62 +148,84 @@ def _added(first: _Sums, second: _Sums, ranks: int) -> _Sums:
     return sorted(first[:alone] + both + reverse[max(len(first) - alone, 0):], key=itemgetter(0), reverse=True)
 
 
-_Group: TypeAlias = tuple[float, int]
-"""Cost and index; those of a rank are kept in ascending order."""
+def _refined(costs: Sequence[float], dealt: Deal) -> Deal:
+    """Groups of the fullest rank are moved to others, or swapped, the emptiest first, until nothing is gained."""
+    parts = [sorted(part, key=lambda index: (costs[index], index)) for part in dealt]
+    loads = _loads(costs, dealt)
+    order = sorted((load, rank) for rank, load in enumerate(loads))
+    mean = math.fsum(costs) / len(dealt)
+    table = _Table(costs, parts)
+    while (exchange := _first_exchange(table, parts, order, mean)) is not None:
+        fullest, other = order.pop()[1], order.pop(exchange.place)[1]
+        given, taken = parts[fullest].pop(exchange.given), None
+        if exchange.taken is not None:
+            taken = parts[other].pop(exchange.taken)
+            insort(parts[fullest], taken, key=lambda index: (costs[index], index))
+        insort(parts[other], given, key=lambda index: (costs[index], index))
+        for rank in (fullest, other):
+            table.set(rank, parts[rank])
+            insort(order, (math.fsum(costs[index] for index in parts[rank]), rank))
+    return parts
 
 
 class _Exchange(NamedTuple):
-    """The group that leaves the fullest rank, and the one that comes back for it."""
+    """Places in the ascending order of their rank: of the group that leaves the fullest rank, and of the one that comes
+    back for it."""
 
-    given: _Group
-    taken: _Group | None
+    given: int
+    taken: int | None
     place: int
     """Of the other rank, in ascending order of load."""
 
 
-def _refined(costs: Sequence[float], dealt: Deal) -> Deal:
-    """Groups of the fullest rank are moved to others, or swapped, the emptiest first, until nothing is gained."""
-    parts = [sorted((costs[index], index) for index in part) for part in dealt]
-    order = sorted((load, rank) for rank, load in enumerate(_loads(costs, dealt)))
-    mean = math.fsum(costs) / len(dealt)
-    while (exchange := _first_exchange(parts, order, mean)) is not None:
-        ranks = order.pop()[1], order.pop(exchange.place)[1]
-        for group, source, target in ((exchange.given, *ranks), (exchange.taken, *ranks[::-1])):
-            if group is not None:
-                parts[source].remove(group)
-                insort(parts[target], group)
-        for rank in ranks:
-            insort(order, (math.fsum(cost for cost, _ in parts[rank]), rank))
-    return [[index for _, index in part] for part in parts]
+class _Table:
+    """Costs of the groups of every rank, float64 [ranks, 1 + most groups]: nothing first, then ascending, then inf."""
+
+    def __init__(self, costs: Sequence[float], parts: Deal) -> None:
+        self.costs = np.array(costs, np.float64)
+        self.rows = np.full((len(parts), 2 + max(map(len, parts))), np.inf)
+        for rank, part in enumerate(parts):
+            self.set(rank, part)
+
+    def set(self, rank: int, part: Sequence[int]) -> None:
+        """The groups that a rank has now."""
+        if 1 + len(part) > self.rows.shape[1]:
+            self.rows = np.pad(self.rows, ((0, 0), (0, len(part))), constant_values=np.inf)
+        self.rows[rank] = np.inf
+        self.rows[rank, 0] = 0.0
+        self.rows[rank, 1:1 + len(part)] = self.costs[list(part)]
 
 
-def _first_exchange(parts: list[list[_Group]], order: list[tuple[float, int]], mean: float) -> _Exchange | None:
-    """What the fullest rank, last of `order`, can exchange with the emptiest that helps; None: nothing helps."""
+_AT_ONCE = 1 << 18
+"""Exchanges that are weighed together."""
+
+
+def _first_exchange(table: _Table, parts: Deal, order: list[tuple[float, int]], mean: float) -> _Exchange | None:
+    """What the fullest rank, last of `order`, can exchange with the emptiest that helps; None: nothing helps.
+
+    With that rank the exchange is taken after which the fuller of the two has least.
+    """
     most, fullest = order[-1]
     least = LEAST_GAIN * mean
     if most - mean <= least:
         return None
-    for place, (load, rank) in enumerate(order):
-        if most - load <= 2 * least:
+    heavy = table.costs[parts[fullest]]
+    size, largest = 1, max(_AT_ONCE // (len(heavy) * table.rows.shape[1]), 1)
+    start = 0
+    while start < len(order) - 1:
+        others = order[start:min(start + size, len(order) - 1)]
+        gaps = most - np.array([load for load, _ in others])
+        moved = heavy[:, None] - table.rows[[rank for _, rank in others], None, :]
+        gains = np.minimum(moved, gaps[:, None, None] - moved).reshape(len(others), -1)
+        helping = (gains.max(1) > least).nonzero()[0]
+        if len(helping):
+            first = int(helping[0])
+            given, taken = divmod(int(gains[first].argmax()), table.rows.shape[1])
+            return _Exchange(given, taken - 1 if taken else None, start + first)
+        if gaps[-1] <= 2 * least:
             return None
-        exchange = _exchange(parts[fullest], parts[rank], most - load, least)
-        if exchange is not None:
-            return _Exchange(*exchange, place)
+        start, size = start + len(others), min(4 * size, largest)
     return None
-
-
-def _exchange(heavy: list[_Group], light: list[_Group], gap: float, least: float
-              ) -> tuple[_Group, _Group | None] | None:
-    """The groups to exchange so that the fuller of two ranks, `gap` above the other, loses most; None: it would lose no
-    more than `least`."""
-    best: tuple[_Group, _Group | None] | None = None
-    for given in heavy:
-        place = bisect_left(light, (given[0] - gap / 2, -1))
-        for taken in (None, *light[max(place - 1, 0):place + 1]):
-            moved = given[0] - (taken[0] if taken else 0.0)
-            if min(moved, gap - moved) > least:
-                best, least = (given, taken), min(moved, gap - moved)
-    return best
 
 
 def _settled(costs: Sequence[float], dealt: Deal, owners: Sequence[int]) -> Deal:

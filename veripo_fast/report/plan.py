@@ -16,7 +16,7 @@ from veripo_fast.errors import ConfigError, UserError
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import read_records
-from veripo_fast.schedule.admission import remedy
+from veripo_fast.schedule.admission import Excess, remedy
 from veripo_fast.schedule.costs import Lengths, Rates, Work, grpo_work
 from veripo_fast.schedule.hardware import A100_80GB, B200, H100_SXM, H200, Hardware
 from veripo_fast.schedule.planner import RunPlan, StagePlan, plan, search
@@ -187,8 +187,12 @@ def as_text(made: RunPlan, shape: ModelShape, measured: Measured | None) -> str:
     elif made.hardware is not None:
         stage = max(made.stages, key=lambda part: part.tightest.device_bytes)
         tightest = stage.tightest
+        free = made.hardware.memory_bytes
+        first = Excess(stage.name, tightest, made.hardware.name, tightest.device_bytes, free, tightest.largest,
+                       tightest.device[tightest.largest])
         lines.append(f"fits; what breaks first: {stage.name}, {tightest.name} with {memory(tightest.device_bytes)} of "
-                     f"{memory(made.hardware.memory_bytes)}, most of it {tightest.largest}")
+                     f"{memory(free)}, most of it {tightest.largest}: "
+                     f"{remedy(first, _config_of(made, stage.name), shape, made.gpus)}")
     return "\n".join(lines)
 
 
@@ -225,10 +229,12 @@ def proposed(found: Sequence[tuple[dict[str, object], RunPlan]], made: RunPlan) 
     """The quickest of a search as text."""
     if not found:
         return "no other options fit; take more GPUs or a smaller model"
-    lines = ["quickest options that fit:"]
-    for options, other in found[:SHOWN]:
+    lines, seen = ["quickest options that fit:"], set[str]()
+    for options, other in found:
         changes = " ".join(f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
                            for name, value in options.items())
         gain = f"{other.seconds / made.seconds:.2f} of the time" if made.fits else duration(other.seconds)
-        lines.append(f"  {gain}: {changes or 'as it is'}")
+        if gain not in seen and len(seen) < SHOWN:  # of those that take as long the first changes least
+            lines.append(f"  {gain}: {changes or 'as it is'}")
+        seen.add(gain)
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from veripo_fast.config.schema import Config
 from veripo_fast.distributed.balance import deal, idle_share
@@ -85,6 +86,9 @@ class Work:
     decode_bytes: float
     update_flops: float
     link_bytes: float
+    """That a rank receives for an update."""
+    sync_bytes: float
+    """That a rank's engine receives of the new weights."""
     step_bytes: float
     """Of AdamW."""
     idle_share: float
@@ -131,8 +135,8 @@ def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -
     updates = grpo.updates_per_rollout
     return Work(
         encode * math.ceil(prompts / ranks), prefill * sampled / rollout.tensor_parallel,
-        decode * sampled / rollout.tensor_parallel, read, most, _link_bytes(shape, config, ranks, most) + sync_bytes(
-            shape, config, ranks), ADAMW_BYTES * shape.language_numbers / ranks * updates, idle,
+        decode * sampled / rollout.tensor_parallel, read, most, _link_bytes(shape, config, ranks, most),
+        sync_bytes(shape, config), ADAMW_BYTES * shape.language_numbers / ranks * updates, idle,
         math.ceil(prompts / ranks), prompts * size, prompts * size * lengths.completion_tokens)
 
 
@@ -145,7 +149,7 @@ def dpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) ->
     reference = group_flops(model_cost(shape), prompt, own, backward=False) * pairs
     update = flops * _recomputed(config) + _tower_update(shape, config, lengths) * pairs
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * pairs
-    return Work(encode, 0, 0, 0, update + reference, _link_bytes(shape, config, ranks, update),
+    return Work(encode, 0, 0, 0, update + reference, _link_bytes(shape, config, ranks, update), 0,
                 ADAMW_BYTES * shape.language_numbers / ranks, 0.0, pairs, 0,
                 config.dpo.pairs_per_step * 2 * lengths.completion_tokens)
 
@@ -159,15 +163,17 @@ def seconds(work: Work, rates: Rates) -> dict[str, float]:
     if rates.memory:
         update += work.step_bytes / rates.memory
     sending = work.link_bytes / rates.link if rates.link else 0.0
-    found = {"vision": work.encode_flops / rates.train + rates.load_seconds * work.prompts,
+    sync = max(work.sync_bytes / rates.link if rates.link and work.link_bytes else 0.0,
+               2 * work.sync_bytes / rates.memory if rates.memory else 0.0)
+    found = {"vision": work.encode_flops / rates.train + rates.load_seconds * work.prompts, "sync": sync,
              "rollout": work.prefill_flops / rates.train + decode, "reward": rates.reward_seconds * work.completions,
              "update": max(update, sending), "rest": rates.step_seconds}
     return {name: value for name, value in found.items() if value}
 
 
-def sync_bytes(shape: ModelShape, config: Config, ranks: int) -> float:
-    """Bytes that a rank receives while the engine's weights follow the policy's."""
-    if ranks == 1 or config.rollout.engine != "vllm":
+def sync_bytes(shape: ModelShape, config: Config) -> float:
+    """Bytes of a rank's part of the engine, which follow the policy's weights before each rollout."""
+    if config.rollout.engine != "vllm":
         return 0.0
     itemsize = 4 if config.model.dtype == "float32" else 2
     return (1 / config.rollout.tensor_parallel) * shape.language_numbers * itemsize
@@ -193,24 +199,31 @@ def _recomputed(config: Config) -> float:
 
 
 def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, groups: int) -> tuple[float, float]:
-    """FLOPs of an update's fullest rank, and the mean share that ranks wait for it, by the trainer's own dealer."""
+    """FLOPs of an update's fullest rank, and the mean share that ranks wait for it."""
     draw = random.Random(0)
     sigma = math.sqrt(math.log1p(lengths.spread ** 2))
-    prompt = max(round(lengths.prompt_tokens), 1)
-    cost, size, tower = model_cost(shape), config.rollout.group_size, _tower_update(shape, config, lengths)
-    passes = _recomputed(config) + (1 / 3 if config.grpo.kl_coef else 0.0)
-    limit = config.rollout.max_new_tokens
     drawn = [math.exp(draw.gauss(-sigma ** 2 / 2, sigma)) if sigma else 1.0 for _ in range(groups)]
-    means = [min(max(round(lengths.completion_tokens * factor), 1), limit) for factor in drawn]
-    flops = [group_flops(cost, prompt, [mean] * size) * passes + tower for mean in means]
-    updates = config.grpo.updates_per_rollout
-    share = math.ceil(groups / updates)
+    limit, size, cost = config.rollout.max_new_tokens, config.rollout.group_size, model_cost(shape)
+    prompt, tower = max(round(lengths.prompt_tokens), 1), _tower_update(shape, config, lengths)
+    flops = []
+    for factor in drawn:
+        mean = min(max(round(lengths.completion_tokens * factor), 1), limit)
+        flops.append(group_flops(cost, prompt, [mean] * size) + tower)
+    share = math.ceil(groups / config.grpo.updates_per_rollout)
+    most, idle = _fullest(tuple(flops), ranks, share)
+    return most * (_recomputed(config) + (1 / 3 if config.grpo.kl_coef else 0.0)), idle
+
+
+@lru_cache(maxsize=64)
+def _fullest(flops: tuple[int, ...], ranks: int, share: int) -> tuple[float, float]:
+    """FLOPs of the fullest rank, added up over updates of `share` groups, and the mean share that ranks wait for it.
+    Groups are dealt out by the trainer's own dealer."""
     most = idle = 0.0
-    for start in range(0, groups, share):
-        part = flops[start:start + share]
+    parts = [flops[start:start + share] for start in range(0, len(flops), share)]
+    for part in parts:
         dealt = deal(part, ranks)
         most += max(sum(part[index] for index in own) for own in dealt)
-        idle += sum(idle_share(part, dealt)) / ranks / math.ceil(groups / share)
+        idle += sum(idle_share(part, dealt)) / ranks / len(parts)
     return most, idle
 
 

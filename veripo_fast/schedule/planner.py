@@ -121,7 +121,9 @@ def _choices(config: Config, gpus: int) -> Iterator[dict[str, object]]:
     """Options that differ from the configuration's own."""
     several: list[dict[str, object]] = [{}]
     if gpus > 1:
-        several = [{"distributed.backend": "fsdp"}, {"distributed.backend": "deepspeed", "distributed.zero_stage": 2},
+        fsdp = "auto" if config.distributed.backend == "auto" else "fsdp"
+        several = [{"distributed.backend": fsdp, "distributed.zero_stage": 2, "distributed.offload": "none"},
+                   {"distributed.backend": "deepspeed", "distributed.zero_stage": 2},
                    {"distributed.backend": "deepspeed", "distributed.zero_stage": 2, "distributed.offload": "cpu"}]
     sizes = [size for size in (1, 2, 4, 8) if gpus % size == 0] if config.rollout.engine == "vllm" else [1]
     batches = [config.optimizer.max_tokens * factor // 4 for factor in (1, 2, 4, 8, 16)]
