@@ -17,7 +17,8 @@ LAZY = ("veripo_fast", "veripo_kernels")
 LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.errors", "veripo_fast.cli", "veripo_fast.config.schema",
          "veripo_fast.config.load", "veripo_fast.config.describe", "veripo_fast.run.folder",
          "veripo_fast.run.checkpoint", "veripo_fast.run.metrics", "veripo_fast.evaluation.intervals",
-         "veripo_fast.distributed.balance", "veripo_fast.distributed.flops"]
+         "veripo_fast.distributed.balance", "veripo_fast.distributed.flops", "veripo_fast.schedule.timeline",
+         "veripo_fast.schedule.hardware"]
 ROOT_MODULES, LONG, LONG_FILES, LONGEST = 8, 300, 6, 400
 ROOT_FIRST = """
 if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
