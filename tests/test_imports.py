@@ -16,10 +16,11 @@ ORDER = """types errors text < config < run weights distributed < schedule < rew
 TRAINER, KERNELS, BENCH = REPOSITORY / "veripo_fast", REPOSITORY / "kernels" / "veripo_kernels", REPOSITORY / "bench"
 LAZY = ("veripo_fast", "veripo_kernels")
 LIGHT = ["veripo_fast", "veripo_fast.types", "veripo_fast.errors", "veripo_fast.commands", "veripo_fast.cli",
-         "veripo_fast.config.schema",
-         "veripo_fast.config.load", "veripo_fast.config.describe", "veripo_fast.run.folder",
-         "veripo_fast.run.checkpoint", "veripo_fast.run.metrics", "veripo_fast.evaluation.intervals",
-         "veripo_fast.schedule.admission", "veripo_fast.distributed.balance", "veripo_fast.distributed.flops"]
+         "veripo_fast.config.schema", "veripo_fast.config.load", "veripo_fast.config.describe",
+         "veripo_fast.run.folder", "veripo_fast.run.checkpoint", "veripo_fast.run.metrics",
+         "veripo_fast.evaluation.intervals", "veripo_fast.schedule.admission", "veripo_fast.schedule.planner",
+         "veripo_fast.schedule.timeline", "veripo_fast.schedule.hardware", "veripo_fast.distributed.balance",
+         "veripo_fast.distributed.flops"]
 ROOT_MODULES, LONG, LONG_FILES, LONGEST = 8, 300, 6, 400
 ROOT_FIRST = """
 if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package

@@ -31,12 +31,15 @@ def size(request: pytest.FixtureRequest) -> int:
 
 
 def test_phases_and_waits_make_up_a_step(size: int) -> None:
+    rest = whole = 0.0
     for stage in stage_times(read_windows(ranks.whole(size))):
         assert stage.ranks == {size}
         phases = {part for part in stage.parts if not part.startswith("wait for ") and part != REST}
         assert phases == STAGES[stage.name]
-        assert stage.share(REST) < 0.05
         assert ("wait for ranks" in stage.parts) == (size > 1)
+        rest += stage.mean(REST) * len(stage.steps)
+        whole += stage.step_seconds * len(stage.steps)
+    assert rest < 0.05 * whole
 
 
 def test_every_step_is_there_once_with_every_rank(size: int) -> None:
@@ -48,7 +51,7 @@ def test_every_step_is_there_once_with_every_rank(size: int) -> None:
     assert {len(row["ranks"]) for row in rows} == {size}
     for row, record in zip(steps, metrics, strict=True):
         seconds = (row["ranks"][0]["end_us"] - row["ranks"][0]["start_us"]) / 1e6
-        assert seconds == pytest.approx(record["speed"]["step_seconds"], rel=0.2)
+        assert seconds == pytest.approx(record["speed"]["step_seconds"], rel=0.1, abs=0.05)
     between = {name for row in rows if row["step"] is None for name in row["ranks"][0]["own_us"]}
     assert between == {"load", "eval", "checkpoint", "verify", "reference"}
 

@@ -93,11 +93,12 @@ class StepWork:
 
         Wall times and counts of a process, under `seconds` and `speed` too, are others after a resume.
         """
-        step_seconds, done = time.perf_counter() - self._began, self.policy.passes.since(self._before)
+        done = self.policy.passes.since(self._before)
         own = {"sampled": self.sampled_tokens, "trained": done.trained_tokens, "flops": done.flops,
                "spare": done.spare_flops, "prompts": self.prompts, "prompt_tokens": self.prompt_tokens,
                "patches": self.patches}
         counts = over_ranks(self.counts | own, self.world)
+        step_seconds = time.perf_counter() - self._began  # until the last rank has come
         sampled, trained, flops, spare, prompts, prompt_tokens, patches = (counts.pop(name) for name in own)
         speed: dict[str, float] = {"step_seconds": step_seconds, "ranks": self.world.size, "flops": flops}
         if prompts:
