@@ -39,7 +39,7 @@ from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.stages.dpo import PairRow, dpo_update, preference_loss_of, reference_logprobs
 from veripo_fast.stages.grpo import GrpoUpdate, policy_loss_of
-from veripo_fast.stages.optimizer import Optimizer
+from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.types import Completion, LoadedPrompt, Message, PreferencePair, Prompt, RolloutGroup, Video
 
 QUESTION = "What does the red shape do?"
@@ -199,7 +199,7 @@ class Ours:
         output = self.policy.forward(batch, features, PairLossInputs(
             preference_loss_of(self.config), sums, mask, len(rows)))
         loss = self.optimizer.backward(output.loss)
-        self.optimizer.step()
+        step_policy(self.policy, self.optimizer)
         return {"loss": loss}
 
 
