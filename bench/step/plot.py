@@ -1,4 +1,8 @@
-"""One figure and one table of the step bench, from the newest line of each kind."""
+"""One figure and one table of the step bench, from the newest line of each kind.
+
+On one thread CPU time is shown, which other processes disturb least; on several, where threads wait for each other,
+wall time.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 
 from bench.step.cases import CASES, PEER
 
+OURS = "ours"
 Row = dict[str, Any]
 COLOURS = {"vision": "#7aa974", "rollout": "#8c9bb0", "reward": "#d9d9d9", "reference": "#e0b354",
            "training": "#c44e52"}
@@ -20,19 +25,39 @@ TITLES = {"A": "GRPO, 4 prompts, TRL in one batch, its head at every position",
 def newest(rows: list[Row]) -> list[Row]:
     """The last line of each kind, in the order of the cases."""
     last = {(row.get("case", {}).get("name"), row["row"], row.get("switch")): row for row in rows}
+    both = {name for name, kind, _ in last if kind == PEER}
     order = [*CASES, None]
-    return sorted(last.values(), key=lambda row: order.index(row.get("case", {}).get("name")))
+    return sorted((row for (name, kind, _), row in last.items() if kind != OURS or name not in both),
+                  key=lambda row: (order.index(row.get("case", {}).get("name")), row["row"] not in (PEER, OURS)))
+
+
+def ratio(row: Row, part: str) -> float:
+    """Median ratio of a part of the step."""
+    value: float = row[f"{part}_{'cpu_' if row['threads'] == 1 else ''}ratio_median"]
+    return value
+
+
+def seconds_of(row: Row, side: str) -> dict[str, list[float]]:
+    """Seconds of the phases of a side, round by round."""
+    found: dict[str, list[float]] = row[f"{side}_{'cpu_' if row['threads'] == 1 else ''}seconds"]
+    return found
+
+
+def measured_on(rows: list[Row]) -> str:
+    """What the times are."""
+    threads = sorted({row["threads"] for row in rows})
+    return "CPU time, one core" if threads == [1] else f"{' or '.join(map(str, threads))} threads"
 
 
 def table(rows: list[Row]) -> str:
     """The cases as lines of a Markdown table: the peer's time and memory over ours."""
-    lines = ["| TRL's time over ours | whole step | training | rollout | memory of training |", "|---|---|---|---|---|"]
-    for row in newest(rows):
-        if row["row"] == PEER:
-            parts = [f"{row[f'{part}_ratio_median']:.1f}" if f"{part}_ratio_median" in row else ""
-                     for part in ("step", "training", "rollout")]
-            lines.append(" | ".join([f"| {TITLES[row['case']['name']]}", *parts,
-                                     f"{row['training_memory_ratio']:.1f} |"]))
+    rows = [row for row in newest(rows) if row["row"] == PEER]
+    lines = [f"| TRL's step over ours ({measured_on(rows)}) | whole step | training | rollout | memory of training |",
+             "|---|---|---|---|---|"]
+    for row in rows:
+        parts = [f"{ratio(row, part):.1f}" if f"{part}_ratio_median" in row else ""
+                 for part in ("step", "training", "rollout")]
+        lines.append(" | ".join([f"| {TITLES[row['case']['name']]}", *parts, f"{row['training_memory_ratio']:.1f} |"]))
     return "\n".join(lines)
 
 
@@ -61,7 +86,8 @@ def plot(rows: list[Row], path: Path) -> Path:
     figure.legend(handles, COLOURS, ncols=len(COLOURS), fontsize=8, frameon=False, loc="outside lower center")
     first = rows[0]
     peer = f", TRL {first['versions']['trl']}" if "trl" in first["versions"] else ""
-    figure.suptitle(f"{first['device']}{peer}: medians of {first['rounds']} paired rounds", fontsize=10)
+    figure.suptitle(f"{first['device'].split(',')[0]}, {measured_on(rows)}{peer}: medians over paired rounds",
+                    fontsize=10)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -70,12 +96,12 @@ def plot(rows: list[Row], path: Path) -> Path:
 def _phases(axis: Any, row: Row) -> None:
     """Bars of both sides, phase after phase, in units of our whole step."""
     sides = [side for side in ("peer", "ours") if f"{side}_seconds" in row]
-    whole = sum(statistics.median(values) for values in row["ours_seconds"].values())
+    whole = sum(statistics.median(values) for values in seconds_of(row, "ours").values())
     for place, side in enumerate(sides):
         end = 0.0
         for phase, colour in COLOURS.items():
-            if phase in row[f"{side}_seconds"]:
-                width = statistics.median(row[f"{side}_seconds"][phase]) / whole
+            if phase in seconds_of(row, side):
+                width = statistics.median(seconds_of(row, side)[phase]) / whole
                 axis.barh(place, width, left=end, color=colour)
                 end += width
         axis.annotate(f"{end:.1f}x, {row[f'{side}_peak_mib']['training']:,} MiB", (end, place), (5, 0),
@@ -87,7 +113,7 @@ def _phases(axis: Any, row: Row) -> None:
 def _switches(axis: Any, rows: list[Row]) -> None:
     """A bar for each switch."""
     rows = rows[::-1]
-    values = [row["step_ratio_median"] for row in rows]
+    values = [ratio(row, "step") for row in rows]
     axis.barh(range(len(rows)), values, color="#8c9bb0")
     for place, value in enumerate(values):
         axis.annotate(f"{value:.2f}x", (value, place), (5, 0), textcoords="offset points", va="center", fontsize=8)

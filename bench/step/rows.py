@@ -178,12 +178,12 @@ def ratios(case: Case, above: Sequence[Answer], below: Sequence[Answer]) -> Row:
 
 
 def group_over_pair(group: Row, pair: Row) -> Row:
-    """What a group of GRPO costs in pairs of DPO, on each side; from their lines."""
+    """CPU time of a group of GRPO in that of a pair of DPO, whole steps, on each side; from their lines."""
     row: Row = {"row": "group_over_pair"}
     for side in ("ours", "peer"):
         costs = []
         for line in (group, pair):
-            seconds = line[f"{side}_seconds"]
+            seconds = line[f"{side}_cpu_seconds"]
             costs.append(sum(statistics.median(values) for values in seconds.values()) / line["case"]["prompts"])
         row[side] = digits(costs[0] / costs[1])
     return row

@@ -257,10 +257,13 @@ def test_the_step_without_a_fast_path_is_the_same_step(tmp_path: Path) -> None:
 def test_the_newest_lines_are_shown_in_the_order_of_the_cases() -> None:
     def line(name: str, row: str, step: float, **more: Any) -> dict[str, Any]:
         return {"case": {"name": name}, "row": row, "step_ratio_median": step, "training_ratio_median": 2.04,
-                "training_memory_ratio": 1.5, **more}
+                "training_memory_ratio": 1.5, "threads": 2, **more}
 
-    lines = [line("dpo", PEER, 2.8), line("B", PEER, 9.0, rollout_ratio_median=3.0),
+    lines = [line("dpo", PEER, 2.8), line("B", "ours", 7.0), line("B", PEER, 9.0, rollout_ratio_median=3.0),
              line("B", "without", 2.0, switch="shared prefix"), line("B", PEER, 4.6, rollout_ratio_median=3.0)]
     assert [row["step_ratio_median"] for row in plot.newest(lines)] == [4.6, 2.0, 2.8]
+    assert "2 threads" in plot.table(lines)
+    one = [line("dpo", PEER, 2.8, threads=1, step_cpu_ratio_median=2.6, training_cpu_ratio_median=2.0)]
+    assert "CPU time, one core" in plot.table(one) and "| 2.6 | 2.0 |  | 1.5 |" in plot.table(one)
     grpo, dpo = (row.split("|")[2:6] for row in plot.table(lines).splitlines()[2:])
     assert grpo == [" 4.6 ", " 2.0 ", " 3.0 ", " 1.5 "] and dpo == [" 2.8 ", " 2.0 ", "  ", " 1.5 "]
