@@ -31,10 +31,15 @@ def newest(rows: list[Row]) -> list[Row]:
                   key=lambda row: (order.index(row.get("case", {}).get("name")), row["row"] not in (PEER, OURS)))
 
 
-def ratio(row: Row, part: str) -> float:
-    """Median ratio of a part of the step."""
-    value: float = row[f"{part}_{'cpu_' if row['threads'] == 1 else ''}ratio_median"]
+def ratio(row: Row, part: str, which: str = "median") -> float:
+    """Ratio of a part of the step: its median over the rounds, min or max."""
+    value: float = row[f"{part}_{'cpu_' if row['threads'] == 1 else ''}ratio_{which}"]
     return value
+
+
+def spread(row: Row, part: str) -> str:
+    """The median with its smallest and largest."""
+    return f"{ratio(row, part):.1f} ({ratio(row, part, 'min'):.1f} to {ratio(row, part, 'max'):.1f})"
 
 
 def seconds_of(row: Row, side: str) -> dict[str, list[float]]:
@@ -55,7 +60,7 @@ def table(rows: list[Row]) -> str:
     lines = [f"| TRL's step over ours ({measured_on(rows)}) | whole step | training | rollout | memory of training |",
              "|---|---|---|---|---|"]
     for row in rows:
-        parts = [f"{ratio(row, part):.1f}" if f"{part}_ratio_median" in row else ""
+        parts = [spread(row, part) if f"{part}_ratio_median" in row else ""
                  for part in ("step", "training", "rollout")]
         lines.append(" | ".join([f"| {TITLES[row['case']['name']]}", *parts, f"{row['training_memory_ratio']:.1f} |"]))
     return "\n".join(lines)
@@ -112,6 +117,9 @@ def _phases(axis: Any, row: Row) -> None:
 
 def _switches(axis: Any, rows: list[Row]) -> None:
     """A bar for each switch."""
+    if not rows:
+        axis.set_axis_off()
+        return
     rows = rows[::-1]
     values = [ratio(row, "step") for row in rows]
     axis.barh(range(len(rows)), values, color="#8c9bb0")

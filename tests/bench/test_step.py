@@ -254,16 +254,24 @@ def test_the_step_without_a_fast_path_is_the_same_step(tmp_path: Path) -> None:
 
 # -- figure and table ------------------------------------------------------------------------------------------------
 
+def test_the_table_in_the_readme_is_made_from_the_results() -> None:
+    lines = [json.loads(line) for line in (REPOSITORY / "bench/results/full_step.jsonl").read_text().splitlines()]
+    assert plot.table([line for line in lines if not line["quick"]]) in (REPOSITORY / "README.md").read_text()
+
+
 def test_the_newest_lines_are_shown_in_the_order_of_the_cases() -> None:
     def line(name: str, row: str, step: float, **more: Any) -> dict[str, Any]:
-        return {"case": {"name": name}, "row": row, "step_ratio_median": step, "training_ratio_median": 2.04,
-                "training_memory_ratio": 1.5, "threads": 2, **more}
+        ratios = {f"{part}_{kind}ratio_{which}": value + more.get("cpu", 0.0) * bool(kind)
+                  for part, value in {"step": step, "training": 2.04, **more.get("rollout", {})}.items()
+                  for kind in ("", "cpu_") for which in ("median", "min", "max")}
+        return {"case": {"name": name}, "row": row, "training_memory_ratio": 1.5, "threads": 2, **ratios, **more}
 
-    lines = [line("dpo", PEER, 2.8), line("B", "ours", 7.0), line("B", PEER, 9.0, rollout_ratio_median=3.0),
-             line("B", "without", 2.0, switch="shared prefix"), line("B", PEER, 4.6, rollout_ratio_median=3.0)]
+    rollout = {"rollout": {"rollout": 3.0}}
+    lines = [line("dpo", PEER, 2.8), line("B", "ours", 7.0), line("B", PEER, 9.0, **rollout),
+             line("B", "without", 2.0, switch="shared prefix"), line("B", PEER, 4.6, **rollout)]
     assert [row["step_ratio_median"] for row in plot.newest(lines)] == [4.6, 2.0, 2.8]
     assert "2 threads" in plot.table(lines)
-    one = [line("dpo", PEER, 2.8, threads=1, step_cpu_ratio_median=2.6, training_cpu_ratio_median=2.0)]
-    assert "CPU time, one core" in plot.table(one) and "| 2.6 | 2.0 |  | 1.5 |" in plot.table(one)
-    grpo, dpo = (row.split("|")[2:6] for row in plot.table(lines).splitlines()[2:])
-    assert grpo == [" 4.6 ", " 2.0 ", " 3.0 ", " 1.5 "] and dpo == [" 2.8 ", " 2.0 ", "  ", " 1.5 "]
+    one = plot.table([line("dpo", PEER, 2.8, threads=1, cpu=0.5)])
+    assert "CPU time, one core" in one and "| 3.3 (3.3 to 3.3) | 2.5 (2.5 to 2.5) |  | 1.5 |" in one
+    grpo, dpo = ([cell.strip()[:3] for cell in row.split("|")[2:6]] for row in plot.table(lines).splitlines()[2:])
+    assert grpo == ["4.6", "2.0", "3.0", "1.5"] and dpo == ["2.8", "2.0", "", "1.5"]
