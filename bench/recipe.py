@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "triton", "torchcodec", "av", "trl", "liger-kernel", "cut-cross-entropy",
              "quack-kernels", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-dali-cuda130", "qwen-vl-utils",
@@ -61,7 +63,9 @@ def append(name: str, row: dict[str, Any]) -> Path:
     """Append a row with its recipe to bench/results/NAME.jsonl."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
-    recipe = {"command": shlex.join(["python", *sys.argv]), "device": device_name(), "versions": versions(),
+    # `veripo bench` names a script by its whole path
+    script = sys.argv[0].removeprefix(f"{ROOT}{os.sep}")
+    recipe = {"command": shlex.join(["python", script, *sys.argv[1:]]), "device": device_name(), "versions": versions(),
               "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     with path.open("a") as file:
         file.write(json.dumps({**row, **recipe}) + "\n")

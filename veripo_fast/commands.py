@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 """Scripts and their results, which are no part of the installed package."""
-BENCHES = {"kernels": "kernels/bench_kernels.py", "step": "bench_step.py", "video": "video/bench_video.py"}
+BENCHES = {"kernels": "kernels/bench_kernels.py", "step": "step/bench_full_step.py", "video": "video/bench_video.py"}
 """What `veripo bench` measures -> its script in BENCH."""
 
 
