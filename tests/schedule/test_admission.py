@@ -174,19 +174,29 @@ def test_overrides_of_a_stage_count() -> None:
 
 def test_a_gpu_keeps_the_process_on_the_host() -> None:
     config = Config(stages=(StageConfig("grpo"),))
-    for phase in predict(shape(), config, on_gpu=True)["grpo-1"]:
+    for phase in predict(shape(), config, gpu_bytes=80 * GIB)["grpo-1"]:
         assert "process" in phase.host or (phase.name == "load" and phase.host)
         assert "process" not in phase.device and "allocator" not in phase.device
+
+
+def test_the_cache_of_an_engine_is_a_quarter_of_a_gpu_or_what_is_asked() -> None:
+    config = apply_overrides(Config(stages=(StageConfig("grpo"),)), {"rollout.engine": "vllm"})
+    asked = apply_overrides(config, {"rollout.kv_cache_gb": 3.0})
+
+    def cache(config: Config, gpu_bytes: int) -> int:
+        return predict(shape(), config, gpu_bytes=gpu_bytes)["grpo-1"][2].device["key/value cache"]
+
+    assert (cache(config, 80 * GIB), cache(config, 0), cache(asked, 80 * GIB)) == (20 * GIB, GIB, 3 * GIB)
 
 
 def test_a_planner_asks_in_milliseconds() -> None:
     config = Config(stages=(StageConfig("grpo"), StageConfig("dpo")))
     config = apply_overrides(config, {"rollout.engine": "vllm", "distributed.backend": "fsdp"})
     known = shape()
-    predict(known, config, 1024, on_gpu=True)
+    predict(known, config, 1024, gpu_bytes=80 * GIB)
     started = time.perf_counter()
     for ranks in (8, 64, 512, 1024):
-        predict(known, config, ranks, on_gpu=True)
+        predict(known, config, ranks, gpu_bytes=80 * GIB)
     assert (time.perf_counter() - started) / 4 < 0.1
 
 

@@ -82,7 +82,7 @@ def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str
         return (f"lower grpo.prompts_per_step (now {config.grpo.prompts_per_step}), rollout.group_size (now "
                 f"{rollout.group_size}) or data.max_prompt_tokens, or take rollout.engine vllm")
     if owner in ("key/value cache", "engine activations"):
-        asked = f"now {rollout.kv_cache_gb:g}" if rollout.kv_cache_gb else "1 GiB if it is 0"
+        asked = f"now {rollout.kv_cache_gb:g}" if rollout.kv_cache_gb else "0, which is a quarter of a GPU or 1 GiB"
         return f"lower rollout.kv_cache_gb ({asked}) or data.max_prompt_tokens"
     if owner == "engine weights":
         return "raise rollout.tensor_parallel, which shares them out, or take a smaller model"

@@ -66,18 +66,22 @@ class Phase:
         return max(self.device, key=lambda owner: self.device[owner])
 
 
-def predict(shape: ModelShape, config: Config, ranks: int = 1, *, on_gpu: bool = False) -> dict[str, list[Phase]]:
-    """The phases of every stage of a run, by the stage's name."""
+def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int = 0) -> dict[str, list[Phase]]:
+    """The phases of every stage of a run, by the stage's name.
+
+    Args:
+        gpu_bytes: all memory of a rank's GPU; 0: it is a CPU.
+    """
     stages = {}
     for stage in config.stages:
         own = apply_overrides(config, stage.set) if stage.set else config
-        stages[stage.name] = stage_phases(shape, own, stage, ranks, on_gpu=on_gpu)
+        stages[stage.name] = stage_phases(shape, own, stage, ranks, gpu_bytes)
     return stages
 
 
-def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, *, on_gpu: bool) -> list[Phase]:
+def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, gpu_bytes: int) -> list[Phase]:
     """The phases of one stage, whose overrides are in `config`."""
-    return Ledger(shape, config, ranks, on_gpu, workload_of(config, shape, ranks)).phases(stage.kind)
+    return Ledger(shape, config, ranks, gpu_bytes, workload_of(config, shape, ranks)).phases(stage.kind)
 
 
 class Ledger:
@@ -87,13 +91,14 @@ class Ledger:
         work: the step that is looked at.
     """
 
-    def __init__(self, shape: ModelShape, config: Config, ranks: int, on_gpu: bool, work: Workload) -> None:
-        self.shape, self.config, self.ranks, self.on_gpu, self.work = shape, config, ranks, on_gpu, work
+    def __init__(self, shape: ModelShape, config: Config, ranks: int, gpu_bytes: int, work: Workload) -> None:
+        self.shape, self.config, self.ranks, self.work = shape, config, ranks, work
+        self.gpu_bytes, self.on_gpu = gpu_bytes, gpu_bytes > 0
         self.itemsize = 4 if config.model.dtype == "float32" else 2
         self.placement = Placement.of(config.distributed, ranks)
         self.trained_tower = not config.model.freeze_vision
-        self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, on_gpu)
-        self.masked = not on_gpu or config.model.attention == "sdpa"
+        self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, self.on_gpu)
+        self.masked = not self.on_gpu or config.model.attention == "sdpa"
         self.reference: Owners = {}
         """The policy of a KL term, which is there for all of a stage."""
 
@@ -237,7 +242,7 @@ class Ledger:
 
     def _engine_cache(self) -> Mapping[str, int]:
         rollout, shape = self.config.rollout, self.shape
-        asked = int(rollout.kv_cache_gb * 2 ** 30) or 2 ** 30
+        asked = int(rollout.kv_cache_gb * 2 ** 30) or self.gpu_bytes // 4 or 2 ** 30  # as rollout/limits.py
         batched = max(8192, self.work.prompt_tokens + self.work.completion_tokens)
         return {"key/value cache": asked, "engine activations": working_bytes(shape, batched, self.itemsize)
                 + min(rollout.max_sequences, batched) * shape.vocabulary * 4 * 3}
