@@ -4,8 +4,9 @@
 
 Each case is a run of its own in child processes, with one thread a rank, in which every completion nearly reaches its
 limit: the policy is taught for some minutes to think one sentence and to answer, so that groups carry a signal, make
-pairs, and are as long as the ledger expects. `data.max_prompt_tokens` stands just above the longest prompt. Measured is VmHWM of rank 0 in each
-phase (run/memory.py), predicted is memory.json, which was written before. Lines go to bench/results/ledger.jsonl.
+pairs, and are as long as the ledger expects. `data.max_prompt_tokens` stands just above the longest prompt. Measured is
+VmHWM of rank 0 in each phase (run/memory.py), predicted is memory.json, which was written before. Lines go to
+bench/results/ledger.jsonl.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import load_policy, save_policy
 from veripo_fast.types import Prompt
 
-SENTENCE = "At first a red circle is seen near the left side, then it moves up, and one blue square stays near the right"
+SENTENCE = ("At first a red circle is seen near the left side, then it moves up, and one blue square stays near the "
+            "right")
 GRPO, LOOP = "[{kind: grpo}]", "[{kind: grpo}, {kind: dpo}]"
 COMMON = {
     "threads": 1, "model.device": "cpu", "video.fps": "null", "video.num-frames": 16, "video.min-pixels": 65536,
