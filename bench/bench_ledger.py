@@ -30,7 +30,8 @@ from bench import recipe
 from bench.measure import digits
 from bench.tied import PATHS, tied
 from bench.wide_model import write_checkpoint
-from veripo_fast.config.inputs import DataConfig, ModelConfig
+from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.demo.corpus import write_corpus
 from veripo_fast.model.packing import pack
@@ -66,34 +67,41 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
 
 
 def prepared(folder: Path) -> None:
-    """A corpus and the policy, unless they are there."""
+    """A corpus and the policy, unless they are there: taught on questions alone, which is quick, then on videos."""
     if not (folder / "corpus").exists():
         write_corpus(folder / "corpus", 12, 4, 0)
-    if not (folder / "model").exists():
+    if not (folder / "start").exists():
         write_checkpoint(folder / "start", "30m")
-        teach(folder)
+    if not (folder / "text").exists():
+        teach(folder, "start", "text", videos=False, steps=25)
+    if not (folder / "model").exists():
+        teach(folder, "text", "model", videos=True, steps=12)
 
 
-def teach(folder: Path, steps: int = 25) -> None:
-    """Teacher forcing on the questions without their videos."""
+def teach(folder: Path, start: str, out: str, *, videos: bool, steps: int) -> None:
+    """Teacher forcing."""
     rng = random.Random(0)
-    policy = load_policy(ModelConfig(path=str(folder / "start"), device="cpu"))
+    policy = load_policy(ModelConfig(path=str(folder / start), device="cpu"))
     encoder = policy.encoder
     prompts, _ = load_prompts([str(folder / "corpus" / "train.jsonl")], DataConfig())
-    encoded = [encoder.encode(without_media(prompt), None) for prompt in prompts]
-    optimizer = torch.optim.AdamW([parameter for _, parameter in policy.parameters()], betas=(0.9, 0.95))
+    contract = VideoConfig(fps=None, num_frames=16, min_pixels=65536, max_pixels=65536)
+    loader = PromptLoader(policy, contract, 1000, lambda prompt, reason: None)
+    loaded = loader.load(prompts if videos else [without_media(prompt) for prompt in prompts])
+    loader.close()
+    optimizer = torch.optim.AdamW([parameter for _, parameter in policy.parameters()], lr=1e-4, betas=(0.9, 0.95))
     for step in range(steps):
-        chosen = rng.sample(range(len(prompts)), 4)
-        groups = [(encoded[i], [[*encoder.encode_completion(answer(prompts[i], rng)), encoder.eos_id]
-                                for _ in range(2)]) for i in chosen]
-        loss = -policy.completion_logprobs(pack(groups), [None] * len(groups)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 8)
+        chosen = rng.sample(range(len(prompts)), 2 if videos else 4)
+        groups = [(loaded[i].encoded, [[*encoder.encode_completion(answer(prompts[i], rng)), encoder.eos_id]
+                                       for _ in range(2)]) for i in chosen]
+        logprobs = policy.completion_logprobs(pack(groups), [loaded[i].features for i in chosen])
+        optimizer.zero_grad()
+        (-logprobs.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
+        print(f"teaching {out}: step {step}, loss {-logprobs.mean():.3f}", flush=True)
     policy.model.to(torch.bfloat16)  # as shipped checkpoints are
-    save_policy(policy, folder / "model")
+    save_policy(policy, folder / out)
 
 
 def without_media(prompt: Prompt) -> Prompt:
