@@ -229,6 +229,15 @@ def test_host_memory_of_a_gpu_counts_apart() -> None:
     assert as_tree(stages) == {"grpo-1": {"update": {"device": {"weights": 10}, "host": {"process": 100}}}}
 
 
+def test_a_pair_that_is_too_large_names_no_group_size() -> None:
+    config = apply_overrides(Config(stages=(StageConfig("grpo"), StageConfig("dpo"))), {"optimizer.max_tokens": 64})
+    owners = {"activations": 100}
+    for stage, words in (("grpo-1", "one group alone is .* lower rollout.group_size"),
+                         ("dpo-1", r"one pair alone is [\d,]+ tokens, so lower rollout.max_new_tokens")):
+        excess = worst_excess({stage: [Phase("update", owners)]}, Room("cpu", 1))
+        assert excess is not None and re.search(words, refusal(excess, config, shape(), 1))
+
+
 # -- growth -----------------------------------------------------------------------------------------------------------
 
 STEP = 1 << 20

@@ -32,8 +32,10 @@ MIB = 1 << 20
 PROCESS = {"none": 545 * MIB, "fsdp": 600 * MIB, "deepspeed": 640 * MIB, "vllm": 600 * MIB}
 """Interpreter, torch, transformers and the other libraries of a process by backend, once each has been used; what vLLM
 adds stands by itself. Measured on Linux with the CPU builds of torch 2.13 (bench/bench_ledger.py); CUDA's add to it."""
-USED_LATER = 95 * MIB
-"""Of these, what the libraries take when they first decode, score and step: it is not there while the policy loads."""
+LOADING = 450 * MIB
+"""Of these, what is there while the policy loads, before the libraries first decode, score, step and talk."""
+ROOM_BYTES = 256 * MIB
+"""Frames and patches that wait to be used again: MAX_BYTES of video/buffers.py."""
 SPLINTERED = 0.10
 """Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile."""
 HEAP_BLOCK = 32 * MIB
@@ -125,7 +127,7 @@ class Ledger:
         mapped = shape.stored_bytes if not self.on_gpu else 0
         engine = self._engine_weights(starting=True)
         return self._phase("load", {"weights": whole, "checkpoint files": mapped, **engine},
-                           {"process": self._process()["process"] - USED_LATER})
+                           {"process": LOADING})
 
     def _vision(self, prompts: int) -> Phase:
         work = self.work
@@ -139,7 +141,7 @@ class Ledger:
         if self.config.rollout.engine == "vllm":
             return self._phase("rollout", {**self._resident(), **self._features(self.work.prompts),
                                            **self._engine_weights(starting=False), **self._engine_cache()},
-                               self._host())
+                               self._host(self.work.prompts))
         work, shape, b = self.work, self.shape, self.itemsize
         tokens, rows = work.prompts * work.prompt_tokens, work.prompts * work.group_size
         token_cache = 2 * shape.keys * shape.layers * b
@@ -153,12 +155,12 @@ class Ledger:
                   "completion cache": rows * work.completion_tokens * token_cache, "draws": drawn}
         scores = rows * shape.heads * (work.prompt_tokens + work.completion_tokens) * 4 * 4
         sampled = {**decode, "logits": rows * shape.vocabulary * SAMPLING_BYTES, "attention scores": scores}
-        return max((self._phase("rollout", owners, self._host()) for owners in (prefill, sampled)),
+        return max((self._phase("rollout", owners, self._host(work.prompts)) for owners in (prefill, sampled)),
                    key=lambda phase: phase.device_bytes)
 
     def _reference(self, row: Row) -> Phase:
         return self._phase("reference", {**self._resident(stepped=False), **self._features(self.work.pairs),
-                                         **self._forward(row)}, self._host())
+                                         **self._forward(row)}, self._host(self.work.pairs))
 
     def _update(self, row: Row, groups: int, prompts: int) -> Phase:
         shape, b, held = self.shape, self.itemsize, self.held
@@ -175,7 +177,7 @@ class Ledger:
         moments = [{**always, **saved, **loss, **earlier, **splintered},
                    {**always, **saved, **earlier, **backward, **splintered},
                    {**always, "gradients": held.gradients, "AdamW's step": held.stepping}]
-        return max((self._phase("update", owners, self._host()) for owners in moments),
+        return max((self._phase("update", owners, self._host(prompts)) for owners in moments),
                    key=lambda phase: phase.device_bytes)
 
     def _checkpoint(self) -> Phase:
@@ -217,11 +219,14 @@ class Ledger:
         return {"activations": working_bytes(self.shape, row.tokens, self.itemsize)
                 + row.tokens * self.shape.hidden * self.itemsize, "gathered layers": self.held.gathered}
 
-    def _host(self) -> Owners:
-        """What lies in host memory all the time."""
+    def _host(self, prompts: int = 0) -> Owners:
+        """What lies in host memory all the time, with the buffers that the media of `prompts` prompts were in."""
         work = self.work
+        patches = 2 * work.patches * self.shape.tower.features * self.itemsize
+        buffers = min(ROOM_BYTES, 3 * work.pixels * prompts + patches) if prompts else 0
         ahead = min(self.config.cache.prefetch_prompts, work.prompts) * 3 * work.pixels
-        host = {**self.held.host, **self._process(), "frames ahead": min(ahead, self.config.cache.prefetch_bytes)}
+        host = {**self.held.host, **self._process(), "free buffers": buffers,
+                "frames ahead": min(ahead, self.config.cache.prefetch_bytes)}
         if self.on_gpu and not self.trained_tower:
             entry = work.features * self.shape.tower.out_hidden * (1 + self.shape.tower.deepstack) * self.itemsize
             host["vision cache"] = min(work.media * entry, self.config.cache.host_bytes)

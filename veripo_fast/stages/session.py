@@ -184,7 +184,7 @@ class Session:
             self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
                               "step": self.state.step - 1, **values, **counts, "seconds": self._seconds})
         self._seconds, self._video_counts, self._engine_values = {}, {}, {}
-        self.memory.step_done(self.loader.cache.bytes)
+        self.memory.step_done(self.loader.cached_bytes)
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
         if self.state.step == self._bar.total:
@@ -231,10 +231,12 @@ class Session:
 
     def finish_stage(self) -> None:
         """Count the stage and write a checkpoint of its end."""
-        self.memory.stage_done(self.config.stages[self.state.stage].name, self._optimizer)
-        self._optimizer = None
+        stage = self.config.stages[self.state.stage]
         self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step)
-        self.save(None)
+        with self.high_water.phase("checkpoint"):
+            self.save(None)
+        self.memory.stage_done(stage.name, self._optimizer)
+        self._optimizer = None
 
     # -- what is on disk ------------------------------------------------------------------------------------------
 
