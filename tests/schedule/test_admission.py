@@ -93,12 +93,13 @@ def test_seven_billion_weights_are_refused_within_seconds_and_unread(
     assert 7.0e9 < shape.language_numbers < 7.7e9
     code = ("import resource, sys\nfrom veripo_fast.cli import main\n"
             f"code = main(['train', '--config', {str(tmp_path / 'run.yaml')!r}])\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\nsys.exit(code)")
-    started = time.monotonic()
+            "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+            "print(used.ru_maxrss // 1024, round(used.ru_utime + used.ru_stime))\nsys.exit(code)")
     done = python("-c", code)
     assert done.returncode == 2, done.stderr
-    assert time.monotonic() - started < 60, "10 s on an idle machine"
-    assert int(done.stdout) < 1500, "MiB; the weights alone would be 30,000"
+    peak_mib, cpu_seconds = map(int, done.stdout.split())
+    assert cpu_seconds < 20, "most of it are imports; on shared cores CPU time varies too"
+    assert peak_mib < 1500, "the weights alone would be 30,000"
     said = done.stderr.splitlines()[-1]
     assert re.search(r"stage grpo-1 would take 1\d\d(\.\d)? GB of memory in its phase update, and .* can be had on cpu;"
                      r" most of it, \d+(\.\d)? GB, is AdamW's moments: .*share it out over several ranks", said), said
