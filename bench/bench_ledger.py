@@ -2,10 +2,11 @@
 
     python bench/bench_ledger.py [--cases base fsdp ...] [--folder FOLDER]
 
-Each case is a run of its own in child processes, with one thread a rank, in which every completion reaches its limit:
-the policy is taught for a minute to answer at once and then to go on, so that groups carry a signal and are as long as
-the ledger expects. `data.max_prompt_tokens` stands just above the longest prompt. Measured is VmHWM of rank 0 in each
-phase (run/memory.py), predicted is memory.json, which was written before. Lines go to bench/results/ledger.jsonl.
+Each case is a run of its own in child processes, with one thread a rank, in which every completion nearly reaches its
+limit: the policy is taught for some minutes to think one sentence and to answer, so that groups carry a signal, make
+pairs, and are as long as the ledger expects. `data.max_prompt_tokens` stands just above the longest prompt. Measured is
+VmHWM of rank 0 in each phase (run/memory.py), predicted is memory.json, which was written before. Lines go to
+bench/results/ledger.jsonl.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ from bench import recipe
 from bench.measure import digits
 from bench.tied import PATHS, tied
 from bench.wide_model import write_checkpoint
-from veripo_fast.config.inputs import DataConfig, ModelConfig
+from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.demo.corpus import write_corpus
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import load_policy, save_policy
 from veripo_fast.types import Prompt
 
+SENTENCE = ("At first a red circle is seen near the left side, then it moves up, and one blue square stays near the "
+            "right")
 GRPO, LOOP = "[{kind: grpo}]", "[{kind: grpo}, {kind: dpo}]"
 COMMON = {
     "threads": 1, "model.device": "cpu", "video.fps": "null", "video.num-frames": 16, "video.min-pixels": 65536,
@@ -63,33 +67,41 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
 
 
 def prepared(folder: Path) -> None:
-    """A corpus and the policy, unless they are there."""
+    """A corpus and the policy, unless they are there: taught on questions alone, which is quick, then on videos."""
     if not (folder / "corpus").exists():
         write_corpus(folder / "corpus", 12, 4, 0)
-    if not (folder / "model").exists():
+    if not (folder / "start").exists():
         write_checkpoint(folder / "start", "30m")
-        teach(folder)
+    if not (folder / "text").exists():
+        teach(folder, "start", "text", videos=False, steps=25)
+    if not (folder / "model").exists():
+        teach(folder, "text", "model", videos=True, steps=12)
 
 
-def teach(folder: Path, steps: int = 25) -> None:
-    """Teacher forcing on the questions without their videos: an answer, then words that do not end."""
+def teach(folder: Path, start: str, out: str, *, videos: bool, steps: int) -> None:
+    """Teacher forcing."""
     rng = random.Random(0)
-    policy = load_policy(ModelConfig(path=str(folder / "start"), device="cpu"))
+    policy = load_policy(ModelConfig(path=str(folder / start), device="cpu"))
     encoder = policy.encoder
     prompts, _ = load_prompts([str(folder / "corpus" / "train.jsonl")], DataConfig())
-    encoded = [encoder.encode(without_media(prompt), None) for prompt in prompts]
-    optimizer = torch.optim.AdamW([parameter for _, parameter in policy.parameters()], betas=(0.9, 0.95))
+    contract = VideoConfig(fps=None, num_frames=16, min_pixels=65536, max_pixels=65536)
+    loader = PromptLoader(policy, contract, 1000, lambda prompt, reason: None)
+    loaded = loader.load(prompts if videos else [without_media(prompt) for prompt in prompts])
+    loader.close()
+    optimizer = torch.optim.AdamW([parameter for _, parameter in policy.parameters()], lr=1e-4, betas=(0.9, 0.95))
     for step in range(steps):
-        chosen = rng.sample(range(len(prompts)), 4)
-        groups = [(encoded[i], [encoder.encode_completion(answer(prompts[i], rng)) for _ in range(2)]) for i in chosen]
-        loss = -policy.completion_logprobs(pack(groups), [None] * len(groups)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 8)
+        chosen = rng.sample(range(len(prompts)), 2 if videos else 4)
+        groups = [(loaded[i].encoded, [[*encoder.encode_completion(answer(prompts[i], rng)), encoder.eos_id]
+                                       for _ in range(2)]) for i in chosen]
+        logprobs = policy.completion_logprobs(pack(groups), [loaded[i].features for i in chosen])
+        optimizer.zero_grad()
+        (-logprobs.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
+        print(f"teaching {out}: step {step}, loss {-logprobs.mean():.3f}", flush=True)
     policy.model.to(torch.bfloat16)  # as shipped checkpoints are
-    save_policy(policy, folder / "model")
+    save_policy(policy, folder / out)
 
 
 def without_media(prompt: Prompt) -> Prompt:
@@ -100,11 +112,11 @@ def without_media(prompt: Prompt) -> Prompt:
 
 
 def answer(prompt: Prompt, rng: random.Random) -> str:
-    """Right in two of five, and then words without an end."""
+    """One sentence of about 60 tokens with its conclusion, and an answer that is right in two of five."""
     names = ["A", "B", "C", "D"][:len(prompt.options)] or ["1", "2", "3", "40"]
     given = prompt.gold if rng.random() < 0.4 else rng.choice(names)
     thought = given if rng.random() < 0.7 else rng.choice(names)
-    return f"<think>so {thought}.</think><answer>{given}</answer>" + " so so so so" * 10
+    return f"<think>{SENTENCE} so {thought}.</think><answer>{given}</answer>"
 
 
 def run(folder: Path, name: str, python: str) -> Path:
@@ -132,6 +144,8 @@ def row_of(name: str, stage: dict[str, object]) -> dict[str, object]:
     measured: dict[str, int] = stage["peak_bytes"]  # type: ignore[assignment]
     plan: dict[str, dict[str, dict[str, int]]] = stage["predicted"]  # type: ignore[assignment]
     predicted = {phase: sum(owners["device"].values()) for phase, owners in plan.items() if phase in measured}
+    if "update" not in predicted:
+        sys.exit(f"the case {name} trained on nothing in {stage['stage']}")
     peak = max(measured.values())
     return {"bench": "ledger", "case": name, "ranks": CASES[name][0], "stage": stage["stage"],
             "predicted_mib": {phase: count >> 20 for phase, count in predicted.items()},

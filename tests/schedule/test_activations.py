@@ -98,6 +98,10 @@ def test_blocks_are_those_of_the_attention(monkeypatch: pytest.MonkeyPatch) -> N
 def test_constants_are_those_of_the_kernels() -> None:
     from veripo_kernels import linear_loss, linear_torch
 
+    from veripo_fast.schedule import ledger
+    from veripo_fast.video import buffers
+
+    assert ledger.ROOM_BYTES == buffers.MAX_BYTES
     assert (activations.TILE, activations.WORKSPACE_BYTES) == (linear_torch.TILE, linear_loss.WORKSPACE_BYTES)
 
 

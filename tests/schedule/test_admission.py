@@ -93,12 +93,13 @@ def test_seven_billion_weights_are_refused_within_seconds_and_unread(
     assert 7.0e9 < shape.language_numbers < 7.7e9
     code = ("import resource, sys\nfrom veripo_fast.cli import main\n"
             f"code = main(['train', '--config', {str(tmp_path / 'run.yaml')!r}])\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\nsys.exit(code)")
-    started = time.monotonic()
+            "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+            "print(used.ru_maxrss // 1024, round(used.ru_utime + used.ru_stime))\nsys.exit(code)")
     done = python("-c", code)
     assert done.returncode == 2, done.stderr
-    assert time.monotonic() - started < 60, "10 s on an idle machine"
-    assert int(done.stdout) < 1500, "MiB; the weights alone would be 30,000"
+    peak_mib, cpu_seconds = map(int, done.stdout.split())
+    assert cpu_seconds < 20, "most of it are imports; on shared cores CPU time varies too"
+    assert peak_mib < 1500, "the weights alone would be 30,000"
     said = done.stderr.splitlines()[-1]
     assert re.search(r"stage grpo-1 would take 1\d\d(\.\d)? GB of memory in its phase update, and .* can be had on cpu;"
                      r" most of it, \d+(\.\d)? GB, is AdamW's moments: .*share it out over several ranks", said), said
@@ -174,19 +175,29 @@ def test_overrides_of_a_stage_count() -> None:
 
 def test_a_gpu_keeps_the_process_on_the_host() -> None:
     config = Config(stages=(StageConfig("grpo"),))
-    for phase in predict(shape(), config, on_gpu=True)["grpo-1"]:
+    for phase in predict(shape(), config, gpu_bytes=80 * GIB)["grpo-1"]:
         assert "process" in phase.host or (phase.name == "load" and phase.host)
         assert "process" not in phase.device and "allocator" not in phase.device
+
+
+def test_the_cache_of_an_engine_is_a_quarter_of_a_gpu_or_what_is_asked() -> None:
+    config = apply_overrides(Config(stages=(StageConfig("grpo"),)), {"rollout.engine": "vllm"})
+    asked = apply_overrides(config, {"rollout.kv_cache_gb": 3.0})
+
+    def cache(config: Config, gpu_bytes: int) -> int:
+        return predict(shape(), config, gpu_bytes=gpu_bytes)["grpo-1"][2].device["key/value cache"]
+
+    assert (cache(config, 80 * GIB), cache(config, 0), cache(asked, 80 * GIB)) == (20 * GIB, GIB, 3 * GIB)
 
 
 def test_a_planner_asks_in_milliseconds() -> None:
     config = Config(stages=(StageConfig("grpo"), StageConfig("dpo")))
     config = apply_overrides(config, {"rollout.engine": "vllm", "distributed.backend": "fsdp"})
     known = shape()
-    predict(known, config, 1024, on_gpu=True)
+    predict(known, config, 1024, gpu_bytes=80 * GIB)
     started = time.perf_counter()
     for ranks in (8, 64, 512, 1024):
-        predict(known, config, ranks, on_gpu=True)
+        predict(known, config, ranks, gpu_bytes=80 * GIB)
     assert (time.perf_counter() - started) / 4 < 0.1
 
 
@@ -217,6 +228,15 @@ def test_host_memory_of_a_gpu_counts_apart() -> None:
     assert device is not None and device.place == "cuda:0"
     assert "share it out over several ranks" in refusal(device, Config(), shape(), 1)
     assert as_tree(stages) == {"grpo-1": {"update": {"device": {"weights": 10}, "host": {"process": 100}}}}
+
+
+def test_a_pair_that_is_too_large_names_no_group_size() -> None:
+    config = apply_overrides(Config(stages=(StageConfig("grpo"), StageConfig("dpo"))), {"optimizer.max_tokens": 64})
+    owners = {"activations": 100}
+    for stage, words in (("grpo-1", "one group alone is .* lower rollout.group_size"),
+                         ("dpo-1", r"one pair alone is [\d,]+ tokens, so lower rollout.max_new_tokens")):
+        excess = worst_excess({stage: [Phase("update", owners)]}, Room("cpu", 1))
+        assert excess is not None and re.search(words, refusal(excess, config, shape(), 1))
 
 
 # -- growth -----------------------------------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ class PromptLoader:
             contract, self._fetch, max_bytes=self.config.prefetch_bytes, most_bytes=self._most_bytes,
             nbytes=lambda found: found.nbytes if isinstance(found, DecodedMedia) else found[1].nbytes)
 
+    @property
+    def cached_bytes(self) -> int:
+        """Tower output that is kept on the tower's device: in host memory where that is a CPU."""
+        return (self.cache if self.tower.device.type == "cpu" else self.gpu_cache).bytes
+
     def close(self) -> None:
         """Stop the decoding threads, and finish writing to the disk."""
         self._slots.close()

@@ -107,8 +107,9 @@ class PromptCache:
     def keep(self, prompts: torch.Tensor) -> None:
         """Drop the prompts whose completions have all ended; `prompts` int64 lists the rows to keep."""
         rows = (prompts[:, None] * self.group_size + torch.arange(self.group_size, device=prompts.device)).flatten()
-        self.padded = [(k[prompts], v[prompts]) for k, v in self.padded]
-        self.written = [(k[rows], v[rows]) for k, v in self.written]
+        for kept, which in ((self.padded, prompts), (self.written, rows)):
+            for layer, (keys, values) in enumerate(kept):
+                kept[layer] = keys[which], values[which]  # one layer at a time is held twice
         self.visible = self.visible[prompts]
 
 

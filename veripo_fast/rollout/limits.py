@@ -13,7 +13,7 @@ from veripo_fast.config.schema import Config
 from veripo_fast.distributed.backend import whole_shape
 from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.model.policy import Policy
-from veripo_fast.run.memory import free_bytes
+from veripo_fast.run.memory import free_bytes, total_bytes
 from veripo_fast.text import memory
 
 _BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -92,5 +92,5 @@ def engine_weight_bytes(policy: Policy) -> int:
 def _default_bytes(device: torch.device) -> int:
     """A quarter of a GPU's memory, which sleep gives back while the trainer works; 1 GiB on a CPU."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1]) // 4
+        return total_bytes(device) // 4
     return 2 ** 30

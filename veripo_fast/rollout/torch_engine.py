@@ -17,13 +17,10 @@ from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.rollout.protocol import OnGroup, Sampling, not_finite
 from veripo_fast.run.seeds import derive_seed
+from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS
 from veripo_fast.types import Completion, LoadedPrompt, RolloutGroup
 
 EngineOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-PREFILL_TOKENS = 8192
-"""Prompt tokens of one forward pass; a longer prompt runs alone."""
-MOST_LOGITS = 1 << 25
-"""Rows times vocabulary that are held at once: 128 MiB in float32, and twice that while tokens are drawn from them."""
 _BLOCK = 128
 """Tokens whose probabilities are added up first; Qwen's vocabularies are multiples of it."""
 

@@ -50,6 +50,15 @@ def free_bytes(device: torch.device) -> int:
     return free_host_bytes()
 
 
+def total_bytes(device: torch.device) -> int:
+    """All memory of a GPU; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
 def free_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """MemAvailable, or what the limits of this process's control groups leave. Raises OSError where Linux is not."""
     sizes = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines() if ":" in line)

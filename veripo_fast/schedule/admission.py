@@ -74,15 +74,16 @@ def refusal(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> st
 
 def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str:
     """What to change when an owner is the largest."""
-    owner, phase, dpo = excess.largest, excess.phase.name, excess.phase.name == "reference"
+    owner, phase = excess.largest, excess.phase.name
+    dpo = any(stage.name == excess.stage and stage.kind == "dpo" for stage in config.stages)
     rollout, video = config.rollout, config.video
     if owner in ("activations", "allocator", "backward", "logits", "loss") and phase != "rollout":
-        return _smaller_rows(config, shape, ranks, 2 if dpo else rollout.group_size)
+        return _smaller_rows(config, shape, ranks, None if dpo else rollout.group_size)
     if owner in _OF_ROLLOUT:
         return (f"lower grpo.prompts_per_step (now {config.grpo.prompts_per_step}), rollout.group_size (now "
                 f"{rollout.group_size}) or data.max_prompt_tokens, or take rollout.engine vllm")
     if owner in ("key/value cache", "engine activations"):
-        asked = f"now {rollout.kv_cache_gb:g}" if rollout.kv_cache_gb else "1 GiB if it is 0"
+        asked = f"now {rollout.kv_cache_gb:g}" if rollout.kv_cache_gb else "0, which is a quarter of a GPU or 1 GiB"
         return f"lower rollout.kv_cache_gb ({asked}) or data.max_prompt_tokens"
     if owner == "engine weights":
         return "raise rollout.tensor_parallel, which shares them out, or take a smaller model"
@@ -108,16 +109,17 @@ _BY_NAME = {
 }
 
 
-def _smaller_rows(config: Config, shape: ModelShape, ranks: int, group_size: int) -> str:
-    """A micro-batch is as large as optimizer.max_tokens, or as one group that is larger."""
+def _smaller_rows(config: Config, shape: ModelShape, ranks: int, group_size: int | None) -> str:
+    """A micro-batch is as large as optimizer.max_tokens, or as one group that is larger; a pair has no group size."""
     work = workload_of(config, shape, ranks)
-    group = work.prompt_tokens + group_size * (work.completion_tokens - 1)
+    group = work.prompt_tokens + (group_size or 2) * (work.completion_tokens - 1)
     checkpointing = "" if config.model.gradient_checkpointing else ", or set model.gradient_checkpointing"
     if config.optimizer.max_tokens > group:
         return f"lower optimizer.max_tokens (now {config.optimizer.max_tokens}){checkpointing}"
-    return (f"one group alone is {plural(group, 'token')}, so lower rollout.group_size (now "
-            f"{config.rollout.group_size}), rollout.max_new_tokens (now {config.rollout.max_new_tokens}) or "
-            f"data.max_prompt_tokens (now {config.data.max_prompt_tokens}){checkpointing}")
+    size = f"rollout.group_size (now {group_size}), " if group_size else ""
+    return (f"one {'group' if group_size else 'pair'} alone is {plural(group, 'token')}, so lower {size}"
+            f"rollout.max_new_tokens (now {config.rollout.max_new_tokens}) or data.max_prompt_tokens (now "
+            f"{config.data.max_prompt_tokens}){checkpointing}")
 
 
 def _smaller_share(config: Config, ranks: int) -> str:

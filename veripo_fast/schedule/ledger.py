@@ -26,20 +26,22 @@ from veripo_fast.schedule.activations import (
 )
 from veripo_fast.schedule.placement import Held, Owners, Placement, frozen_bytes, held_by
 from veripo_fast.schedule.shapes import ModelShape
-from veripo_fast.schedule.workload import Workload, workload_of
+from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, workload_of
 
 MIB = 1 << 20
 PROCESS = {"none": 545 * MIB, "fsdp": 600 * MIB, "deepspeed": 640 * MIB, "vllm": 600 * MIB}
 """Interpreter, torch, transformers and the other libraries of a process by backend, once each has been used; what vLLM
 adds stands by itself. Measured on Linux with the CPU builds of torch 2.13 (bench/bench_ledger.py); CUDA's add to it."""
-USED_LATER = 95 * MIB
-"""Of these, what the libraries take when they first decode, score and step: it is not there while the policy loads."""
+LOADING = 450 * MIB
+"""Of these, what is there while the policy loads, before the libraries first decode, score, step and talk."""
+ROOM_BYTES = 256 * MIB
+"""Frames and patches that wait to be used again: MAX_BYTES of video/buffers.py."""
 SPLINTERED = 0.10
 """Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile."""
 HEAP_BLOCK = 32 * MIB
 """glibc takes smaller blocks from its heap, where what is kept of a layer pins the free blocks around it."""
-SAMPLING_BYTES = 40
-"""Per logit of the torch engine while a token is drawn: float32 copies, and a sum in float64."""
+DRAWING_BYTES, TRUNCATING_BYTES = 16, 40
+"""Per logit of the torch engine while a token is drawn: float32 copies, and for top-k or top-p sorted ones."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,22 @@ class Phase:
         return max(self.device, key=lambda owner: self.device[owner])
 
 
-def predict(shape: ModelShape, config: Config, ranks: int = 1, *, on_gpu: bool = False) -> dict[str, list[Phase]]:
-    """The phases of every stage of a run, by the stage's name."""
+def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int = 0) -> dict[str, list[Phase]]:
+    """The phases of every stage of a run, by the stage's name.
+
+    Args:
+        gpu_bytes: all memory of a rank's GPU; 0: it is a CPU.
+    """
     stages = {}
     for stage in config.stages:
         own = apply_overrides(config, stage.set) if stage.set else config
-        stages[stage.name] = stage_phases(shape, own, stage, ranks, on_gpu=on_gpu)
+        stages[stage.name] = stage_phases(shape, own, stage, ranks, gpu_bytes)
     return stages
 
 
-def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, *, on_gpu: bool) -> list[Phase]:
+def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, gpu_bytes: int) -> list[Phase]:
     """The phases of one stage, whose overrides are in `config`."""
-    return Ledger(shape, config, ranks, on_gpu, workload_of(config, shape, ranks)).phases(stage.kind)
+    return Ledger(shape, config, ranks, gpu_bytes, workload_of(config, shape, ranks)).phases(stage.kind)
 
 
 class Ledger:
@@ -87,13 +93,14 @@ class Ledger:
         work: the step that is looked at.
     """
 
-    def __init__(self, shape: ModelShape, config: Config, ranks: int, on_gpu: bool, work: Workload) -> None:
-        self.shape, self.config, self.ranks, self.on_gpu, self.work = shape, config, ranks, on_gpu, work
+    def __init__(self, shape: ModelShape, config: Config, ranks: int, gpu_bytes: int, work: Workload) -> None:
+        self.shape, self.config, self.ranks, self.work = shape, config, ranks, work
+        self.gpu_bytes, self.on_gpu = gpu_bytes, gpu_bytes > 0
         self.itemsize = 4 if config.model.dtype == "float32" else 2
         self.placement = Placement.of(config.distributed, ranks)
         self.trained_tower = not config.model.freeze_vision
-        self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, on_gpu)
-        self.masked = not on_gpu or config.model.attention == "sdpa"
+        self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, self.on_gpu)
+        self.masked = not self.on_gpu or config.model.attention == "sdpa"
         self.reference: Owners = {}
         """The policy of a KL term, which is there for all of a stage."""
 
@@ -120,7 +127,7 @@ class Ledger:
         mapped = shape.stored_bytes if not self.on_gpu else 0
         engine = self._engine_weights(starting=True)
         return self._phase("load", {"weights": whole, "checkpoint files": mapped, **engine},
-                           {"process": self._process()["process"] - USED_LATER})
+                           {"process": LOADING})
 
     def _vision(self, prompts: int) -> Phase:
         work = self.work
@@ -134,26 +141,34 @@ class Ledger:
         if self.config.rollout.engine == "vllm":
             return self._phase("rollout", {**self._resident(), **self._features(self.work.prompts),
                                            **self._engine_weights(starting=False), **self._engine_cache()},
-                               self._host())
+                               self._host(self.work.prompts))
         work, shape, b = self.work, self.shape, self.itemsize
         tokens, rows = work.prompts * work.prompt_tokens, work.prompts * work.group_size
         token_cache = 2 * shape.keys * shape.layers * b
         always = {**self._resident(), **self._features(work.prompts), "whole weights": self.held.whole}
-        working = working_bytes(shape, tokens, b)
-        in_heap = not self.on_gpu and tokens * shape.intermediate * b < HEAP_BLOCK
+        together = max(min(PREFILL_TOKENS // work.prompt_tokens, work.prompts), 1) * work.prompt_tokens
+        working = working_bytes(shape, together, b)
+        in_heap = not self.on_gpu and together * shape.intermediate * b < HEAP_BLOCK
         prefill = {**always, "prompt cache": tokens * token_cache, "allocator": working if in_heap else 0,
-                   "activations": working + tokens * shape.hidden * b}
+                   "activations": working + together * shape.hidden * b}
         drawn = rows * work.completion_tokens * (8 + 8 + 4)
-        decode = {**always, "prompt cache": 2 * tokens * token_cache,  # a copy while it is padded, or prompts end
-                  "completion cache": rows * work.completion_tokens * token_cache, "draws": drawn}
+        copied = (shape.layers + 1) * token_cache // shape.layers  # while padded, or prompts end
+        decode = {**always, "prompt cache": tokens * copied, "completion cache": rows * work.completion_tokens * copied,
+                  "draws": drawn}
         scores = rows * shape.heads * (work.prompt_tokens + work.completion_tokens) * 4 * 4
-        sampled = {**decode, "logits": rows * shape.vocabulary * SAMPLING_BYTES, "attention scores": scores}
-        return max((self._phase("rollout", owners, self._host()) for owners in (prefill, sampled)),
+        sampled = {**decode, "logits": self._logits(rows), "attention scores": scores}
+        return max((self._phase("rollout", owners, self._host(work.prompts)) for owners in (prefill, sampled)),
                    key=lambda phase: phase.device_bytes)
+
+    def _logits(self, rows: int) -> int:
+        """Of the torch engine, with what is made of them while tokens are drawn."""
+        rollout, vocabulary = self.config.rollout, self.shape.vocabulary
+        truncated = rollout.top_k > 0 or rollout.top_p < 1
+        return max(min(rows * vocabulary, MOST_LOGITS), vocabulary) * (TRUNCATING_BYTES if truncated else DRAWING_BYTES)
 
     def _reference(self, row: Row) -> Phase:
         return self._phase("reference", {**self._resident(stepped=False), **self._features(self.work.pairs),
-                                         **self._forward(row)}, self._host())
+                                         **self._forward(row)}, self._host(self.work.pairs))
 
     def _update(self, row: Row, groups: int, prompts: int) -> Phase:
         shape, b, held = self.shape, self.itemsize, self.held
@@ -170,7 +185,7 @@ class Ledger:
         moments = [{**always, **saved, **loss, **earlier, **splintered},
                    {**always, **saved, **earlier, **backward, **splintered},
                    {**always, "gradients": held.gradients, "AdamW's step": held.stepping}]
-        return max((self._phase("update", owners, self._host()) for owners in moments),
+        return max((self._phase("update", owners, self._host(prompts)) for owners in moments),
                    key=lambda phase: phase.device_bytes)
 
     def _checkpoint(self) -> Phase:
@@ -212,11 +227,14 @@ class Ledger:
         return {"activations": working_bytes(self.shape, row.tokens, self.itemsize)
                 + row.tokens * self.shape.hidden * self.itemsize, "gathered layers": self.held.gathered}
 
-    def _host(self) -> Owners:
-        """What lies in host memory all the time."""
+    def _host(self, prompts: int = 0) -> Owners:
+        """What lies in host memory all the time, with the buffers that the media of `prompts` prompts were in."""
         work = self.work
+        patches = 2 * work.patches * self.shape.tower.features * self.itemsize
+        buffers = min(ROOM_BYTES, 3 * work.pixels * prompts + patches) if prompts else 0
         ahead = min(self.config.cache.prefetch_prompts, work.prompts) * 3 * work.pixels
-        host = {**self.held.host, **self._process(), "frames ahead": min(ahead, self.config.cache.prefetch_bytes)}
+        host = {**self.held.host, **self._process(), "free buffers": buffers,
+                "frames ahead": min(ahead, self.config.cache.prefetch_bytes)}
         if self.on_gpu and not self.trained_tower:
             entry = work.features * self.shape.tower.out_hidden * (1 + self.shape.tower.deepstack) * self.itemsize
             host["vision cache"] = min(work.media * entry, self.config.cache.host_bytes)
@@ -237,7 +255,7 @@ class Ledger:
 
     def _engine_cache(self) -> Mapping[str, int]:
         rollout, shape = self.config.rollout, self.shape
-        asked = int(rollout.kv_cache_gb * 2 ** 30) or 2 ** 30
+        asked = int(rollout.kv_cache_gb * 2 ** 30) or self.gpu_bytes // 4 or 2 ** 30  # as rollout/limits.py
         batched = max(8192, self.work.prompt_tokens + self.work.completion_tokens)
         return {"key/value cache": asked, "engine activations": working_bytes(shape, batched, self.itemsize)
                 + min(rollout.max_sequences, batched) * shape.vocabulary * 4 * 3}

@@ -94,7 +94,7 @@ def _stage(shape: ModelShape, config: Config, stage: StageConfig, gpus: int, har
     lengths = lengths or Lengths.bound(workload_of(config, shape, gpus))
     made = grpo_work if stage.kind == "grpo" else dpo_work
     work = made(shape, config, gpus, lengths)
-    phases = tuple(stage_phases(shape, config, stage, gpus, on_gpu=hardware is not None))
+    phases = tuple(stage_phases(shape, config, stage, gpus, hardware.memory_bytes if hardware else 0))
     excess = None
     if hardware is not None:
         excess = worst_excess({stage.name: phases}, Room(hardware.name, int(hardware.memory_bytes * USABLE), None))

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from veripo_fast.config.schema import Config
 from veripo_fast.schedule.shapes import ModelShape
 
+PREFILL_TOKENS = 8192
+"""Prompt tokens of one forward pass of the torch engine; a longer prompt runs alone."""
+MOST_LOGITS = 1 << 25
+"""Rows times vocabulary that the torch engine holds at once: 128 MiB in float32, with their copies four times that."""
 TEXT_TOKENS = 512
 """Of a question with its options, the instruction and the chat template."""
 STAMP_TOKENS = 10

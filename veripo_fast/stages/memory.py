@@ -17,7 +17,7 @@ from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError
 from veripo_fast.model.checkpoint_files import resolve_device, resolve_path
 from veripo_fast.run.folder import RunDir
-from veripo_fast.run.memory import HighWater, free_bytes, free_host_bytes, status_bytes
+from veripo_fast.run.memory import HighWater, free_bytes, free_host_bytes, status_bytes, total_bytes
 from veripo_fast.schedule.admission import Room, as_tree, refusal, summary, worst_excess
 from veripo_fast.schedule.ledger import predict
 from veripo_fast.schedule.shapes import read_shape
@@ -41,7 +41,7 @@ def check_memory(config: Config, world: World) -> Plan:
     """
     device = resolve_device(config.model.device)
     shape = read_shape(resolve_path(config.model.path))
-    stages = predict(shape, config, world.size, on_gpu=device.type == "cuda")
+    stages = predict(shape, config, world.size, gpu_bytes=total_bytes(device))
 
     def check() -> None:
         room = room_of(device)

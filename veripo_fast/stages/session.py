@@ -184,7 +184,7 @@ class Session:
         if self.world.main:
             self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
                               "step": self.state.step - 1, **values, **work})
-        self.memory.step_done(self.loader.cache.bytes)
+        self.memory.step_done(self.loader.cached_bytes)
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
         if self.state.step == self._bar.total:
@@ -232,11 +232,11 @@ class Session:
     def finish_stage(self) -> None:
         """Count the stage and write a checkpoint of its end."""
         stage = self.config.stages[self.state.stage]
+        self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step)
+        with span("checkpoint"), self.high_water.phase("checkpoint"):
+            self.save(None)
         self.memory.stage_done(stage.name, self._optimizer)
         self._optimizer = None
-        self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step)
-        with span("checkpoint"):
-            self.save(None)
         self.books.write(stage.name, self.state.global_step)
 
     # -- what is on disk ------------------------------------------------------------------------------------------
