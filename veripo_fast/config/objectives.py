@@ -83,6 +83,8 @@ class RewardConfig:
     """Weight of the format term."""
     number_tolerance: float = 1e-6
     """Relative tolerance of typed numbers (`number`); estimates use MRA instead."""
+    streamed: bool = True
+    """Completions are scored while others are still sampled; false: behind the rollout, with the same scores."""
     math_seconds_per_batch: float = 60.0
     """Seconds for comparing the mathematics of a rollout batch, or of one run of the verifier; an answer that finds no
     time left counts as not equal, and the number of these is said."""

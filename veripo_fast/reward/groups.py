@@ -46,7 +46,8 @@ class StreamedScores:
         self._thread = Thread(target=self._work, name="rewards", daemon=True)
 
     def __enter__(self) -> StreamedScores:
-        self._thread.start()
+        if self._config.reward.streamed:
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -56,7 +57,10 @@ class StreamedScores:
     def wait(self) -> None:
         """Wait for the scores. Raises what went wrong in the thread."""
         self._groups.put(None)
-        self._thread.join()
+        if self._config.reward.streamed:
+            self._thread.join()
+        else:
+            self._work()
         if self._error is not None:
             raise self._error
 
