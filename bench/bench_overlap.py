@@ -1,4 +1,4 @@
-"""The demo's GRPO steps with everything overlapped, and with every overlap switched off: equal bits, seconds, idle time.
+"""The demo's GRPO steps with everything overlapped, and with every overlap off: equal bits, seconds, idle time.
 
     python bench/bench_overlap.py [--steps 6] [--rounds 3]
 
