@@ -3,14 +3,15 @@
     python bench/bench_against.py OTHER [--rounds 3] [--rows step,video]
 
 Says what a change cost. Both run under this interpreter, each with the packages of its own checkout; a round measures
-each once, and ratios are seconds here over seconds there. Lines go to bench/results/against.jsonl.
+each once (a training step ten times), and ratios are seconds here over seconds there. Lines go to
+bench/results/against.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernel
     sys.path[0] = __file__.rpartition("/bench/")[0]
 
 from bench import recipe
-from bench.measure import Ratio, paired
+from bench.measure import Ratio, digits, paired
 from bench.tied import REPOSITORY, tied
 from bench.video.textured import Size, textured
 from bench.video.worker import Worker
@@ -43,27 +44,60 @@ def commit(checkout: Path) -> str:
                           check=True).stdout.strip()
 
 
-def step(checkout: Path, taken: dict[Path, list[dict[str, Any]]]) -> None:
-    """One run of a checkout's bench_step.py; its line is taken back out of that checkout's results."""
-    results = checkout / "bench/results/step.jsonl"
-    before = results.read_text()
-    environment = {**os.environ, "PYTHONPATH": packages(checkout)}
-    subprocess.run(tied(sys.executable, checkout / "bench/bench_step.py", "--backends", "sdpa", "--runs", "2"),
-                   env=environment, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
-    taken[checkout].append(json.loads(results.read_text()[len(before):].splitlines()[0]))
-    results.write_text(before)
+class Steps:
+    """A checkout's training step in a process of its own, run once for each call."""
+
+    def __init__(self, checkout: Path, threads: int) -> None:
+        environment = {**os.environ, "PYTHONPATH": packages(checkout), "OMP_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(tied(sys.executable, "-c", SHARED_STEP), env=environment, cwd=checkout,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> float:
+        """Seconds of one step."""
+        return float(self._answer("step"))
+
+    def close(self) -> int:
+        """End the process; the most that it held, in MiB."""
+        peak = int(self._answer("peak"))
+        self.process.communicate()
+        return peak
+
+    def _answer(self, word: str) -> str:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("answer "):
+                return line.removeprefix("answer ")
+        sys.exit(f"the step of a checkout ended with {self.process.wait()}")
 
 
-def step_row(other: Path, rounds: int) -> Iterator[dict[str, Any]]:
-    """Default shape of bench_step.py, shared prefix, each round in a fresh process."""
-    taken: dict[Path, list[dict[str, Any]]] = {REPOSITORY: [], other: []}
-    ways: dict[str, Callable[[], object]] = {str(one): partial(step, one, taken) for one in taken}
-    paired(ways, rounds, lambda run: float(run() is None))
-    here, there = ([min(line["shared_seconds"]) for line in taken[one]] for one in taken)
-    peaks = ([line["shared_peak_mib"] for line in taken[one]] for one in taken)
-    yield {"row": "step", "here_seconds": here, "there_seconds": there,
-           **dict(zip(("here_peak_mib", "there_peak_mib"), peaks, strict=True)),
-           **Ratio.of(here, there).fields("here_over_there")}
+SHARED_STEP = """
+import resource, sys, time
+import torch
+from bench.bench_step import Step, build_model
+step = Step(build_model("qwen2_5_vl"), 1000, 64, 8, False)
+for word in sys.stdin:
+    if word.strip() == "peak":
+        print("answer", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, flush=True)
+        continue
+    step.model.zero_grad()
+    started = time.perf_counter()
+    step.shared("sdpa")
+    print("answer", time.perf_counter() - started, flush=True)
+"""
+"""The default shape of bench_step.py; `bench` is a package here, and a folder without __init__.py in old checkouts."""
+
+
+def step_row(other: Path, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
+    """Shared prefix, step by step in turns: whatever else the machine does then meets both."""
+    here, there = Steps(REPOSITORY, threads), Steps(other, threads)
+    ways: dict[str, Callable[[], object]] = {"here": here, "there": there}
+    seconds = paired(ways, 10 * rounds, lambda run: float(str(run())), warmups=2)
+    peaks = {"here_peak_mib": here.close(), "there_peak_mib": there.close()}
+    yield {"row": "step", "threads": threads, "rounds": 10 * rounds, **peaks,
+           **{f"{way}_seconds_median": digits(statistics.median(values)) for way, values in seconds.items()},
+           **Ratio.of(seconds["here"], seconds["there"]).fields("here_over_there")}
 
 
 def worker_of(checkout: Path) -> Worker:
@@ -72,7 +106,7 @@ def worker_of(checkout: Path) -> Worker:
     return Worker(str(script), {0}, {"PYTHONPATH": packages(checkout)})
 
 
-def video_row(other: Path, rounds: int) -> Iterator[dict[str, Any]]:
+def video_row(other: Path, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
     """File to pixel values, 64 frames; and the video work of a GRPO step on four clips, first epoch, frozen tower."""
     with TemporaryDirectory(prefix="veripo-against-") as folder:
         clips = [str(textured(Size(360, 640), Path(folder)))]
@@ -102,11 +136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("other", type=Path, help="the other checkout, with its compiled op built in place")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of a training step; video work has one core")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS))
     args = parser.parse_args()
     other = args.other.resolve()
     for name, rows in (("step", step_row), ("video", video_row)):
-        for row in rows(other, args.rounds) if name in args.rows else ():
+        for row in rows(other, args.rounds, args.threads) if name in args.rows else ():
             recipe.append("against", {"bench": "against", "other": commit(other), **row})
             print(row, flush=True)
 
