@@ -20,18 +20,18 @@ import torch.nn.functional as F
 
 from bench import recipe
 from bench.measure import Ratio, clock_of, paired
-from veripo_fast.model import shared_prefix
 from veripo_fast.model.shared_prefix import GroupSpan
+from veripo_fast.schedule import blocks
 
 HEADS, KEY_HEADS, HEAD_SIZE = 8, 2, 64
 ALL = 1 << 60
-WAYS = {"together": (ALL, 0), "alone": (-1, 0), "chosen": (shared_prefix.CALL_PAIRS, shared_prefix.COPY_PAIRS)}
+WAYS = {"together": (ALL, 0), "alone": (-1, 0), "chosen": (blocks.CALL_PAIRS, blocks.COPY_PAIRS)}
 """CALL_PAIRS and COPY_PAIRS of each."""
 
 
 def group_of(way: str, prompt: int, completion: int, group: int) -> GroupSpan:
     """A group whose blocks are made as `way` says."""
-    shared_prefix.CALL_PAIRS, shared_prefix.COPY_PAIRS = WAYS[way]
+    blocks.CALL_PAIRS, blocks.COPY_PAIRS = WAYS[way]
     span = GroupSpan(0, prompt, (completion,) * group)
     assert len(span.blocks) >= 1  # made now, and kept
     return span

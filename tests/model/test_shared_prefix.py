@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.support import policies
-from veripo_fast.model import shared_prefix
 from veripo_fast.model.packing import micro_batches, pack
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import GroupSpan
+from veripo_fast.schedule import blocks
 from veripo_fast.types import EncodedPrompt
 
 CASES = {
@@ -73,7 +73,7 @@ def test_completions_are_attended_in_blocks_when_the_mask_would_be_large(monkeyp
     prompt, completions = policies.encoded(policy.encoder, []), policies.random_completions([6, 9, 4, 8])
     with torch.no_grad():
         whole = policy.completion_logprobs(pack([(prompt, completions)]), [None])
-        monkeypatch.setattr(shared_prefix, "MAX_MASK_ELEMENTS", 1)
+        monkeypatch.setattr(blocks, "MAX_MASK_ELEMENTS", 1)
         batch = pack([(prompt, completions)])
         assert [tokens for tokens, _ in batch.groups[0].blocks] == [5, 8, 3, 7]
         assert (policy.completion_logprobs(batch, [None]) - whole).abs().max() < 1e-5
@@ -86,9 +86,9 @@ def test_completions_are_attended_in_blocks_when_the_mask_would_be_large(monkeyp
     (882, (500, 3, 3, 500, 0, 500), [506, 500, 500])])
 def test_completions_share_a_block_where_that_costs_less(prompt: int, completions: tuple[int, ...],
                                                          expected: list[int]) -> None:
-    blocks = GroupSpan(0, prompt, completions).blocks
-    assert [tokens for tokens, _ in blocks] == expected
-    assert all(mask.shape == (tokens, prompt + tokens) for tokens, mask in blocks)
+    made = GroupSpan(0, prompt, completions).blocks
+    assert [tokens for tokens, _ in made] == expected
+    assert all(mask.shape == (tokens, prompt + tokens) for tokens, mask in made)
 
 
 def test_the_last_token_of_a_completion_is_not_run() -> None:

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from tests.support import policies
-from veripo_fast.model import shared_prefix
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import GroupSpan
-from veripo_fast.schedule import activations
+from veripo_fast.schedule import activations, blocks
 from veripo_fast.schedule.activations import Row, row_of, saved_bytes, tower_saved_bytes
 from veripo_fast.schedule.shapes import read_shape
 
@@ -86,9 +85,7 @@ def test_gradient_checkpointing_keeps_one_input_a_layer() -> None:
 
 
 def test_blocks_are_those_of_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert activations.MAX_MASK_ELEMENTS == shared_prefix.MAX_MASK_ELEMENTS
-    for module in (activations, shared_prefix):
-        monkeypatch.setattr(module, "MAX_MASK_ELEMENTS", 5000)
+    monkeypatch.setattr(blocks, "MAX_MASK_ELEMENTS", 5000)
     span = GroupSpan(0, 90, (16,) * 7)
     assert Row(1, 90, 7, 17).blocks() == [tokens for tokens, _ in span.blocks]
     assert len(span.blocks) > 2

@@ -46,7 +46,7 @@ def test_the_torch_engine_runs_ended_completions_on(policy, loaded):
     assert speed["trained_tokens_per_second"] == 0 and "mfu" not in speed
     work.begin()
     again = work.metrics()
-    assert again["seconds"] == {} and again["speed"].keys() == {"step_seconds", "flops"}, "a step begins anew"
+    assert again["seconds"] == {} and again["speed"].keys() == {"step_seconds", "ranks", "flops"}, "a step begins anew"
 
 
 def test_another_engine_may_run_the_tower_again(policy, loaded):

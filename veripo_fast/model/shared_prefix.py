@@ -20,12 +20,9 @@ import torch.nn.functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from veripo_fast.schedule.blocks import blocks_of
+
 NAME = "veripo_shared_prefix"
-MAX_MASK_ELEMENTS = 1 << 25
-"""Completions of a group are attended in blocks whose boolean mask has at most so many elements (32 MiB)."""
-CALL_PAIRS, COPY_PAIRS = 2500, 3
-"""What a further block costs, in masked (query, key) pairs: a call, and for each prompt token the copy of its keys and
-values. Fitted to forward and backward on a CPU (bench/bench_blocks.py): 8 heads, 2 key heads, head size 64."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +43,9 @@ class GroupSpan:
 
     @cached_property
     def blocks(self) -> list[tuple[int, torch.Tensor]]:
-        """Runs of completions attended together: their tokens, and a bool mask [tokens, P + tokens].
-
-        A completion of R tokens that joins a run of m adds 2 m R pairs that the mask hides, and spares a block.
-        """
-        blocks, lengths = [], list[int]()
-        for length in self.completions:
-            tokens = sum(lengths) + length
-            hidden = 2 * sum(lengths) * length
-            if lengths and (hidden > CALL_PAIRS + COPY_PAIRS * self.prompt
-                            or tokens * (self.prompt + tokens) > MAX_MASK_ELEMENTS):
-                blocks.append((sum(lengths), _block_mask(self.prompt, lengths)))
-                lengths = []
-            lengths.append(length)
-        if sum(lengths):
-            blocks.append((sum(lengths), _block_mask(self.prompt, lengths)))
-        return blocks
+        """Runs of completions attended together (`blocks_of`): their tokens, and a bool mask [tokens, P + tokens]."""
+        return [(sum(lengths), _block_mask(self.prompt, lengths))
+                for lengths in blocks_of(self.prompt, self.completions)]
 
 
 def _block_mask(prompt: int, lengths: list[int]) -> torch.Tensor:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from veripo_fast.schedule.blocks import blocks_of
 from veripo_fast.schedule.shapes import ModelShape, TowerShape
 
-MAX_MASK_ELEMENTS = 1 << 25
-"""That of model/shared_prefix.py, which a test compares."""
 TILE = 1024
 """That of veripo_kernels/linear_torch.py."""
 WORKSPACE_BYTES = 1 << 30
@@ -48,14 +47,8 @@ class Row:
         return round(self.groups * self.completions * self.length)
 
     def blocks(self) -> list[int]:
-        """Completion tokens of each block of a group, as `GroupSpan.blocks` cuts them."""
-        packed, blocks, tokens = self.length - 1, list[int](), 0
-        for _ in range(self.completions):
-            if tokens and (tokens + packed) * (self.prompt + tokens + packed) > MAX_MASK_ELEMENTS:
-                blocks.append(tokens)
-                tokens = 0
-            tokens += packed
-        return [*blocks, tokens] if tokens else blocks
+        """Completion tokens of each block of a group."""
+        return [sum(block) for block in blocks_of(self.prompt, [self.length - 1] * self.completions)]
 
     @property
     def mask_numbers(self) -> int:

@@ -129,6 +129,9 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[Shape, int]]
     Raises:
         CheckpointError: a weight or an option that everything has is not there.
     """
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part) or {}, dict):
+            raise CheckpointError(f"{folder / 'config.json'} must hold a JSON object as {part}")
     text = config.get("text_config") or config  # before transformers 4.52 Qwen2.5-VL's lay at the top
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     vision = {VISION.sub("", name): shape for name, shape in shapes.items() if VISION.match(name)}

@@ -14,13 +14,13 @@ import torch
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.distributed.world import World
-from veripo_fast.errors import ConfigError
+from veripo_fast.errors import CheckpointError, ConfigError
 from veripo_fast.model.checkpoint_files import resolve_device, resolve_path
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.memory import HighWater, free_bytes, free_host_bytes, status_bytes, total_bytes
 from veripo_fast.schedule.admission import Room, as_tree, refusal, summary, worst_excess
 from veripo_fast.schedule.ledger import predict
-from veripo_fast.schedule.shapes import read_shape
+from veripo_fast.schedule.shapes import ModelShape, read_shape
 from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.text import memory
 
@@ -40,13 +40,13 @@ def check_memory(config: Config, world: World) -> Plan:
         ConfigError: a phase would not fit; PeerFailed on other ranks.
     """
     device = resolve_device(config.model.device)
-    shape = read_shape(resolve_path(config.model.path))
-    stages = predict(shape, config, world.size, gpu_bytes=total_bytes(device))
+    shape = _shape_of(config)
+    stages = predict(shape, config, world.size, gpu_bytes=total_bytes(device)) if shape else {}
 
     def check() -> None:
         room = room_of(device)
         excess = worst_excess(stages, room) if room is not None and config.train.check_memory else None
-        if excess is not None:
+        if shape is not None and excess is not None:
             stage = next(stage for stage in config.stages if stage.name == excess.stage)
             raise ConfigError(refusal(excess, apply_overrides(config, stage.set), shape, world.size))
 
@@ -55,6 +55,14 @@ def check_memory(config: Config, world: World) -> Plan:
         for line in summary(stages, world.size):
             log.info("%s", line)
     return as_tree(stages)
+
+
+def _shape_of(config: Config) -> ModelShape | None:
+    """The shape of the checkpoint; None where it is broken: loading will say that better, or `MemoryBooks.loaded`."""
+    try:
+        return read_shape(resolve_path(config.model.path))
+    except CheckpointError:
+        return None
 
 
 def room_of(device: torch.device) -> Room | None:
@@ -75,6 +83,11 @@ class MemoryBooks:
     def __init__(self, run: RunDir, high_water: HighWater, world: World) -> None:
         self.run, self.high_water, self.world = run, high_water, world
         self.growth = Growth()
+
+    def loaded(self) -> None:
+        """Say so if the policy could be loaded, but nothing was predicted of it."""
+        if self.world.main and not read_plan(self.run.memory_plan):
+            log.warning("memory was not predicted: the checkpoint's files do not give the shapes of its weights")
 
     def step_done(self, known_bytes: int) -> None:
         """Look at the peaks of a step, less what is known to grow."""
