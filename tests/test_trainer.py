@@ -29,9 +29,9 @@ STAGES = ["grpo-1", "grpo-1", "dpo-1", "dpo-1", "grpo-2", "grpo-2"]
 STATE = {"global_step", "stage", "kind", "step", "seconds", "speed", "video_decodes", "tower_runs", "cache_hits",
          "decoder_fallbacks"}
 GRPO = STATE | {"reward_mean", "accuracy_mean", "format_mean", "length_mean", "length_max", "finished_share",
-                "zero_variance_share", "prompts", "updates", "loss", "kl", "clip_share", "ratio_max", "parity_max", "grad_norm",
-                "learning_rate", "skipped_updates", "packed_tokens", "zero_reward_steps", "steps_without_signal",
-                "collapsed_steps"}
+                "zero_variance_share", "prompts", "updates", "loss", "kl", "clip_share", "ratio_max", "parity_max",
+                "grad_norm", "learning_rate", "skipped_updates", "packed_tokens", "zero_reward_steps",
+                "steps_without_signal", "collapsed_steps"}
 DPO = STATE | {"loss", "preference_accuracy", "margin", "chosen_logprobs_mean", "rejected_logprobs_mean",
                "chosen_drift", "grad_norm", "learning_rate", "skipped_updates", "pairs"}
 
