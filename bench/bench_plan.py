@@ -4,7 +4,8 @@
 
 The policy of 30 M weights and its corpus are those of bench_ledger.py; each rank has one thread. One run gives rates
 and lengths. Of the others the lengths are taken from their own metrics, so that rates alone are put to the test; the
-predicted step is compared with the median of the measured ones. Lines go to bench/results/plan.jsonl.
+predicted step is compared with the mean of the measured ones. Runs that --folder holds already are taken as they are.
+Lines go to bench/results/plan.jsonl.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
 
 
 def step_seconds(run: Path) -> float:
-    """Median over the steps behind the first."""
-    return statistics.median(row["speed"]["step_seconds"] for row in read_records(run / "metrics.jsonl")[1:])
+    """Mean over the steps behind the first, as the share of groups with a signal is one."""
+    return statistics.fmean(row["speed"]["step_seconds"] for row in read_records(run / "metrics.jsonl")[1:])
 
 
 def main() -> None:
@@ -53,7 +54,9 @@ def main() -> None:
     runs = {}
     for name, (ranks, options) in CASES.items():
         bench_ledger.CASES[name] = ranks, {"grpo.steps": args.steps, "checkpoint.every": args.steps, **options}
-        runs[name] = bench_ledger.run(args.folder, name, sys.executable)
+        runs[name] = bench_ledger.folder_of(args.folder, name)
+        if not runs[name].exists():
+            bench_ledger.run(args.folder, name, sys.executable)
         if name == BASE:
             rates = measure(runs[name], None).rates
             continue
