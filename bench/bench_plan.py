@@ -23,7 +23,7 @@ from bench import bench_ledger, recipe
 from bench.measure import digits
 from veripo_fast.config.load import load_config
 from veripo_fast.model.checkpoint_files import resolve_path
-from veripo_fast.report.plan import measure
+from veripo_fast.report.plan import lengths_of, measure
 from veripo_fast.run.metrics import read_records
 from veripo_fast.schedule.planner import plan
 from veripo_fast.schedule.shapes import read_shape
@@ -61,9 +61,9 @@ def main() -> None:
             rates = measure(runs[name], None).rates
             continue
         config = load_config(runs[name] / "config.yaml")
-        found = measure(runs[name], None)
+        lengths = lengths_of(read_records(runs[name] / "metrics.jsonl")[1:])
         shape = read_shape(resolve_path(config.model.path))
-        stage = plan(shape, config, ranks, None, rates, {"grpo": found.lengths}).stages[0]
+        stage = plan(shape, config, ranks, None, rates, {"grpo": lengths}).stages[0]
         measured, predicted = step_seconds(runs[name]), stage.step_seconds - rates.step_seconds
         row = {"bench": "plan", "case": name.removeprefix("plan "), "ranks": ranks, "steps": args.steps,
                "ratio": digits(predicted / measured), "predicted_seconds": digits(predicted),
