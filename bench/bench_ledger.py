@@ -119,10 +119,15 @@ def answer(prompt: Prompt, rng: random.Random) -> str:
     return f"<think>{SENTENCE} so {thought}.</think><answer>{given}</answer>"
 
 
+def folder_of(folder: Path, name: str) -> Path:
+    """The run folder of a case."""
+    return folder / "runs" / name.replace(" ", "-").replace(",", "")
+
+
 def run(folder: Path, name: str, python: str) -> Path:
     """Train; returns the run folder."""
     ranks, changes = CASES[name]
-    out = folder / "runs" / name.replace(" ", "-").replace(",", "")
+    out = folder_of(folder, name)
     if out.exists():
         sys.exit(f"{out} exists already; remove it or name another --folder")
     (folder / "empty.yaml").write_text("{}\n")

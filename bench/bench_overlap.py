@@ -33,6 +33,9 @@ WAYS: dict[str, dict[str, object]] = {
     "on": {"cache.prefetch_prompts": 256, "reward.streamed": True, "checkpoint.asynchronous": True},
     "off": {"cache.prefetch_prompts": 0, "reward.streamed": False, "checkpoint.asynchronous": False}}
 
+NO_EVALUATIONS = "evals differ"
+"""What `differences` says of runs that have none."""
+
 
 def seconds_and_idle(run: Path) -> tuple[float, float]:
     """Wall seconds from one step to the next, checkpoints included, and the share of them that was waited for."""
@@ -62,7 +65,7 @@ def main() -> None:
                 step, share = seconds_and_idle(runs[way])
                 seconds[way].append(step)
                 idle[way].append(share)
-            found += differences(RunDir(runs["on"]), RunDir(runs["off"]))
+            found += [line for line in differences(RunDir(runs["on"]), RunDir(runs["off"])) if line != NO_EVALUATIONS]
     row = {"bench": "overlap", "steps": options.steps, "rounds": options.rounds, "differences": found,
            **Ratio.of(seconds["on"], seconds["off"]).fields("on_over_off"),
            "idle_share": {way: digits(statistics.median(values)) for way, values in idle.items()}}

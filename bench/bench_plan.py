@@ -4,7 +4,8 @@
 
 The policy of 30 M weights and its corpus are those of bench_ledger.py; each rank has one thread. One run gives rates
 and lengths. Of the others the lengths are taken from their own metrics, so that rates alone are put to the test; the
-predicted step is compared with the median of the measured ones. Lines go to bench/results/plan.jsonl.
+predicted step is compared with the mean of the measured ones. Runs that --folder holds already are taken as they are.
+Lines go to bench/results/plan.jsonl.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bench import bench_ledger, recipe
 from bench.measure import digits
 from veripo_fast.config.load import load_config
 from veripo_fast.model.checkpoint_files import resolve_path
-from veripo_fast.report.plan import measure
+from veripo_fast.report.plan import lengths_of, measure
 from veripo_fast.run.metrics import read_records
 from veripo_fast.schedule.planner import plan
 from veripo_fast.schedule.shapes import read_shape
@@ -39,8 +40,8 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
 
 
 def step_seconds(run: Path) -> float:
-    """Median over the steps behind the first."""
-    return statistics.median(row["speed"]["step_seconds"] for row in read_records(run / "metrics.jsonl")[1:])
+    """Mean over the steps behind the first, as the share of groups with a signal is one."""
+    return statistics.fmean(row["speed"]["step_seconds"] for row in read_records(run / "metrics.jsonl")[1:])
 
 
 def main() -> None:
@@ -53,14 +54,16 @@ def main() -> None:
     runs = {}
     for name, (ranks, options) in CASES.items():
         bench_ledger.CASES[name] = ranks, {"grpo.steps": args.steps, "checkpoint.every": args.steps, **options}
-        runs[name] = bench_ledger.run(args.folder, name, sys.executable)
+        runs[name] = bench_ledger.folder_of(args.folder, name)
+        if not runs[name].exists():
+            bench_ledger.run(args.folder, name, sys.executable)
         if name == BASE:
             rates = measure(runs[name], None).rates
             continue
         config = load_config(runs[name] / "config.yaml")
-        found = measure(runs[name], None)
+        lengths = lengths_of(read_records(runs[name] / "metrics.jsonl")[1:])
         shape = read_shape(resolve_path(config.model.path))
-        stage = plan(shape, config, ranks, None, rates, {"grpo": found.lengths}).stages[0]
+        stage = plan(shape, config, ranks, None, rates, {"grpo": lengths}).stages[0]
         measured, predicted = step_seconds(runs[name]), stage.step_seconds - rates.step_seconds
         row = {"bench": "plan", "case": name.removeprefix("plan "), "ranks": ranks, "steps": args.steps,
                "ratio": digits(predicted / measured), "predicted_seconds": digits(predicted),

@@ -70,6 +70,18 @@ def test_the_work_of_one_rank_is_all_of_it(shape: ModelShape) -> None:
     assert work.tokens == 64 * 8 * 300
 
 
+def test_a_batch_without_a_signal_has_no_update(shape: ModelShape) -> None:
+    work = grpo_work(shape, config(), 8, replace(LENGTHS, live_share=0.0))
+    assert work.update_flops == work.idle_share == 0 and work.decode_flops > 0
+    assert work.link_bytes == 0
+
+
+def test_lengths_that_vary_cost_what_their_mean_does(shape: ModelShape) -> None:
+    whole = [grpo_work(shape, config(rollout__max_new_tokens=8192), 1, replace(LENGTHS, spread=spread)).update_flops
+             for spread in (0.0, 0.3, 0.9)]
+    assert whole == pytest.approx([whole[0]] * 3, rel=0.02)
+
+
 def test_what_costs_more(shape: ModelShape) -> None:
     plain = grpo_work(shape, config(), 8, LENGTHS)
     once = grpo_work(shape, config(model__gradient_checkpointing=False), 8, LENGTHS)

@@ -130,8 +130,7 @@ def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -
     cache = sampled * size * lengths.completion_tokens * 2 * shape.keys * shape.layers * itemsize
     read += cache * (lengths.prompt_tokens + lengths.completion_tokens / 2) / rollout.tensor_parallel
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False)
-    live = max(round(prompts * lengths.live_share), 1)
-    most, idle = _dealt(shape, config, ranks, lengths, live)
+    most, idle = _dealt(shape, config, ranks, lengths, prompts * lengths.live_share)
     updates = grpo.updates_per_rollout
     return Work(
         encode * math.ceil(prompts / ranks), prefill * sampled / rollout.tensor_parallel,
@@ -160,7 +159,7 @@ def seconds(work: Work, rates: Rates) -> dict[str, float]:
     if rates.memory:
         decode = max(decode, work.decode_bytes / rates.memory)
     update = work.update_flops / rates.train
-    if rates.memory:
+    if rates.memory and update:
         update += work.step_bytes / rates.memory
     sending = work.link_bytes / rates.link if rates.link else 0.0
     sync = max(work.sync_bytes / rates.link if rates.link and work.link_bytes else 0.0,
@@ -198,11 +197,19 @@ def _recomputed(config: Config) -> float:
     return 4 / 3 if config.model.gradient_checkpointing else 1.0
 
 
-def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, groups: int) -> tuple[float, float]:
-    """FLOPs of an update's fullest rank, and the mean share that ranks wait for it."""
+def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, live: float) -> tuple[float, float]:
+    """FLOPs of an update's fullest rank, and the mean share that ranks wait for it.
+
+    Args:
+        live: groups with a signal, on average.
+    """
+    groups = math.ceil(live)
+    if not groups:
+        return 0.0, 0.0
     draw = random.Random(0)
     sigma = math.sqrt(math.log1p(lengths.spread ** 2))
-    drawn = [math.exp(draw.gauss(-sigma ** 2 / 2, sigma)) if sigma else 1.0 for _ in range(groups)]
+    drawn = [math.exp(sigma * draw.gauss(0.0, 1.0)) for _ in range(groups)]
+    drawn = [value * groups / sum(drawn) for value in drawn]
     limit, size, cost = config.rollout.max_new_tokens, config.rollout.group_size, model_cost(shape)
     prompt, tower = max(round(lengths.prompt_tokens), 1), _tower_update(shape, config, lengths)
     flops = []
@@ -211,7 +218,8 @@ def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, grou
         flops.append(group_flops(cost, prompt, [mean] * size) + tower)
     share = math.ceil(groups / config.grpo.updates_per_rollout)
     most, idle = _fullest(tuple(flops), ranks, share)
-    return most * (_recomputed(config) + (1 / 3 if config.grpo.kl_coef else 0.0)), idle
+    passes = _recomputed(config) + (1 / 3 if config.grpo.kl_coef else 0.0)
+    return most * passes * live / groups, idle
 
 
 @lru_cache(maxsize=64)
@@ -229,7 +237,7 @@ def _fullest(flops: tuple[int, ...], ranks: int, share: int) -> tuple[float, flo
 
 def _link_bytes(shape: ModelShape, config: Config, ranks: int, flops: float) -> float:
     """Bytes that a rank receives for an update: weights for each forward and backward, and gradients once."""
-    if ranks == 1:
+    if ranks == 1 or not flops:
         return 0.0
     itemsize = 4 if config.model.dtype == "float32" else 2
     weights = shape.language_numbers * itemsize * (ranks - 1) / ranks

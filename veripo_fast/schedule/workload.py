@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from veripo_fast.config.schema import Config
 from veripo_fast.schedule.shapes import ModelShape
 
-PREFILL_TOKENS = 8192
+PREFILL_TOKENS = 2048
 """Prompt tokens of one forward pass of the torch engine; a longer prompt runs alone."""
 MOST_LOGITS = 1 << 25
 """Rows times vocabulary that the torch engine holds at once: 128 MiB in float32, with their copies four times that."""
