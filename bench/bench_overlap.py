@@ -39,10 +39,10 @@ NO_EVALUATIONS = "evals differ"
 
 def seconds_and_idle(run: Path) -> tuple[float, float]:
     """Wall seconds from one step to the next, checkpoints included, and the share of them that was waited for."""
-    windows = [window["ranks"][0] for window in read_windows(run)]
-    begins = [window["ranks"][0]["start_us"] for window in read_windows(run) if window["step"] is not None]
+    windows = [(window["step"], window["ranks"][0]) for window in read_windows(run)]
+    begins = [own["start_us"] for step, own in windows if step is not None]
     whole = (begins[-1] - begins[1]) / 1e6
-    waits = sum(sum(window["waits_us"].values()) for window in windows if begins[1] <= window["start_us"] < begins[-1])
+    waits = sum(sum(own["waits_us"].values()) for _, own in windows if begins[1] <= own["start_us"] < begins[-1])
     return whole / (len(begins) - 2), waits / 1e6 / whole
 
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 import tempfile
-from difflib import get_close_matches
 from pathlib import Path
 
 if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
@@ -22,6 +21,7 @@ if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernel
 import torch
 
 from bench import recipe
+from bench.names import known_names
 from bench.step.cases import CASES, PEER, Case, switches_of
 from bench.step.plot import plot, table
 from bench.step.rows import MismatchError, Row, Session, cores_of, group_over_pair, peer_missing, rows_of
@@ -47,16 +47,6 @@ def told(row: Row) -> str:
     return f"{what}, {side} over ours: {', '.join(numbers)}, memory of training {row['training_memory_ratio']}x"
 
 
-def case_names(text: str, parser: argparse.ArgumentParser) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in CASES:
-            close = get_close_matches(name, CASES, 1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(CASES)}"
-            parser.error(f"unknown case {name!r}; {hint}")
-    return names
-
-
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="veripo bench step", description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default=",".join(CASES), metavar="A,B", help=f"(default {','.join(CASES)})")
@@ -70,7 +60,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--plot", action="store_true",
                         help="also draw the newest lines of FILE as a PNG beside it, and print them as a table")
     args = parser.parse_args()
-    args.cases = case_names(args.cases, parser)
+    args.cases = known_names(args.cases, CASES, "case", parser)
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     if args.out.suffix != ".jsonl":

@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-from difflib import get_close_matches
 from pathlib import Path
 
 if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
@@ -23,6 +22,7 @@ if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernel
 import torch
 
 from bench import recipe
+from bench.names import known_names
 from bench.video.plot import plot
 from bench.video.rows import QUICK, ROWS, Row, Scale, Session
 
@@ -48,16 +48,6 @@ def told(row: Row) -> str:
             f"{row['median_step_seconds']} s a step")
 
 
-def row_names(text: str, parser: argparse.ArgumentParser) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in ROWS:
-            close = get_close_matches(name, ROWS, 1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(ROWS)}"
-            parser.error(f"unknown row {name!r}; {hint}")
-    return names
-
-
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="veripo bench video", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default=",".join(ROWS), metavar="A,B", help=f"(default {','.join(ROWS)})")
@@ -69,7 +59,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--torchvision", type=Path, default=Path(sys.prefix) / "oracle", metavar="DIR",
                         help="folder that holds a torchvision for the peer, where none is installed")
     args = parser.parse_args()
-    args.rows = row_names(args.rows, parser)
+    args.rows = known_names(args.rows, ROWS, "row", parser)
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     if args.out.suffix != ".jsonl":

@@ -17,8 +17,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
 from veripo_fast.errors import CheckpointError
-from veripo_fast.model.checkpoint_files import UNUSABLE, read_json
+from veripo_fast.model.checkpoint_files import UNUSABLE
 from veripo_fast.model.template_check import template_problem
+from veripo_fast.run.weight_files import read_json
 
 log = logging.getLogger(__name__)
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

@@ -15,8 +15,9 @@ import torch
 
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.distributed.flops import Passes, TowerCost, tower_flops
-from veripo_fast.model.checkpoint_files import from_pretrained, opened, resolve_device, resolve_path, weight_files
+from veripo_fast.model.checkpoint_files import from_pretrained, opened, resolve_device, resolve_path
 from veripo_fast.model.encoding import PromptEncoder
+from veripo_fast.run.weight_files import weight_files
 from veripo_fast.types import MediaInputs, VisionFeatures
 
 _CLASSES = {"qwen2_5_vl": "Qwen2_5_VisionTransformerPretrainedModel", "qwen3_vl": "Qwen3VLVisionModel"}

@@ -117,7 +117,7 @@ def measure(run: Path, hardware: Hardware | None) -> Measured:
     rows = rows[1:]
     shape = read_shape(resolve_path(config.model.path))
     ranks = int(rows[-1]["speed"].get("ranks", 1))
-    stages = {stage.name: apply_overrides(config, stage.set) if stage.set else config for stage in config.stages}
+    stages = {stage.name: apply_overrides(config, stage.set) for stage in config.stages}
     works = [grpo_work(shape, stages[row["stage"]], ranks, lengths_of([row])) for row in rows]
     return Measured(_rates(rows, works, hardware), lengths_of(rows), ranks)
 
@@ -160,7 +160,7 @@ def _rates(rows: Sequence[Mapping[str, Any]], works: Sequence[Work], hardware: H
     known = ("vision", "decode", "rollout", "reward", "update")
     rest = [max(row["speed"]["step_seconds"] - sum(row["seconds"].get(name, 0.0) for name in known), 0.0)
             + row["seconds"].get("checkpoint", 0.0) for row in rows]
-    return Rates(train, decode, read, link, median(loading), median(reward), statistics.fmean(rest), "measured")
+    return Rates(train, decode, read, link, median(loading), median(reward), statistics.fmean(rest))
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -178,10 +178,10 @@ def as_text(made: RunPlan, shape: ModelShape, measured: Measured | None) -> str:
     unknown = [stage.name for stage in made.stages if stage.steps is None]
     lines += ["", f"together {duration(made.seconds)}, {number(round(hours, 1))} GPU-hours" + (
         f", without {', '.join(unknown)}: the number of pairs is not known before" if unknown else "")]
-    excess = [stage.excess for stage in made.stages if stage.excess]
+    excess = [(stage.excess, stage.config) for stage in made.stages if stage.excess]
     if excess:
-        worst = max(excess, key=lambda part: part.needed - part.free)
-        option = remedy(worst, _config_of(made, worst.stage), shape, made.gpus)
+        worst, config = max(excess, key=lambda pair: pair[0].needed - pair[0].free)
+        option = remedy(worst, config, shape, made.gpus)
         lines.append(f"does not fit: {worst.stage}, {worst.phase.name} takes {memory(worst.needed)} of "
                      f"{memory(worst.free)}; most of it is {worst.largest} ({memory(worst.largest_bytes)}): {option}")
     elif made.hardware is not None:
@@ -192,13 +192,8 @@ def as_text(made: RunPlan, shape: ModelShape, measured: Measured | None) -> str:
                        tightest.device[tightest.largest])
         lines.append(f"fits; what breaks first: {stage.name}, {tightest.name} with {memory(tightest.device_bytes)} of "
                      f"{memory(free)}, most of it {tightest.largest}: "
-                     f"{remedy(first, _config_of(made, stage.name), shape, made.gpus)}")
+                     f"{remedy(first, stage.config, shape, made.gpus)}")
     return "\n".join(lines)
-
-
-def _config_of(made: RunPlan, stage: str) -> Config:
-    own = next(part for part in made.config.stages if part.name == stage)
-    return apply_overrides(made.config, own.set) if own.set else made.config
 
 
 def _rates_text(made: RunPlan, measured: Measured | None) -> str:

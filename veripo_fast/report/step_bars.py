@@ -9,10 +9,10 @@ from veripo_fast.report.curves import phase_order
 from veripo_fast.report.run_data import RunData
 from veripo_fast.report.scores import Table
 from veripo_fast.report.timeline import REST, StageTimes, in_order, is_wait, read_windows, stage_times
+from veripo_fast.schedule.timeline import FOR_CHECKPOINT, FOR_MEDIA, FOR_RANKS
 from veripo_fast.text import duration, plural
 
-_KINDS = {"wait for media": "idle media", "wait for ranks": "idle ranks", "wait for checkpoint": "idle checkpoint",
-          REST: "rest"}
+_KINDS = {FOR_MEDIA: "idle media", FOR_RANKS: "idle ranks", FOR_CHECKPOINT: "idle checkpoint", REST: "rest"}
 """What is no phase -> its class in the style sheet."""
 
 

@@ -18,6 +18,7 @@ from veripo_fast.errors import UserError
 from veripo_fast.report.curves import PHASES
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.jsonlines import parse_object
+from veripo_fast.schedule.timeline import WAIT
 from veripo_fast.text import duration, plural, printable
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class StageTimes:
 
 def is_wait(part: str) -> bool:
     """Whether it is idle time."""
-    return part.startswith("wait for ")
+    return part.startswith(WAIT)
 
 
 def in_order(phases: Iterable[str]) -> list[str]:

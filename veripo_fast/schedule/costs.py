@@ -19,7 +19,7 @@ from veripo_fast.distributed.balance import deal, idle_share
 from veripo_fast.distributed.flops import ModelCost, TowerCost, group_flops, tower_flops
 from veripo_fast.schedule.hardware import Hardware
 from veripo_fast.schedule.shapes import ModelShape
-from veripo_fast.schedule.workload import Workload
+from veripo_fast.schedule.workload import Workload, itemsize_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Rates:
     """Of a completion."""
     step_seconds: float = 0.0
     """Of a step, whatever its size: checkpoints, books."""
-    source: str = "assumed"
 
     @classmethod
     def assumed(cls, hardware: Hardware) -> Rates:
@@ -125,7 +124,7 @@ def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -
     prompt = max(round(lengths.prompt_tokens), 1)
     prefill = group_flops(cost, prompt, [1], backward=False)
     decode = group_flops(cost, prompt, own, backward=False) - prefill
-    itemsize = 4 if config.model.dtype == "float32" else 2
+    itemsize = itemsize_of(config)
     read = lengths.longest * shape.language_numbers * itemsize / rollout.tensor_parallel
     cache = sampled * size * lengths.completion_tokens * 2 * shape.keys * shape.layers * itemsize
     read += cache * (lengths.prompt_tokens + lengths.completion_tokens / 2) / rollout.tensor_parallel
@@ -174,7 +173,7 @@ def sync_bytes(shape: ModelShape, config: Config) -> float:
     """Bytes of a rank's part of the engine, which follow the policy's weights before each rollout."""
     if config.rollout.engine != "vllm":
         return 0.0
-    itemsize = 4 if config.model.dtype == "float32" else 2
+    itemsize = itemsize_of(config)
     return (1 / config.rollout.tensor_parallel) * shape.language_numbers * itemsize
 
 
@@ -239,7 +238,7 @@ def _link_bytes(shape: ModelShape, config: Config, ranks: int, flops: float) -> 
     """Bytes that a rank receives for an update: weights for each forward and backward, and gradients once."""
     if ranks == 1 or not flops:
         return 0.0
-    itemsize = 4 if config.model.dtype == "float32" else 2
+    itemsize = itemsize_of(config)
     weights = shape.language_numbers * itemsize * (ranks - 1) / ranks
     per_batch = group_flops(model_cost(shape), config.optimizer.max_tokens, [1]) * _recomputed(config)
     batches = max(math.ceil(flops / per_batch), 1)

@@ -26,7 +26,7 @@ from veripo_fast.schedule.activations import (
 )
 from veripo_fast.schedule.placement import Held, Owners, Placement, frozen_bytes, held_by
 from veripo_fast.schedule.shapes import ModelShape
-from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, workload_of
+from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, itemsize_of, workload_of
 
 MIB = 1 << 20
 PROCESS = {"none": 545 * MIB, "fsdp": 600 * MIB, "deepspeed": 640 * MIB, "vllm": 600 * MIB}
@@ -76,8 +76,7 @@ def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int
     """
     stages = {}
     for stage in config.stages:
-        own = apply_overrides(config, stage.set) if stage.set else config
-        stages[stage.name] = stage_phases(shape, own, stage, ranks, gpu_bytes)
+        stages[stage.name] = stage_phases(shape, apply_overrides(config, stage.set), stage, ranks, gpu_bytes)
     return stages
 
 
@@ -96,7 +95,7 @@ class Ledger:
     def __init__(self, shape: ModelShape, config: Config, ranks: int, gpu_bytes: int, work: Workload) -> None:
         self.shape, self.config, self.ranks, self.work = shape, config, ranks, work
         self.gpu_bytes, self.on_gpu = gpu_bytes, gpu_bytes > 0
-        self.itemsize = 4 if config.model.dtype == "float32" else 2
+        self.itemsize = itemsize_of(config)
         self.placement = Placement.of(config.distributed, ranks)
         self.trained_tower = not config.model.freeze_vision
         self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, self.on_gpu)

@@ -29,7 +29,8 @@ class StagePlan:
     """One stage."""
 
     name: str
-    kind: str
+    config: Config
+    """With the overrides of the stage."""
     steps: int | None
     """None: a DPO stage, whose pairs the verifier will find."""
     lengths: Lengths
@@ -85,8 +86,8 @@ def plan(shape: ModelShape, config: Config, gpus: int, hardware: Hardware | None
         raise ConfigError(f"{gpus} GPUs cannot be shared out to engines of rollout.tensor_parallel "
                           f"{config.rollout.tensor_parallel}")
     return RunPlan(config, gpus, hardware, rates, tuple(
-        _stage(shape, apply_overrides(config, stage.set) if stage.set else config, stage, gpus, hardware, rates,
-               lengths.get(stage.kind)) for stage in config.stages))
+        _stage(shape, apply_overrides(config, stage.set), stage, gpus, hardware, rates, lengths.get(stage.kind))
+        for stage in config.stages))
 
 
 def _stage(shape: ModelShape, config: Config, stage: StageConfig, gpus: int, hardware: Hardware | None, rates: Rates,
@@ -98,7 +99,7 @@ def _stage(shape: ModelShape, config: Config, stage: StageConfig, gpus: int, har
     excess = None
     if hardware is not None:
         excess = worst_excess({stage.name: phases}, Room(hardware.name, int(hardware.memory_bytes * USABLE), None))
-    return StagePlan(stage.name, stage.kind, config.grpo.steps if stage.kind == "grpo" else None, lengths, work,
+    return StagePlan(stage.name, config, config.grpo.steps if stage.kind == "grpo" else None, lengths, work,
                      seconds(work, rates), phases, excess)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from veripo_fast.errors import CheckpointError
+from veripo_fast.run.weight_files import read_json, weight_files
 
 Shape = tuple[int, ...]
 VISION = re.compile(r"(model\.)?visual\.")
@@ -116,7 +117,7 @@ def read_shape(folder: Path) -> ModelShape:
     Raises:
         CheckpointError: a file is missing or damaged, or it is no checkpoint of Qwen2.5-VL or Qwen3-VL.
     """
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     tensors: dict[str, tuple[Shape, int]] = {}
     for name in weight_files(folder):
         tensors |= header(folder / name)
@@ -183,17 +184,6 @@ def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
     return len(numbered)
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files of a checkpoint. Raises CheckpointError."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return ["model.safetensors"]
-    places = _json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-        raise CheckpointError(f"{index} has no weight_map that names a file for each weight")
-    return sorted(set(places.values()))
-
-
 def header(path: Path) -> dict[str, tuple[Shape, int]]:
     """Shape, and bytes of a number, of each tensor of a safetensors file: eight bytes of length, then JSON.
 
@@ -210,13 +200,3 @@ def header(path: Path) -> dict[str, tuple[Shape, int]]:
                 for name, entry in entries.items() if name != "__metadata__"}
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the weight file {path} is damaged: {error}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value

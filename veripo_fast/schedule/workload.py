@@ -47,6 +47,11 @@ class Workload:
     """Videos of the stage that any rank loads, at most."""
 
 
+def itemsize_of(config: Config) -> int:
+    """Bytes of a weight."""
+    return 4 if config.model.dtype == "float32" else 2
+
+
 def workload_of(config: Config, shape: ModelShape, ranks: int) -> Workload:
     """The largest step of a stage, whose overrides are in `config`."""
     video, tower, rollout = config.video, shape.tower, config.rollout
