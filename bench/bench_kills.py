@@ -47,6 +47,8 @@ SMALL = {"grpo.steps": 2, "grpo.prompts_per_step": 6, "rollout.group_size": 4, "
          "dpo.pairs_per_step": 6, "eval.limit": 6, "eval.samples": 1, "checkpoint.every": 1, "threads": 1,
          "model.device": "cpu", "distributed.timeout_seconds": 25}
 """A rank that is killed before the ranks have met is missed after `timeout_seconds`."""
+PATIENT = ("--distributed.timeout-seconds", "600")
+"""Of runs that nobody kills: on a busy machine one rank may start much later than the other."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def kill(config: Path, whole: Path, rank: int, after: float) -> Kill | None:
     elif killed.codes[other] == -9 or not told or "Traceback" in killed.outputs[other]:
         return replace(kill, failure=f"the other rank ended with exit code {killed.codes[other]}, unexplained")
     run = config.parent / "run"
-    resumed = train(config, *(["--resume"] if RunDir(run).config.exists() else []))
+    resumed = train(config, *PATIENT, *(["--resume"] if RunDir(run).config.exists() else []))
     if any(resumed.codes):
         return replace(kill, failure=f"resumed with exit codes {resumed.codes}: {last_lines(resumed.outputs)}")
     with redirect_stdout(sys.stderr):
@@ -163,7 +165,7 @@ def main() -> None:
     with TemporaryDirectory(prefix="veripo-kills-") as name:
         root = Path(name)
         write_corpus(root / "corpus", 24, 6, seed=0)
-        whole = train(config_of(root / "whole", root / "corpus"))
+        whole = train(config_of(root / "whole", root / "corpus"), *PATIENT)
         assert not any(whole.codes), whole.outputs
         number, seconds = 0, whole.seconds
         while len(kills) < args.kills:

@@ -148,4 +148,5 @@ def test_resume_with_another_configuration_says_so(forks, whole, tmp_path):
     ended = forks.run("train", "--config", config, "--resume", "--grpo.clip-high", "0.3", "--allow-changes", "config")
     assert ended.code == 0 and "going on with another config, as allowed: grpo.clip_high was 0.2" in ended.output
     assert (tmp_path / "run" / "config.yaml").read_text() == before, "a finished run never used the other value"
-    assert forks.run("train", "--config", config, "--resume", "--cache.host-bytes", "1").code == 0
+    assert forks.run("train", "--config", config, "--resume", "--cache.host-bytes", "1",
+                     "--distributed.timeout-seconds", "9").code == 0

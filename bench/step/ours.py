@@ -27,7 +27,7 @@ from bench.wide_model import write_checkpoint
 from veripo_fast.cache.memory import VisionCache
 from veripo_fast.config.inputs import CacheConfig, ModelConfig, VideoConfig
 from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig
-from veripo_fast.config.schema import Config
+from veripo_fast.config.schema import Config, OptimizerConfig
 from veripo_fast.demo.corpus import write_clip
 from veripo_fast.demo.world import random_clip
 from veripo_fast.errors import UserError
@@ -208,6 +208,7 @@ def config_of(folder: Path, case: Case) -> Config:
     pixels = case.side ** 2
     return Config(
         model=ModelConfig(path=str(folder / "model"), device="cpu"), cache=CacheConfig(),
+        optimizer=OptimizerConfig(max_tokens=case.max_tokens),
         video=VideoConfig(fps=None, num_frames=case.frames, min_pixels=pixels, max_pixels=pixels),
         rollout=RolloutConfig(group_size=case.group, max_new_tokens=case.completion),
         grpo=GrpoConfig(prompts_per_step=case.prompts), dpo=DpoConfig(pairs_per_step=case.prompts, learning_rate=1e-6))

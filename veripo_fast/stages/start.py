@@ -28,7 +28,7 @@ CHANGES = ("config", "data", "media", "model", "rollouts")
 """What `--allow-changes` can name."""
 HARMLESS = ("cache.", "checkpoint.", "train.", "video.workers", "video.timeout_seconds", "verifier.endpoint_key_env",
             "verifier.endpoint_concurrency", "verifier.endpoint_timeout_seconds", "verifier.endpoint_retries",
-            "rollout.parity_every", "rollout.parity_tolerance", "rollout.stall_seconds")
+            "rollout.parity_every", "rollout.parity_tolerance", "rollout.stall_seconds", "distributed.timeout_seconds")
 """Options that change how long a run takes and what it keeps, never its results."""
 
 
