@@ -26,7 +26,7 @@ ELSEWHERE = {"num_generations": "rollout.group_size", "beta": "grpo.kl_coef or d
              "lr": "grpo.learning_rate or dpo.learning_rate",
              "num_iterations": "grpo.updates_per_rollout", "loss_type": "grpo.loss or dpo.loss"}
 """What options of TRL, verl and others are called here."""
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "a value"}
 
 
 @cache

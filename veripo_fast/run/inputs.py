@@ -45,11 +45,11 @@ def model_files(folder: Path) -> list[Path]:
     return sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
-def take_inputs(data_files: Iterable[str], model_folder: Path) -> dict[str, Any]:
-    """Fingerprints of data files and checkpoint, and versions. Raises OSError."""
+def take_inputs(data_files: Iterable[str], model_folder: Path, code: Iterable[Path] = ()) -> dict[str, Any]:
+    """Fingerprints of data files, checkpoint and the files of the user's functions, and versions. Raises OSError."""
     return {"data": {file: file_fingerprint(Path(file)) for file in sorted(set(data_files))},
             "model": {path.name: file_fingerprint(path) for path in model_files(model_folder)},
-            "versions": versions()}
+            "code": {str(path): file_fingerprint(path) for path in code}, "versions": versions()}
 
 
 def versions() -> dict[str, str]:
