@@ -19,6 +19,12 @@ MAIN = "main"
 """Name of the group that is trained on."""
 
 
+def side_of(prompt: Prompt) -> dict[str, Any]:
+    """The record's own values of the keys in `data.keep_keys`."""
+    side: dict[str, Any] = json.loads(prompt.side) if prompt.side else {}
+    return side
+
+
 @dataclass(frozen=True)
 class CompletionView:
     """A completion as a reward reads it."""
@@ -115,7 +121,7 @@ class PromptView:
     @cached_property
     def side(self) -> Mapping[str, Any]:
         """The record's own values of the keys in `data.keep_keys`."""
-        return json.loads(self.prompt.side) if self.prompt.side else {}
+        return side_of(self.prompt)
 
     @property
     def frame_seconds(self) -> tuple[tuple[float, ...], ...]:

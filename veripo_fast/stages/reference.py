@@ -16,14 +16,15 @@ from veripo_fast.stages.session import Session
 def stage_reference(session: Session, reference: str = "stage_start") -> Policy:
     """The reference of the stage that runs. Raises ConfigError where the user's function names none."""
     model = resolve_path(session.config.model.path)
-    policy = load_policy(session.config.model, _folder(reference, model, session.stage_start() or model))
+    policy = load_policy(session.config.model, reference_folder(reference, model, session.stage_start() or model))
     policy.model.requires_grad_(False)
     policy.passes = session.policy.passes
     distribute_frozen(policy, session.world)
     return policy
 
 
-def _folder(reference: str, model: Path, started_from: Path) -> Path:
+def reference_folder(reference: str, model: Path, started_from: Path) -> Path:
+    """Where the weights of a reference lie. Raises ConfigError."""
     function = named(reference, REFERENCES)
     try:
         return Path(function(model, started_from))
