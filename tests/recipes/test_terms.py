@@ -74,6 +74,13 @@ def test_overlong_is_eq_13_of_dapo() -> None:
     assert rewards(rewarded(config_of(term), lengths=(12, 13, 15, 40))) == [0.0, -0.25, -0.75, -1.0]
 
 
+@pytest.mark.parametrize("on_error", ["stop", "count"])
+def test_options_that_a_shipped_reward_cannot_use(on_error: str) -> None:
+    term = RewardTerm("overlong", options={"longest": 16, "buffer": 0})
+    with pytest.raises(TrainingError, match="reward overlong failed on prompt p, completion 0 of 4: ZeroDivision"):
+        rewarded(config_of(term, on_error=on_error))
+
+
 def test_the_length_window_of_video_r1() -> None:
     """0.2 for a right completion of 4 to 5 tokens, but only where more than one is right."""
     term = RewardTerm("length_window", weight=0.2, options={"shortest": 4, "longest": 5})
@@ -245,7 +252,8 @@ def test_functions_that_cannot_be_used_are_refused_before_anything_is_loaded(own
             check_functions(config_of(RewardTerm(name, options=options)))
         assert sentence in str(caught.value)
     good = own("return []")
-    assert own_files(config_of(RewardTerm(good), RewardTerm("accuracy"))) == [Path(good.rpartition(":")[0])]
+    place = good.rpartition(":")[0]
+    assert own_files(config_of(RewardTerm(good), RewardTerm("accuracy"))) == {place: Path(place)}
 
 
 def test_a_function_may_lie_in_an_installed_module() -> None:

@@ -46,7 +46,7 @@ def check_functions(config: Config) -> None:
         check_call(use.what, use.name, named(use.name, use.table), use.arguments, use.options)
 
 
-def own_files(config: Config) -> list[Path]:
-    """The files that hold the user's functions."""
-    files = {own_file(use.name) for use in uses_of(config)}
-    return sorted(file for file in files if file is not None)
+def own_files(config: Config) -> dict[str, Path]:
+    """The files that hold the user's functions, by the module or file that the configuration names."""
+    files = {use.name.rpartition(":")[0]: own_file(use.name) for use in uses_of(config)}
+    return {place: file for place, file in files.items() if file is not None}

@@ -46,10 +46,10 @@ def _column(term: RewardTerm, view: PromptView, count_errors: bool) -> list[floa
     view.completions.last_read = None
     try:
         values = function(view, **term.options)
-    except Exception as error:  # of whatever a reward does
-        if OWN.fullmatch(term.use) is None:
-            raise
+    except Exception as error:  # of whatever a reward does with its options
         sentence = f"reward {term.use} failed on {_place(view)}: {described(error)}"
+        if OWN.fullmatch(term.use) is None:
+            raise TrainingError(f"{sentence}; correct its options {term.options}") from error
         if count_errors:
             _say_once(term.use, sentence)
             return None
