@@ -167,6 +167,9 @@ def test_an_exception_names_function_prompt_completion_and_line(own: Callable[..
     assert str(caught.value).startswith(
         f"reward {name} failed on prompt clip 7, completion 2 of 4: ZeroDivisionError: ")
     assert "(own_0.py, line 3)" in str(caught.value) and "--allow-changes code" in str(caught.value)
+    inside = own("return [c.num_tokens for c in asked.completions] + [random.choice([])]", head="import random")
+    with pytest.raises(TrainingError, match=r"completion 3 of 4: IndexError: .* \(own_\d.py, line 3\)"):  # not random's
+        rewarded(config_of(RewardTerm(inside)))
     with pytest.raises(TrainingError, match="before it read a completion: KeyError"):
         rewarded(config_of(RewardTerm(own("return asked.side['none']"))))
 
@@ -258,6 +261,7 @@ def test_functions_that_cannot_be_used_are_refused_before_anything_is_loaded(own
 
 def test_a_function_may_lie_in_an_installed_module() -> None:
     assert own_function("statistics:mean") is statistics.mean
+    check_functions(config_of(RewardTerm("operator:length_hint")))  # written in C, perhaps without a signature
 
 
 # -- advantages -------------------------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class Wording:
         self._own: Callable[..., Any] | None = own_function(config.template) if config.own_templates() else None
         self._opening = "\\boxed" if "boxed" in config.tags else "<answer>"
         self.form = Form(config.tags, config.pattern)
+        self.adds_lines = self._own is None and not config.system and "{question}" not in config.instruction
+        """Whether all that is done is to put lines behind the question."""
 
     def put(self, messages: tuple[Message, ...], question: Question) -> tuple[Message, ...]:
         """The turns of a record with the question worded; `question.text` is the last text of the last turn.
@@ -59,11 +61,6 @@ class Wording:
         if self._config.system and messages[0].role != "system":
             messages = (Message("system", (self._config.system,)), *messages)
         return messages
-
-    @property
-    def adds_lines(self) -> bool:
-        """Whether all that is done is to put lines behind the question."""
-        return self._own is None and not self._config.system and "{question}" not in self._config.instruction
 
     def lines(self, text: str, options: Sequence[str], problem_type: ProblemType) -> list[str]:
         """What is put behind a question where that is all."""

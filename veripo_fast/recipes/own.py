@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -19,7 +20,8 @@ from typing import Any
 from veripo_fast.config.checks import OWN
 from veripo_fast.errors import ConfigError, TrainingError
 
-_PACKAGE = str(Path(__file__).parents[1])
+_LIBRARIES = (str(Path(__file__).parents[1]), "<frozen", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+"""Where frames of a traceback are not the user's own, most often."""
 
 
 def named(name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -86,16 +88,16 @@ def check_call(what: str, name: str, function: Callable[..., Any], arguments: Se
     """
     try:
         inspect.signature(function).bind(*arguments, **options)
+    except ValueError:  # written in C: what it takes is known when it is called
+        return
     except TypeError as error:
         call = ", ".join([*arguments, *(f"{key}={value!r}" for key, value in options.items())])
         raise ConfigError(f"{what} {name} cannot be called as {name.rpartition(':')[2]}({call}): {error}") from None
 
 
 def described(error: BaseException) -> str:
-    """What an error says, and the last line of the user's own code that it came through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, "<frozen importlib"))
-           and not frame.filename.startswith(importlib.__path__[0])]
+    """What an error says, and the last line outside of libraries that it came through."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_LIBRARIES)]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{': ' if text else ''}{text}{where}"
