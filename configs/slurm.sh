@@ -1,5 +1,5 @@
 #!/bin/bash
-# Two nodes of eight GPUs: sbatch configs/slurm.sh --config configs/veripo_7b.yaml --run-dir /shared/runs/veripo-7b
+# Two nodes of eight GPUs: sbatch configs/slurm.sh --config configs/recipes/veripo.yaml --run-dir /shared/runs/veripo-7b
 # Run folder, data, checkpoints and cache.folder must be paths that all nodes see. See docs/ranks.md.
 #SBATCH --job-name=veripo
 #SBATCH --nodes=2

@@ -8,7 +8,7 @@ import pytest
 from tests.support import import_rules
 from tests.support.paths import REPOSITORY
 
-ORDER = """types errors text < config < run weights distributed < schedule < reward < recipes < data < video < model
+ORDER = """types errors text < config < run weights distributed < schedule < recipes < reward < data < video < model
            < rollout < cache < verifier < stages evaluation < trainer < report < inspect < demo < commands < cli
            < __main__"""
 """Imports inside veripo_fast point left."""

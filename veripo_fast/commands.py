@@ -139,7 +139,8 @@ COMMANDS: dict[str, Command] = {
         _CONFIG_NEEDED,
         ("--resume", {"action": "store_true", "help": "continue from the newest complete checkpoint of the run"}),
         ("--allow-changes", {"default": "", "metavar": "KINDS",
-                             "help": "with --resume, go on although these differ: config,data,media,model,rollouts"}),
+                             "help": "with --resume, go on although these differ: "
+                                     "code,config,data,media,model,rollouts"}),
     ), takes_overrides=True),
     "eval": Command(_eval, "score a policy on the held-out files, greedy and sampled", (
         _CONFIG_NEEDED,

@@ -37,7 +37,7 @@ def train(config: Config, resume: bool = False, allow_changes: Collection[str] =
     """Run all stages of a configuration, or go on where its run folder stopped.
 
     Args:
-        allow_changes: what may differ from the run that is resumed: config, data, media, model, rollouts.
+        allow_changes: what may differ from the run that is resumed: code, config, data, media, model, rollouts.
 
     Raises:
         UserError: anything a user can mend.

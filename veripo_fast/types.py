@@ -78,6 +78,19 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How a completion has to be written (reward/spans.py reads it)."""
+
+    tags: tuple[str, ...] = ("think", "answer")
+    """Names of its spans in order: `<think>...</think>`; `boxed` is `\\boxed{...}`; a name with ? may be absent."""
+    pattern: str = ""
+    """Regular expression that the whole of a well-formed completion matches; empty: the spans in order."""
+
+
+THINK_ANSWER = Form()
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A question with its media and the typed gold answer. `prompt_id` is unique within a data set."""
 
@@ -88,6 +101,10 @@ class Prompt:
     options: tuple[str, ...] = ()
     """Texts of the choices A, B, C, ... without their letters; empty when there are none."""
     data_source: str = ""
+    form: Form = THINK_ANSWER
+    """How its completions have to be written."""
+    side: str = ""
+    """JSON of what the record says beside, for rewards (`data.keep_keys`); empty: nothing."""
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -145,6 +162,8 @@ class Completion:
     format: float | None = None
     reward: float | None = None
     advantage: float | None = None
+    columns: dict[str, float | None] = field(default_factory=dict)
+    """The number of each term of the reward, before gate and weight; None where its function failed."""
 
 
 @dataclass

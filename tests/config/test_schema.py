@@ -1,18 +1,19 @@
 """The configuration tree itself: documented fields, refusals, names of stages."""
 
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from veripo_kernels import options
 
-from veripo_fast.config import inputs, objectives, schema
+from veripo_fast.config import inputs, objectives, schema, terms
 from veripo_fast.config.describe import _docs, is_section, kinds
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig, VerifierConfig
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
+from veripo_fast.recipes import tables
 
-SECTIONS = [value for module in (inputs, objectives, schema) for value in vars(module).values()
+SECTIONS = [value for module in (inputs, objectives, schema, terms) for value in vars(module).values()
             if isinstance(value, type) and is_section(value) and value.__module__ == module.__name__]
 
 
@@ -65,5 +66,12 @@ def test_losses_are_those_of_the_kernels():
     """Names and rules stand once, in veripo_kernels.options."""
     hints, pair_hints = get_type_hints(GrpoConfig), get_type_hints(DpoConfig)
     assert hints["loss"] is options.PolicyLossName and hints["kl_kind"] is options.KlKind
-    assert hints["advantage"] is options.AdvantageKind and pair_hints["loss"] is options.PreferenceLossName
+    assert pair_hints["loss"] is options.PreferenceLossName
     assert hints["aggregation"] == options.Aggregation | None
+
+
+def test_the_tables_hold_what_a_configuration_can_name():
+    assert tuple(tables.ADVANTAGES) == get_args(options.AdvantageKind)
+    assert tuple(tables.REWARDS) == get_args(terms.RewardName)
+    assert tuple(tables.SAMPLERS) == get_args(objectives.SamplerName)
+    assert tuple(tables.REFERENCES) == get_args(objectives.ReferenceName)

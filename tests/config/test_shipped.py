@@ -14,7 +14,7 @@ from veripo_fast.demo.run import demo_config
 CONFIGS = REPOSITORY / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configuration_loads(path: Path) -> None:
     assert load_config(path).stages
 

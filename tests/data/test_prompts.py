@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from veripo_fast.config.inputs import DataConfig
-from veripo_fast.data.prompts import INSTRUCTIONS, load_prompts, question_text
+from veripo_fast.data.prompts import load_prompts
+from veripo_fast.data.wording import INSTRUCTIONS, question_text
 from veripo_fast.errors import DataError
 from veripo_fast.types import Image, Message, Prompt, Video
 

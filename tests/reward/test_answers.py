@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veripo_fast.reward import math_answers
-from veripo_fast.reward.answers import answer_prefix, normalise_text, parse_completion, words
+from veripo_fast.reward.answers import normalise_text, words
 from veripo_fast.reward.choice_answers import read_choice
 from veripo_fast.reward.math_answers import math_equal, math_parses
 from veripo_fast.reward.number_answers import find_numbers, read_number
+from veripo_fast.reward.spans import answer_prefix, parse_completion
 
 CHAIRS = ("table", "chair", "Person A", "a sofa")
 quick = settings(deadline=None, max_examples=80)

@@ -11,7 +11,7 @@ from tests.support import policies
 from veripo_fast.config.schema import Config
 from veripo_fast.reward import groups as module
 from veripo_fast.reward.groups import StreamedScores, reward_groups
-from veripo_fast.types import Completion, RolloutGroup
+from veripo_fast.types import Completion, LoadedPrompt, RolloutGroup
 
 
 def groups_of(count: int) -> list[RolloutGroup]:
@@ -50,9 +50,9 @@ def test_a_group_that_was_not_streamed_is_scored_at_the_end() -> None:
 def test_scoring_runs_beside_the_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, scored = module._score_group, threading.Event()
 
-    def score(group: RolloutGroup, config: Config) -> None:
+    def score(group: RolloutGroup, config: Config, loaded: LoadedPrompt | None) -> None:
         assert threading.current_thread() is not threading.main_thread()
-        plain(group, config)
+        plain(group, config, loaded)
         scored.set()
 
     monkeypatch.setattr(module, "_score_group", score)
@@ -62,7 +62,7 @@ def test_scoring_runs_beside_the_sampling(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_error_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    def score(group: RolloutGroup, config: Config) -> None:
+    def score(group: RolloutGroup, config: Config, loaded: LoadedPrompt | None) -> None:
         raise ZeroDivisionError(group.prompt.prompt_id)
 
     monkeypatch.setattr(module, "_score_group", score)
@@ -74,7 +74,7 @@ def test_an_error_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_interrupt_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = threading.Event()
-    monkeypatch.setattr(module, "_score_group", lambda group, config: blocked.wait(60))
+    monkeypatch.setattr(module, "_score_group", lambda group, config, loaded: blocked.wait(60))
     with pytest.raises(KeyboardInterrupt), StreamedScores(Config()) as scores:
         scores.add(0, groups_of(1)[0])
         raise KeyboardInterrupt

@@ -43,6 +43,17 @@ def test_any_end_token_stops(family, monkeypatch):
     assert [(item.token_ids, item.finish_reason) for item in groups[0].completions] == [([end], "stop")] * 2
 
 
+def test_an_end_token_is_no_part_of_the_text(tmp_path):
+    """Also one that the tokenizer does not call special, so that a pattern sees what was written before it."""
+    encoder = PromptEncoder(checkpoint_with(tmp_path / "model", "qwen3_vl", [300, 2]))
+    written = encoder.encode_completion("<answer>5</answer>")
+    assert encoder.tokenizer.decode([300], skip_special_tokens=True) != ""
+    for end in encoder.end_ids:
+        assert encoder.decode_completion([*written, end]) == "<answer>5</answer>"
+    assert encoder.decode_completion([300, *written]) != "<answer>5</answer>"
+    assert encoder.decode_completion([]) == ""
+
+
 @pytest.mark.parametrize("family", policies.FAMILIES)
 def test_ids_beyond_the_tokenizer_are_never_sampled(family, monkeypatch):
     policy = policies.policy(family)

@@ -21,9 +21,9 @@ from veripo_fast.evaluation.evaluate import scores
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.model.scorer import answer_scorer
-from veripo_fast.reward.answers import answer_prefix, parse_completion
 from veripo_fast.reward.groups import reward_groups
 from veripo_fast.reward.score import Score, score
+from veripo_fast.reward.spans import answer_prefix, parse_completion
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.rollout.torch_engine import TorchEngine

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from veripo_fast.errors import ConfigError
+
+OWN = re.compile(r"([^:]+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+"""How a configuration names a user's function: path/file.py:function or module:function."""
 
 
 @contextmanager
@@ -15,6 +20,15 @@ def as_config_error() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def inside(where: str) -> Iterator[None]:
+    """Name the place in the errors of checks that are made for a part."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def require(ok: bool, message: str) -> None:
@@ -35,3 +49,11 @@ def unit_interval(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(0.0 <= value <= 1.0, f"{name} must be between 0 and 1, got {value}")
+
+
+def known_or_own(field: str, value: str, known: Collection[str]) -> None:
+    """ConfigError unless the value is one of the known names, or names a user's function."""
+    match = difflib.get_close_matches(value, known, n=1)
+    require(value in known or OWN.fullmatch(value) is not None,
+            f"{field} must be one of {', '.join(known)}, or a function of your own as module:function or "
+            f"path/file.py:function, got {value!r}" + (f"; did you mean {match[0]}?" if match else ""))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from veripo_fast.config.checks import positive, require
+from veripo_fast.config.checks import OWN, inside, known_or_own, positive, require
+from veripo_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,35 @@ class CacheConfig:
         require(not self.frames or bool(self.folder), "frames are kept on disk: name a folder")
 
 
+DEFAULT_INSTRUCTION = "Think in <think></think>, then give the {kind} in <answer></answer>."
+SPANS = ("think", "answer")
+_TAG = re.compile(r"[A-Za-z][\w-]*\??")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """How the questions of one `data_source` are put, where that is another way; null: as `data` says."""
+
+    source: str = ""
+    """The data_source of the records."""
+    template: str | None = None
+    """As `data.template`."""
+    instruction: str | None = None
+    """As `data.instruction`."""
+    system: str | None = None
+    """As `data.system`."""
+    tags: tuple[str, ...] | None = None
+    """As `data.tags`."""
+    pattern: str | None = None
+    """As `data.pattern`."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "source must name the data_source of some records")
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the questions come from."""
+    """Where the questions come from, how they are put, and how they have to be answered."""
 
     train: tuple[str, ...] = ()
     """JSONL or Parquet files in any accepted layout (Video-R1, EasyR1/verl, chat messages), or WebDataset shards: plain
@@ -104,8 +132,24 @@ class DataConfig:
     """Folder that relative media paths start from; empty: the folder of the data file."""
     confine: bool = False
     """Skip records whose media lie outside of that folder, symbolic links followed: for data that others wrote."""
-    template: Literal["think_answer", "none"] = "think_answer"
-    """Instruction put around a question; `none` sends it as it is."""
+    template: str = "instruct"
+    """`instruct` puts the options and the instruction behind a question, `none` the options alone; or a function of
+    your own that words the question."""
+    instruction: str = DEFAULT_INSTRUCTION
+    """What `instruct` adds; {kind} is letter, number, result or answer. With {question} in it, it stands around the
+    question and its options; else behind them, unless the question asks for the answer's tag by itself."""
+    system: str = ""
+    """System prompt of records that have none; empty: none."""
+    tags: tuple[str, ...] = SPANS
+    """Spans of a well-formed completion, in order: `think` is <think>...</think>, `boxed` is \\boxed{...}, any other
+    name is a tag too; with a question mark it may be absent (`map?`). One is `answer` or `boxed`."""
+    pattern: str = ""
+    """Regular expression that a well-formed completion matches as a whole (`.` is any character); empty: its spans
+    stand in order with only white space between them, \\boxed aside."""
+    by_source: tuple[SourceConfig, ...] = ()
+    """Other ways for records of some data_source."""
+    keep_keys: tuple[str, ...] = ()
+    """Keys of a record that travel with its prompt, for rewards, templates and samplers (`side`)."""
     max_prompt_tokens: int = 16384
     """Longer prompts are skipped and named in skipped.jsonl (they are never truncated)."""
     text_only: bool = False
@@ -120,3 +164,47 @@ class DataConfig:
     def __post_init__(self) -> None:
         positive(self, "max_prompt_tokens")
         require(self.answer_index in (None, 0, 1), f"answer_index must be 0, 1 or null, got {self.answer_index}")
+        require(self.template != "think_answer", "template think_answer is now called instruct")
+        known_or_own("template", self.template, ("instruct", "none"))
+        _check_tags(self.tags)
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"pattern {self.pattern!r} is no regular expression: {error}") from error
+        if self.template == "instruct":
+            require(bool(self.instruction), "instruction is empty: template `none` leaves it out")
+            require(self.tags == SPANS or self.instruction != DEFAULT_INSTRUCTION,
+                    f"tags are {', '.join(self.tags)}: write an instruction that asks for them")
+        else:
+            require(self.instruction == DEFAULT_INSTRUCTION,
+                    f"instruction changes nothing while template is {self.template}")
+        sources = [entry.source for entry in self.by_source]
+        for number, entry in enumerate(self.by_source):
+            require(entry.source not in sources[:number], f"by_source names {entry.source} twice")
+            with inside(f"by_source.{number}"):
+                self.for_source(entry.source)
+
+    def for_source(self, source: str) -> DataConfig:
+        """The same with what `by_source` says of a data_source in its place."""
+        for entry in self.by_source:
+            if entry.source == source:
+                own = {item.name: getattr(entry, item.name) for item in fields(entry)[1:]}
+                if entry.template not in (None, "instruct"):
+                    own["instruction"] = own["instruction"] or DEFAULT_INSTRUCTION
+                return replace(self, **{name: value for name, value in own.items() if value is not None}, by_source=())
+        return replace(self, by_source=()) if self.by_source else self
+
+    def own_templates(self) -> list[str]:
+        """The templates that are functions of the user's."""
+        named = [self.template, *(entry.template for entry in self.by_source if entry.template)]
+        return [name for name in named if OWN.fullmatch(name)]
+
+
+def _check_tags(tags: tuple[str, ...]) -> None:
+    """ConfigError unless the tags have names, each once, and one of them holds the answer."""
+    for tag in tags:
+        require(_TAG.fullmatch(tag) is not None, f"tags must be names such as think or `map?`, got {tag!r}")
+    names = [tag.removesuffix("?") for tag in tags]
+    require(len(set(names)) == len(names), f"tags name one twice: {', '.join(tags)}")
+    require(sum(tag in ("answer", "boxed") for tag in tags) == 1 and not {"answer?", "boxed?"} & set(tags),
+            f"one of tags must be answer or boxed, which holds the answer, got {', '.join(tags)}")

@@ -7,37 +7,23 @@ expected. Imports no torch, so `veripo show-config` answers at once.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, TypeAlias, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from veripo_fast.config.describe import (
-    guesses,
-    is_section,
-    join,
-    kinds,
-    nearest,
-    option_names,
-    strip_optional,
-    to_tree,
-    words,
-)
+from veripo_fast.config.describe import is_section, join, kinds, strip_optional, to_tree, words
 from veripo_fast.config.objectives import SAMPLING
+from veripo_fast.config.placing import Reader, flatten, is_free, mismatch, place, unknown, value_at
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 
 STAGE_SECTIONS = {"grpo": ("grpo", "rollout", "reward", "optimizer"), "dpo": ("dpo", "verifier", "optimizer")}
 """Sections that `set` of a stage of each kind may change; everything else holds for the whole run."""
-
-Reader: TypeAlias = Callable[[Any, str], object]
-"""(declared type, dotted name) -> the plain value to put there."""
 
 # PyYAML follows YAML 1.1, where a number with an exponent but no point or no sign (1e-6) is text.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -59,15 +45,15 @@ def with_options(config: Config, overrides: Sequence[str]) -> Config:
 
 def _with_options(tree: Any, overrides: Sequence[str]) -> Config:
     for name, text in split_overrides(overrides):
-        tree = _place(Config, tree, name.split("."), _text_reader(text), "")
+        tree = place(Config, tree, name.split("."), _text_reader(text), "")
     return check_stages(_build(Config, tree, ""))
 
 
 def apply_overrides(config: Config, changes: Mapping[str, object]) -> Config:
     """A copy with fields replaced by dotted name, e.g. `{"grpo.steps": 5}`. Raises ConfigError like load_config."""
     tree = to_tree(config)
-    for name, value in _flatten(changes):
-        tree = _place(Config, tree, name.split("."), _value_reader(value), "")
+    for name, value in flatten(changes):
+        tree = place(Config, tree, name.split("."), _value_reader(value), "")
     changed: Config = _build(Config, tree, "")
     return changed
 
@@ -94,7 +80,10 @@ def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str | None]]:
 # Reading YAML
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (looked at before `<<` merges, which may repeat keys)."""
+    """SafeLoader that refuses a key given twice (looked at before `<<` merges, which may repeat keys).
+
+    `on` as a key is text: YAML 1.1 takes it for true.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -104,6 +93,8 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice (first in line {lines[key.value]})",
                                            problem_mark=key.start_mark)
             lines[str(key.value)] = key.start_mark.line + 1
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
         return node
 
 
@@ -129,10 +120,10 @@ def _build(cls: Any, value: object, where: str) -> Any:
     """An instance of a configuration class; `value` None (an empty section) means its defaults."""
     tree = {} if value is None else value
     if not isinstance(tree, dict):
-        raise _mismatch(cls, value, where)
+        raise mismatch(cls, value, where)
     for key in tree:
         if key not in kinds(cls):
-            raise _unknown(cls, where, str(key))
+            raise unknown(cls, where, str(key))
     arguments = {key: _convert(kinds(cls)[key], item, join(where, key)) for key, item in tree.items()}
     try:
         return cls(**arguments)
@@ -149,14 +140,21 @@ def _convert(kind: Any, value: object, where: str) -> object:
     if get_origin(inner) is tuple:
         return _convert_list(inner, value, where)
     if not _fits(inner, value):
-        raise _mismatch(kind, value, where)
+        raise mismatch(kind, value, where)
+    if get_origin(inner) is dict and is_free(inner):
+        return {key: _number(item) for key, item in value.items()}  # type: ignore[attr-defined]
     return float(str(value)) if inner is float else value
+
+
+def _number(value: object) -> object:
+    """A number with an exponent, which YAML 1.1 takes for text, as a number; all else as it is."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _convert_list(kind: Any, value: object, where: str) -> tuple[object, ...]:
     element, *more = get_args(kind)
     if not isinstance(value, (list, tuple)) or (more != [Ellipsis] and len(value) != 1 + len(more)):
-        raise _mismatch(kind, value, where)
+        raise mismatch(kind, value, where)
     return tuple(_convert(element, item, f"{where}.{i}") for i, item in enumerate(value))
 
 
@@ -175,7 +173,7 @@ def _fits(kind: Any, value: object) -> bool:
 
 def _checked_stage(config: Config, index: int, stage: StageConfig) -> StageConfig:
     where, allowed = f"stages.{index}.set", STAGE_SECTIONS[stage.kind]
-    changes = dict(_flatten(stage.set))
+    changes = dict(flatten(stage.set))
     for name in changes:
         section = name.split(".")[0]
         if section in kinds(Config) and section not in allowed:
@@ -188,42 +186,7 @@ def _checked_stage(config: Config, index: int, stage: StageConfig) -> StageConfi
         changed = to_tree(apply_overrides(config, changes))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return replace(stage, set={name: _get(changed, name) for name in changes})
-
-
-# Putting one value at a dotted name
-
-def _place(kind: Any, node: Any, parts: list[str], read: Reader, where: str) -> Any:
-    """The plain tree `node` of type `kind` with one value put at `parts`."""
-    if not parts:
-        return read(kind, where)
-    inner = strip_optional(kind)[0]
-    if is_section(inner):
-        return _place_field(inner, node, parts, read, where)
-    if get_origin(inner) is dict:  # `set` of a stage: its keys are dotted names of Config
-        name = ".".join(parts)
-        return {**(node or {}), name: read(_kind_at(Config, parts), join(where, name))}
-    if get_origin(inner) is tuple and is_section(get_args(inner)[0]):
-        return _place_item(get_args(inner)[0], list(node or ()), parts, read, where)
-    raise ConfigError(f"{join(where, parts[0])} does not exist: {where} takes one value, {words(kind)}")
-
-
-def _place_field(cls: Any, node: Any, parts: list[str], read: Reader, where: str) -> Any:
-    head, *rest = parts
-    if head not in kinds(cls):
-        raise _unknown(cls, where, head)
-    if not isinstance(node, (dict, NoneType)):
-        raise _mismatch(cls, node, where)
-    node = node or {}
-    return {**node, head: _place(kinds(cls)[head], node.get(head), rest, read, join(where, head))}
-
-
-def _place_item(cls: Any, items: list[Any], parts: list[str], read: Reader, where: str) -> Any:
-    head, *rest = parts
-    if not head.isdecimal() or int(head) >= len(items):
-        raise ConfigError(f"{join(where, head)} does not exist: {where} has {len(items)} entries, counted from 0")
-    items[int(head)] = _place(cls, items[int(head)], rest, read, join(where, head))
-    return items
+    return replace(stage, set={name: value_at(changed, name) for name in changes})
 
 
 def _text_reader(text: str | None) -> Reader:
@@ -250,50 +213,4 @@ def _parse(kind: Any, text: str | None, where: str) -> object:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError):
-        raise _mismatch(kind, text, where) from None
-
-
-def _flatten(changes: Mapping[str, object], where: str = "") -> Iterator[tuple[str, object]]:
-    """`{"grpo": {"steps": 1}, "dpo.epochs": 2}` -> ("grpo.steps", 1), ("dpo.epochs", 2)."""
-    for key, value in changes.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, join(where, key))
-        else:
-            yield join(where, key), value
-
-
-def _kind_at(cls: Any, parts: Sequence[str]) -> Any:
-    for depth, part in enumerate(parts):
-        if not is_section(cls) or part not in kinds(cls):
-            raise _unknown(cls, ".".join(parts[:depth]), part)
-        cls = kinds(cls)[part]
-    return cls
-
-
-def _get(tree: Any, name: str) -> object:
-    for part in name.split("."):
-        tree = tree[part]
-    return tree
-
-
-# Refusals
-
-def _mismatch(kind: Any, value: object, where: str) -> ConfigError:
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    hint = ""
-    if kind is str and not isinstance(value, (dict, list)):
-        hint = " (in quotes it is text)"
-    elif get_origin(kind) is Literal and isinstance(value, str) and (choice := nearest(value, get_args(kind))):
-        hint = f"; did you mean {choice}?"
-    return ConfigError(f"{where} must be {words(kind)}, got {shown if len(shown) <= 80 else shown[:77] + '...'}{hint}")
-
-
-def _unknown(cls: Any, where: str, key: str) -> ConfigError:
-    siblings = list(kinds(cls)) if is_section(cls) else []
-    if match := nearest(key, siblings):
-        hint = f"did you mean {join(where, match)}?"
-    elif found := guesses(key, option_names()):
-        hint = f"did you mean {found}?"
-    else:
-        hint = f"options here: {', '.join(siblings)}"
-    return ConfigError(f"unknown option {join(where, key)}; {hint}")
+        raise mismatch(kind, text, where) from None

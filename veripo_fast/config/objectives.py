@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from veripo_kernels.options import (
     AdvantageKind,
@@ -17,13 +17,16 @@ from veripo_kernels.options import (
     PreferenceLossName,
 )
 
-from veripo_fast.config.checks import as_config_error, positive, require, unit_interval
+from veripo_fast.config.checks import as_config_error, known_or_own, positive, require, unit_interval
+from veripo_fast.config.terms import DEFAULT_TERMS, RewardTerm, check_terms
 
 SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
 """Fields of `RolloutConfig` that a stage may change; the engine is built once for the whole run."""
 VLLM_OPTIONS = ("tensor_parallel", "weights", "vision", "kv_cache_gb", "max_sequences", "parity_every",
                 "parity_tolerance", "stall_seconds")
 """Fields of `RolloutConfig` that only the engine vllm reads."""
+SamplerName = Literal["shuffled", "sequential"]
+ReferenceName = Literal["stage_start", "base"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class RolloutConfig:
     """A vllm engine that computes nothing for so long ends the process, which can then be resumed."""
 
     def __post_init__(self) -> None:
-        changed = [field.name for field in fields(self)
-                   if field.name in VLLM_OPTIONS and getattr(self, field.name) != field.default]
+        changed = [item.name for item in fields(self)
+                   if item.name in VLLM_OPTIONS and getattr(self, item.name) != item.default]
         require(self.engine == "vllm" or not changed, f"{', '.join(changed)} changes nothing while engine is torch")
         positive(self, "max_sequences", "parity_every", "stall_seconds", "tensor_parallel")
         require(self.kv_cache_gb >= 0, f"kv_cache_gb must be 0 or larger, got {self.kv_cache_gb}")
@@ -77,10 +80,12 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """reward = accuracy in [0, 1] + format_weight * format in {0, 1}."""
+    """reward = sum of weight * column; by default accuracy in [0, 1] + 0.5 * format in {0, 1} (VerIPO)."""
 
-    format_weight: float = 0.5
-    """Weight of the format term."""
+    terms: tuple[RewardTerm, ...] = DEFAULT_TERMS
+    """The columns that are added up. An option names one by number or name: `--reward.terms.format.weight 0.2`."""
+    on_error: Literal["stop", "count"] = "stop"
+    """When a function of your own fails: stop the run, or count it, and its column is 0 for all of that prompt."""
     number_tolerance: float = 1e-6
     """Relative tolerance of typed numbers (`number`); estimates use MRA instead."""
     streamed: bool = True
@@ -91,8 +96,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         positive(self, "math_seconds_per_batch")
-        require(self.format_weight >= 0, f"format_weight must be 0 or larger, got {self.format_weight}")
         require(self.number_tolerance >= 0, f"number_tolerance must be 0 or larger, got {self.number_tolerance}")
+        check_terms(self.terms)
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,15 @@ class GrpoConfig:
     """Optimizer steps per rollout batch; each takes an equal share of the groups."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
-    advantage: AdvantageKind = "std"
-    """(r - mean) / std of the group, r - mean (Dr. GRPO), r - mean of the others (RLOO), or over the std of the
-    batch."""
+    sampler: str = "shuffled"
+    """Order of the prompts: another shuffle in each epoch; `sequential`, as in the files; or a function of your own."""
+    sampler_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the sampler."""
+    advantage: str = "std"
+    """`std`: (r - mean) / std of the group; `no_std`: r - mean (Dr. GRPO); `leave_one_out`: r - mean of the others
+    (RLOO); `batch_std`: over the std of the batch; or a function of your own, on the rewards of a group."""
+    advantage_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the advantage; `std` and `batch_std` take eps, what is added to the std (1e-6)."""
     loss: PolicyLossName = "grpo"
     """The policy loss; formulas and sources: veripo_kernels.PolicyLoss."""
     clip_low: float = 0.2
@@ -119,7 +130,10 @@ class GrpoConfig:
     dual_clip: float | None = None
     """Bound c > 1 on ratio * |advantage| for negative advantages; null: none."""
     kl_coef: float = 0.0
-    """Weight of the KL to the policy at the start of the stage; 0: no reference model is run."""
+    """Weight of the KL to the reference; 0: no reference model is run."""
+    reference: str = "stage_start"
+    """What the KL pulls towards: the policy at the start of the stage, `base`: that of `model.path`, or what a function
+    of your own names."""
     kl_kind: KlKind = "k3"
     """Estimator of the KL (Schulman 2020)."""
     aggregation: Aggregation | None = None
@@ -142,6 +156,10 @@ class GrpoConfig:
         with as_config_error():
             PolicyLoss(self.loss, aggregation=self.aggregation, constant_length=1, clip_low=self.clip_low,
                        clip_high=self.clip_high, dual_clip=self.dual_clip, kl_coef=self.kl_coef, kl_kind=self.kl_kind)
+        known_or_own("sampler", self.sampler, get_args(SamplerName))
+        known_or_own("advantage", self.advantage, get_args(AdvantageKind))
+        known_or_own("reference", self.reference, get_args(ReferenceName))
+        require(self.kl_coef > 0 or self.reference == "stage_start", "reference changes nothing while kl_coef is 0")
         require(0 <= self.importance_floor < self.importance_cap,
                 f"importance_floor must be at least 0 and below importance_cap, got {self.importance_floor} and "
                 f"{self.importance_cap}")

@@ -7,8 +7,8 @@ gets `#2`, `#3`, ... in the order of the files.
 from __future__ import annotations
 
 import gc
+import json
 import logging
-import re
 import string
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,14 @@ from typing import Any
 from veripo_fast.config.inputs import DataConfig
 from veripo_fast.data.files import Source, json_object, parsed, read_sources
 from veripo_fast.data.flat import read_flat
-from veripo_fast.data.keys import plan_of
+from veripo_fast.data.keys import KNOWN_KEYS, plan_of
 from veripo_fast.data.layouts import read_record
 from veripo_fast.data.places import MediaPlaces, missing
-from veripo_fast.data.records import UNUSABLE, FlatRecord, Record, reason_of
+from veripo_fast.data.records import UNUSABLE, FlatRecord, Record, RecordError, reason_of
 from veripo_fast.data.skipped import Skipped
+from veripo_fast.data.wording import Wording, Wordings, last_text
 from veripo_fast.errors import DataError, MediaError
+from veripo_fast.recipes.view import Question
 from veripo_fast.reward.score import check_gold, infer_problem_type
 from veripo_fast.types import Message, ProblemType, Prompt
 
@@ -34,15 +36,6 @@ LOOKED_UP = 4096
 """Media of so many prompts are looked up when they are read. A larger set would take minutes on a network mount: a file
 that it lacks is named when it is loaded, and some files spread over the set are looked up."""
 SAMPLED = 256
-
-INSTRUCTIONS: dict[ProblemType, str] = {
-    "choice": "Think in <think></think>, then give the letter in <answer></answer>.",
-    "number": "Think in <think></think>, then give the number in <answer></answer>.",
-    "estimate": "Think in <think></think>, then give the number in <answer></answer>.",
-    "math": "Think in <think></think>, then give the result in <answer></answer>.",
-    "text": "Think in <think></think>, then give the answer in <answer></answer>.",
-}
-"""What the template `think_answer` adds to a question; chosen by problem type, never by the gold answer."""
 
 
 def load_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt], list[Skipped]]:
@@ -96,6 +89,7 @@ class _Reading:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
+        self.wordings = Wordings(config)
         self.prompts: list[Prompt] = []
         self.skipped: list[Skipped] = []
         self.unknown: set[str] = set()
@@ -116,11 +110,13 @@ class _Reading:
             try:
                 places = places or MediaPlaces(file, self.config)
                 row = self._row(source)
+                side = self._side(row)
+                row = self._without_side(row)
                 plan = plan_of(row)
                 if plan.unknown:
                     self.unknown.update(plan.unknown)
                 record = read_flat(row, plan.flat, places, self.config) if plan.flat else None
-                prompt = self._prompt(record or read_record(row, plan, places, self.config), where)
+                prompt = self._prompt(record or read_record(row, plan, places, self.config), where, side)
             except (*UNUSABLE, DataError, MediaError) as error:
                 name = "" if row is None else _id_of(row)
                 self.skipped.append(Skipped(where + name, getattr(error, "path", "") or file, reason_of(error)))
@@ -133,23 +129,45 @@ class _Reading:
         row = json_object(source) if type(source) is bytes else parsed(source)
         return without(row, frozenset(self.config.ignore_keys)) if self.config.ignore_keys else row
 
-    def _prompt(self, record: Record | FlatRecord, where: str) -> Prompt:
+    def _prompt(self, record: Record | FlatRecord, where: str, side: str) -> Prompt:
         problem_type = _type_of(record)
         name = where.rpartition("/")[2] if record.prompt_id is None else record.prompt_id
-        prompt = Prompt(name, self._messages(record, problem_type), problem_type, record.gold, record.options,
-                        sys.intern(record.data_source))
+        wording = self.wordings.of(record.data_source)
+        prompt = Prompt(name, self._messages(record, problem_type, wording, side), problem_type, record.gold,
+                        record.options, sys.intern(record.data_source), wording.form, side)
         _check_gold(prompt)
         unique = self._unique(name)
         return prompt if unique is name else Prompt(unique, prompt.messages, problem_type, record.gold, record.options,
-                                                    prompt.data_source)
+                                                    prompt.data_source, wording.form, side)
 
-    def _messages(self, record: Record | FlatRecord, problem_type: ProblemType) -> tuple[Message, ...]:
-        if type(record) is FlatRecord:
-            added = _added_lines(record.question, record.options, problem_type, self.config.template)
+    def _messages(self, record: Record | FlatRecord, problem_type: ProblemType, wording: Wording, side: str
+                  ) -> tuple[Message, ...]:
+        if type(record) is FlatRecord and wording.adds_lines:
+            added = wording.lines(record.question, record.options, problem_type)
             return (Message("user", (record.medium, "\n".join([record.question, *added]))),)
-        assert type(record) is Record
-        text = "\n".join([part for message in record.messages for part in message.parts if type(part) is str])
-        return _with_lines(record.messages, _added_lines(text, record.options, problem_type, self.config.template))
+        if type(record) is FlatRecord:
+            messages: tuple[Message, ...] = (Message("user", (record.medium, record.question)),)
+        else:
+            assert type(record) is Record
+            messages = record.messages
+        return wording.put(messages, Question(last_text(messages), record.options, problem_type, record.data_source,
+                                              json.loads(side) if side else {}))
+
+    def _without_side(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The record without the keys that are kept and mean nothing else: nobody misses that they are read."""
+        if not self.config.keep_keys:
+            return row
+        options = plan_of(row).option_keys
+        return {key: value for key, value in row.items()
+                if key not in self.config.keep_keys or key in KNOWN_KEYS or key in options}
+
+    def _side(self, row: dict[str, Any]) -> str:
+        """JSON of the values that travel with the prompt."""
+        kept = {key: row[key] for key in self.config.keep_keys if row.get(key) is not None}
+        try:
+            return json.dumps(kept, ensure_ascii=False) if kept else ""
+        except TypeError as error:
+            raise RecordError(f"holds a value under a key of data.keep_keys that JSON cannot: {error}") from error
 
     def _unique(self, name: str) -> str:
         """The name, or name#2, name#3, ... when it was given before."""
@@ -226,45 +244,6 @@ def _short_id(value: Any) -> str:
         return str(value)[:200]
     except (ValueError, RecursionError):
         return "?"
-
-
-def question_text(text: str, options: Sequence[str], problem_type: ProblemType, template: str = "think_answer") -> str:
-    """The question as the policy reads it: its options by letter unless it names them already, then the instruction
-    unless it asks for <answer> by itself or the template is `none`."""
-    return "\n".join([text, *_added_lines(text, options, problem_type, template)])
-
-
-def _added_lines(text: str, options: Sequence[str], problem_type: ProblemType, template: str) -> list[str]:
-    lines = []
-    if not _holds_options(text, options):
-        lines = [f"{chr(65 + number)}. {option}" for number, option in enumerate(options)]
-    if template == "think_answer" and "<answer>" not in text:
-        lines.append(INSTRUCTIONS[problem_type])
-    return lines
-
-
-def _with_lines(messages: tuple[Message, ...], lines: list[str]) -> tuple[Message, ...]:
-    """The lines put at the end of the last turn."""
-    if not lines:
-        return messages
-    parts = messages[-1].parts
-    text = "\n".join(lines)
-    last = parts[-1]
-    ended = (*parts[:-1], f"{last}\n{text}") if isinstance(last, str) else (*parts, text)
-    return (*messages[:-1], Message("user", ended))
-
-
-def _holds_options(text: str, options: Sequence[str]) -> bool:
-    """Whether the text names every option with its letter; true without options."""
-    for option in options:
-        if option not in text:
-            return False
-    return all(_named_option(number, option).search(text) for number, option in enumerate(options))
-
-
-@lru_cache(maxsize=4096)
-def _named_option(number: int, option: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w)\(?{chr(65 + number)}[.):]?\s*{re.escape(option)}")
 
 
 def _no_prompts(files: Sequence[str], skipped: list[Skipped]) -> str:

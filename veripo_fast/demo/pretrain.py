@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from veripo_kernels import linear_logprobs
 
 from veripo_fast.config.inputs import ModelConfig
-from veripo_fast.data.prompts import question_text
+from veripo_fast.data.wording import question_text
 from veripo_fast.demo import tiny_model
 from veripo_fast.demo.questions import Question, describe, questions
 from veripo_fast.demo.world import Clip, random_clip, render

@@ -61,7 +61,7 @@ def build_tokenizer() -> Any:
 
 def _texts() -> list[str]:
     """Everything the demo's policy reads and writes, a few hundred times over."""
-    from veripo_fast.data.prompts import INSTRUCTIONS
+    from veripo_fast.data.wording import INSTRUCTIONS
     from veripo_fast.demo.questions import describe, questions
     from veripo_fast.demo.world import random_clip
 

@@ -13,6 +13,7 @@ from veripo_fast.distributed.world import World, joined
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.evaluate import evaluate, summary
 from veripo_fast.model.policy import load_policy
+from veripo_fast.recipes.checked import check_functions
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
 from veripo_fast.run.atomic import atomic_write_text
@@ -63,6 +64,7 @@ def _checked_folder(config: Config, out: Path | str | None, world: World) -> Pat
     check_backend(config, world)
     if not config.data.eval:
         raise ConfigError("data.eval names no files to evaluate on")
+    check_functions(config)
     folder = eval_folder(config, out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is not a folder")

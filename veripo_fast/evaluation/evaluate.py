@@ -68,7 +68,7 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
                 found = engine.generate(list(loaded.values()), sampling, partial(_advance, bar), numbers=list(loaded))
                 if gate is not None and not start:
                     gate.check(list(loaded.values()), found, sampling)
-                reward_groups(found, config)
+                reward_groups(found, config, list(loaded.values()))
                 groups += gathered(dict(zip(loaded, found, strict=True)), world).values()
                 bar.update(start + len(batch) - bar.n)
                 check()

@@ -109,8 +109,9 @@ class PromptEncoder:
         return ids
 
     def decode_completion(self, token_ids: list[int]) -> str:
-        """Text of a completion, the end of turn left out."""
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        """Text of a completion, the token that ended it left out, be it one that the tokenizer calls special or not."""
+        ended = len(token_ids) > 0 and token_ids[-1] in self.end_ids
+        text: str = self.tokenizer.decode(token_ids[:-1] if ended else token_ids, skip_special_tokens=True)
         return text
 
     def _placeholder(self) -> str:

@@ -1,70 +1,18 @@
-"""Reading completions: the think and answer spans, and the text of an answer.
+"""Reading the text of an answer.
 
-Choices are read in choice_answers.py, numbers in number_answers.py, mathematics in math_answers.py. A reader returns
-None for an answer that hedges ("A or B") or that it cannot read to its end. Nothing here needs torch.
+The spans of a completion are found in spans.py. Choices are read in choice_answers.py, numbers in number_answers.py,
+mathematics in math_answers.py. A reader returns None for an answer that hedges ("A or B") or that it cannot read to its
+end. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
-
-from veripo_fast.types import RolloutGroup
 
 LONGEST_ANSWER = 2000
 """Characters; a longer answer names no choice and no number."""
 _DEEPEST_NESTING = 4
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """The two spans of a completion, white space stripped."""
-
-    think: str | None
-    """None when <think> and </think> do not each occur once in that order, or when nothing lies between them."""
-    answer: str | None
-    """None when <answer> and </answer> do not each occur once in that order, or when nothing lies between them."""
-    format_ok: bool
-    """Whether the whole completion has the one accepted form."""
-
-
-def parse_group(group: RolloutGroup) -> list[Parsed]:
-    """The parsed completions of a group."""
-    return [parse_completion(completion.text, group.think_opened) for completion in group.completions]
-
-
-def parse_completion(text: str, think_opened: bool = False) -> Parsed:
-    """Read `<think>...</think> <answer>...</answer>`; with `think_opened` the prompt wrote the first tag already.
-
-    format_ok: each of the four tags occurs exactly once, the think span is not empty, only white space lies between
-    </think> and <answer>, and the answer is not empty. New lines are allowed everywhere, and so is text before <think>
-    and after </answer> (it is never scored). Two answer spans are no answer at all: hedging does not pay.
-    """
-    text = "<think>\n" + text if think_opened else text
-    think, answer = _span(text, "<think>", "</think>"), _span(text, "<answer>", "</answer>")
-    if think is None or answer is None:
-        return Parsed(think, answer, False)
-    between = text[text.index("</think>") + len("</think>"):text.index("<answer>")]
-    adjoining = text.index("</think>") < text.index("<answer>") and not between.strip()
-    return Parsed(think, answer, adjoining)
-
-
-def _span(text: str, opening: str, closing: str) -> str | None:
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    return text[text.index(opening) + len(opening):text.index(closing)].strip() or None
-
-
-def answer_prefix(text: str) -> str | None:
-    """The completion up to the first character of its answer, or None when `parse_completion` finds no answer.
-
-    It holds what the policy wrote and nothing of the prompt, whichever of the two opened the think span.
-    """
-    if parse_completion(text).answer is None:
-        return None
-    start = text.index("<answer>") + len("<answer>")
-    return text[:start] + re.match(r"\s*", text[start:]).group()  # type: ignore[union-attr]
 
 
 def clean(text: str) -> str:

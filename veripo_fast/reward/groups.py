@@ -7,40 +7,79 @@ from queue import SimpleQueue
 from threading import Thread
 
 import torch
-from veripo_kernels import group_advantages
 
+from veripo_fast.config.objectives import GrpoConfig
 from veripo_fast.config.schema import Config
+from veripo_fast.errors import TrainingError
+from veripo_fast.recipes.own import as_column, described, named
+from veripo_fast.recipes.tables import ADVANTAGES
+from veripo_fast.reward.columns import columns_of, total, view_of
 from veripo_fast.reward.math_answers import math_budget
-from veripo_fast.reward.score import score, scores_of, total
+from veripo_fast.reward.score import parsed_score, scores_of
+from veripo_fast.reward.spans import parse_group
 from veripo_fast.schedule.timeline import span
-from veripo_fast.types import RolloutGroup
+from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 
-def reward_groups(groups: Sequence[RolloutGroup], config: Config) -> None:
-    """Fill in accuracy, format, reward and advantage of every completion; those that have a reward keep it."""
-    completions = [completion for group in groups for completion in group.completions]
-    with math_budget(config.reward.math_seconds_per_batch):
-        for group in groups:
-            if any(completion.reward is None for completion in group.completions):
-                _score_group(group, config)
-    if not completions:
+def reward_groups(groups: Sequence[RolloutGroup], config: Config, loaded: Sequence[LoadedPrompt | None] = ()) -> None:
+    """Fill in accuracy, format, reward and advantage of every completion; those that have a reward keep it.
+
+    Args:
+        loaded: the prompts of the groups as the policy reads them, for rewards that look at their media.
+
+    Raises:
+        TrainingError: a function of the user's failed.
+    """
+    score_groups(groups, config, loaded)
+    if not any(group.completions for group in groups):
         return
     owners = torch.tensor([number for number, group in enumerate(groups) for _ in group.completions])
-    rewards = torch.tensor([completion.reward for completion in completions], dtype=torch.float64)
-    advantages = group_advantages(rewards, owners, kind=config.grpo.advantage)
-    for completion, advantage in zip(completions, advantages.tolist(), strict=True):
-        completion.advantage = advantage
+    rewards = torch.tensor([value for group in groups for value in scores_of(group, "reward")], dtype=torch.float64)
+    advantages = iter(_advantages(rewards, owners, groups, config.grpo))
+    for group in groups:
+        for completion in group.completions:
+            completion.advantage = next(advantages)
+
+
+def score_groups(groups: Sequence[RolloutGroup], config: Config, loaded: Sequence[LoadedPrompt | None] = ()) -> None:
+    """As `reward_groups`, without advantages."""
+    with math_budget(config.reward.math_seconds_per_batch):
+        for group, prompt in zip(groups, loaded or [None] * len(groups), strict=True):
+            if any(completion.reward is None for completion in group.completions):
+                _score_group(group, config, prompt)
+
+
+def _advantages(rewards: torch.Tensor, owners: torch.Tensor, groups: Sequence[RolloutGroup], config: GrpoConfig
+                ) -> list[float]:
+    """One number for each reward: of an entry of ADVANTAGES in one call, of a user's function group by group."""
+    function = named(config.advantage, ADVANTAGES)
+    if config.advantage in ADVANTAGES:
+        whole: list[float] = function(rewards, owners, **config.advantage_options).tolist()
+        return whole
+    advantages: list[float] = []
+    for number, group in enumerate(groups):
+        what = f"advantage {config.advantage}, on prompt {group.prompt.prompt_id},"
+        try:
+            values = function(rewards[owners == number], **config.advantage_options)
+        except Exception as error:  # of whatever a user's function does
+            raise TrainingError(f"{what} failed: {described(error)}") from error
+        advantages += as_column(values, len(group.completions), what)
+    return advantages
 
 
 class StreamedScores:
     """Scores groups in a thread of its own while others are still sampled: a context manager around the sampling.
 
-    `add` is what an engine calls with each finished group; `wait` returns when all that were added have scores.
+    `add` is what an engine calls with each finished group; `wait` returns when all groups have scores.
+
+    Args:
+        loaded: the prompts that are sampled.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, loaded: Sequence[LoadedPrompt] = ()) -> None:
         self._config = config
-        self._groups: SimpleQueue[RolloutGroup | None] = SimpleQueue()
+        self._loaded = loaded
+        self._groups: SimpleQueue[tuple[RolloutGroup, LoadedPrompt | None] | None] = SimpleQueue()
         self._error: Exception | None = None
         self._ended = False
         self._thread = Thread(target=self._work, name="rewards", daemon=True)
@@ -54,8 +93,9 @@ class StreamedScores:
         self._ended = True
         self._groups.put(None)
 
-    def wait(self) -> None:
-        """Wait for the scores. Raises what went wrong in the thread."""
+    def wait(self, groups: Sequence[RolloutGroup] = ()) -> None:
+        """Wait for the scores, and score those of the sampled groups that were not added: an engine that was built
+        again adds none. Raises what went wrong in the thread."""
         self._groups.put(None)
         if self._config.reward.streamed:
             self._thread.join()
@@ -63,28 +103,36 @@ class StreamedScores:
             self._work()
         if self._error is not None:
             raise self._error
+        if groups:
+            score_groups(groups, self._config, self._loaded)
 
     def add(self, number: int, group: RolloutGroup) -> None:
-        """Score a group soon."""
-        self._groups.put(group)
+        """Score a group soon; `number` is that of its prompt among `loaded`."""
+        self._groups.put((group, self._loaded[number] if self._loaded else None))
 
     def _work(self) -> None:
         with math_budget(self._config.reward.math_seconds_per_batch):
-            for group in iter(self._groups.get, None):
+            for group, prompt in iter(self._groups.get, None):
                 if self._ended:
                     break
                 try:
                     with span("score"):
-                        _score_group(group, self._config)
+                        _score_group(group, self._config, prompt)
                 except Exception as error:  # of whatever a reward does; it belongs to the thread that samples
                     self._error = self._error or error
 
 
-def _score_group(group: RolloutGroup, config: Config) -> None:
-    for completion in group.completions:
-        scored = score(completion.text, group.prompt, config.reward, group.think_opened)
+def _score_group(group: RolloutGroup, config: Config, loaded: LoadedPrompt | None = None) -> None:
+    parsed = parse_group(group)
+    for completion, item in zip(group.completions, parsed, strict=True):
+        scored = parsed_score(item, group.prompt, config.reward)
         completion.accuracy, completion.format = scored.accuracy, scored.format
-        completion.reward = total(scored, config.reward)
+    columns = columns_of(view_of(group, parsed, loaded), config.reward)
+    known = {"accuracy": scores_of(group, "accuracy"), "format": scores_of(group, "format"), **columns}
+    rewards = total(known, config.reward.terms, len(parsed))
+    for number, completion in enumerate(group.completions):
+        completion.columns = {name: None if column is None else column[number] for name, column in columns.items()}
+        completion.reward = rewards[number]
 
 
 def has_signal(group: RolloutGroup) -> bool:

@@ -1,7 +1,7 @@
 """The reward of a completion: typed accuracy in [0, 1] and format in {0, 1}. Training and evaluation share it.
 
 A gold answer that cannot be read never scores: `check_gold` refuses it when the data is loaded, and `score` gives 0.
-Left out on purpose: rewards for length or repetition; those are checks of the verifier.
+What a completion is rewarded for besides is in columns.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Literal
 
 from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.errors import DataError
-from veripo_fast.reward.answers import normalise_text, parse_completion, words
+from veripo_fast.reward.answers import normalise_text, words
 from veripo_fast.reward.choice_answers import read_choice
 from veripo_fast.reward.math_answers import math_equal, math_parses
 from veripo_fast.reward.math_text import constant_sides
 from veripo_fast.reward.number_answers import Number, read_number
+from veripo_fast.reward.spans import Parsed, parse_completion
 from veripo_fast.reward.units import in_unit
 from veripo_fast.types import ProblemType, Prompt, RolloutGroup
 
@@ -29,7 +30,7 @@ _LONGEST_TEXT = 512
 
 @dataclass(frozen=True)
 class Score:
-    """The two terms of the reward."""
+    """What every completion is scored for."""
 
     accuracy: float
     """0 to 1."""
@@ -38,11 +39,15 @@ class Score:
 
 
 def score(text: str, prompt: Prompt, config: RewardConfig, think_opened: bool = False) -> Score:
-    """Score a completion text against the prompt's gold answer; without an <answer> span accuracy is 0.
+    """Score a completion text against the prompt's gold answer; without an answer span accuracy is 0.
 
     `think_opened` is that of the completion's `RolloutGroup`.
     """
-    parsed = parse_completion(text, think_opened)
+    return parsed_score(parse_completion(text, think_opened, prompt.form), prompt, config)
+
+
+def parsed_score(parsed: Parsed, prompt: Prompt, config: RewardConfig) -> Score:
+    """Score the spans of a completion; without an answer accuracy is 0."""
     accuracy = 0.0 if parsed.answer is None else answer_accuracy(parsed.answer, prompt, config.number_tolerance)
     return Score(accuracy, float(parsed.format_ok))
 
@@ -58,11 +63,6 @@ def scores_of(group: RolloutGroup, name: Literal["accuracy", "format", "reward",
         raise ValueError(f"completion {scores.index(None)} of prompt {group.prompt.prompt_id} has no {name}: "
                          "it is not scored")
     return scores
-
-
-def total(score: Score, config: RewardConfig) -> float:
-    """accuracy + format_weight * format (VerIPO: 0.5)."""
-    return score.accuracy + config.format_weight * score.format
 
 
 def answer_accuracy(answer: str, prompt: Prompt, number_tolerance: float) -> float:

@@ -2,7 +2,8 @@
 
 Columns: stage, step, policy_version, prompt_id, problem_type, gold, group (index in the step), index (in the group),
 prompt (JSON of the whole Prompt), think_opened, token_ids, text, rollout_logprobs, finish_reason, accuracy, format,
-reward, advantage. Files without think_opened were written before it existed; there it means false.
+reward, advantage, columns (JSON of the number of each term of the reward). Files without think_opened or columns were
+written before these existed; there they mean false and none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from veripo_fast.errors import DataError
 from veripo_fast.run.atomic import atomic_open
-from veripo_fast.types import Completion, Image, Message, Prompt, RolloutGroup, Sampling, Video
+from veripo_fast.types import Completion, Form, Image, Message, Prompt, RolloutGroup, Sampling, Video
 
 _SCORES = ("accuracy", "format", "reward", "advantage")
 
@@ -58,6 +59,8 @@ def prompt_from_json(text: str) -> Prompt:
     record["messages"] = tuple(
         Message(m["role"], tuple(part(p) for p in m["parts"])) for m in record["messages"])
     record["options"] = tuple(record["options"])
+    if form := record.get("form"):
+        record["form"] = Form(tuple(form["tags"]), form["pattern"])
     return Prompt(**record)
 
 
@@ -77,7 +80,8 @@ def write_groups(path: Path, groups: Iterable[RolloutGroup], stage: str, step: i
             rows.append({"stage": stage, "step": step, "prompt_id": group.prompt.prompt_id,
                          "problem_type": group.prompt.problem_type, "gold": group.prompt.gold,
                          "group": number, "index": index, "prompt": prompt,
-                         "think_opened": group.think_opened, **asdict(completion)})
+                         "think_opened": group.think_opened, **asdict(completion),
+                         "columns": json.dumps(completion.columns)})
     write_table(pa.Table.from_pylist(rows), path)
 
 
@@ -92,7 +96,7 @@ def read_groups(path: Path) -> list[RolloutGroup]:
             group.completions.append(Completion(
                 token_ids=row["token_ids"], text=row["text"], rollout_logprobs=row["rollout_logprobs"],
                 finish_reason=row["finish_reason"], policy_version=row["policy_version"],
-                **{name: row[name] for name in _SCORES}))
+                columns=json.loads(row.get("columns") or "{}"), **{name: row[name] for name in _SCORES}))
     except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path} is not a rollout file of veripo: {error}") from error
     return list(groups.values())

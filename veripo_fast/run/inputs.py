@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,12 @@ def model_files(folder: Path) -> list[Path]:
     return sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
-def take_inputs(data_files: Iterable[str], model_folder: Path) -> dict[str, Any]:
-    """Fingerprints of data files and checkpoint, and versions. Raises OSError."""
+def take_inputs(data_files: Iterable[str], model_folder: Path, code: Mapping[str, Path] | None = None
+                ) -> dict[str, Any]:
+    """Fingerprints of data files, checkpoint and the files of the user's functions, and versions. Raises OSError."""
     return {"data": {file: file_fingerprint(Path(file)) for file in sorted(set(data_files))},
             "model": {path.name: file_fingerprint(path) for path in model_files(model_folder)},
+            "code": {place: file_fingerprint(path) for place, path in sorted((code or {}).items())},
             "versions": versions()}
 
 

@@ -18,13 +18,12 @@ import torch
 from veripo_kernels import PolicyLoss
 
 from veripo_fast.config.schema import Config, StageConfig
-from veripo_fast.data.order import PromptOrder
-from veripo_fast.distributed.choice import distribute_frozen
+from veripo_fast.data.order import PromptOrder, prompt_order
 from veripo_fast.distributed.shares import over_ranks, padded
 from veripo_fast.distributed.world import ONE
 from veripo_fast.errors import DataError
 from veripo_fast.model.packing import micro_batches, pack, packed_length
-from veripo_fast.model.policy import Policy, load_policy
+from veripo_fast.model.policy import Policy
 from veripo_fast.model.step import PolicyLossInputs
 from veripo_fast.reward.groups import StreamedScores, has_signal, reward_groups
 from veripo_fast.reward.score import scores_of
@@ -34,6 +33,8 @@ from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
 from veripo_fast.stages.optimizer import Optimizer, step_policy
+from veripo_fast.stages.reference import stage_reference
+from veripo_fast.stages.rollout_metrics import column_metrics, rollout_metrics
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, Media, Prompt, RolloutGroup
 
@@ -43,10 +44,10 @@ log = logging.getLogger(__name__)
 def run(session: Session, stage: StageConfig, config: Config) -> None:
     """Explore for `grpo.steps` steps, from where the session stands."""
     prompts = stage_prompts(session, stage, config)
-    order = PromptOrder(len(prompts), derive_seed(config.seed, stage.name, "order"))
+    order = prompt_order(prompts, config.grpo, derive_seed(config.seed, stage.name, "order"))
     optimizer = session.stage_optimizer(config, config.grpo.learning_rate,
                                         config.grpo.steps * config.grpo.updates_per_rollout)
-    reference = stage_reference(session) if config.grpo.kl_coef else None
+    reference = stage_reference(session, config.grpo.reference) if config.grpo.kl_coef else None
     update = GrpoUpdate(session.policy, optimizer, config, reference, session.dealer)
     health = StageHealth(stage.name, [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
     for step in session.steps(stage, config.grpo.steps, optimizer):
@@ -57,17 +58,17 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         if step + 1 < config.grpo.steps:
             session.prefetch_share(following)
         session.check_some_loaded(prompts, f"prompts of stage {stage.name}")
-        with StreamedScores(config) as scores:
+        with StreamedScores(config, list(loaded.values())) as scores:
             own = session.generate(loaded, sampling(stage, config, step), scores.add)
             with session.phase("reward"):
-                scores.wait()
+                scores.wait(list(own.values()))
         with session.phase("reward"):
             numbered = session.gathered(own)
             groups = list(numbered.values())
             reward_groups(groups, config)
             session.keep(groups)
             check_rollout_logprobs(groups, session.run.rollouts(stage.name, step))
-        means = rollout_metrics(groups)
+        means = rollout_metrics(groups) | column_metrics(groups, config.reward)
         counts = health.observe(groups, means) if session.world.main else {}
         with session.phase("update"):
             values = means | counts | update.run([loaded.get(number) for number in numbered], groups)
@@ -126,33 +127,7 @@ def without_folders(prompt: Prompt) -> Prompt:
         replace(message, parts=tuple(map(part, message.parts))) for message in prompt.messages))
 
 
-def stage_reference(session: Session) -> Policy:
-    """The policy at the start of the stage, frozen, for the KL term."""
-    reference = load_policy(session.config.model, session.stage_start())
-    reference.model.requires_grad_(False)
-    reference.passes = session.policy.passes
-    distribute_frozen(reference, session.world)
-    return reference
-
-
 # -- one step --------------------------------------------------------------------------------------------------------
-
-
-def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Means over all completions of a rollout batch, and the share of groups that carry no signal."""
-    rows = [completion for group in groups for completion in group.completions]
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / max(len(values), 1)
-
-    return {"reward_mean": mean([value for group in groups for value in scores_of(group, "reward")]),
-            "accuracy_mean": mean([value for group in groups for value in scores_of(group, "accuracy")]),
-            "format_mean": mean([value for group in groups for value in scores_of(group, "format")]),
-            "length_mean": mean([float(len(row.token_ids)) for row in rows]),
-            "length_max": float(max((len(row.token_ids) for row in rows), default=0)),
-            "finished_share": mean([float(row.finish_reason == "stop") for row in rows]),
-            "zero_variance_share": mean([float(not has_signal(group)) for group in groups]),
-            "prompts": len(groups)}
 
 
 class UpdateRow(NamedTuple):

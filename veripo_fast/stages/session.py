@@ -170,7 +170,7 @@ class Session:
         path = self.run.rollouts(self._stage.name, self.state.step)
         return stored_groups(path, loaded, sampling, self.policy.version, self.world)
 
-    def finish_step(self, values: dict[str, float], **shown: float) -> None:
+    def finish_step(self, values: Mapping[str, Any], **shown: float) -> None:
         """Count the step, write its metrics, then save if it is time or the run was asked to stop.
 
         In this order a run killed in between resumes before the step and writes the same line again. `shown` stands

@@ -17,6 +17,7 @@ from veripo_fast.distributed.choice import check_backend, gpu_name
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError, DataError
 from veripo_fast.model.checkpoint_files import resolve_path
+from veripo_fast.recipes.checked import check_functions, own_files
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.inputs import differences, read_inputs, take_inputs, write_inputs
@@ -24,7 +25,7 @@ from veripo_fast.run.lock import NAME as LOCK
 from veripo_fast.run.lock import RunLock
 
 log = logging.getLogger(__name__)
-CHANGES = ("config", "data", "media", "model", "rollouts")
+CHANGES = ("code", "config", "data", "media", "model", "rollouts")
 """What `--allow-changes` can name."""
 HARMLESS = ("cache.", "checkpoint.", "train.", "video.workers", "video.timeout_seconds", "verifier.endpoint_key_env",
             "verifier.endpoint_concurrency", "verifier.endpoint_timeout_seconds", "verifier.endpoint_retries",
@@ -93,8 +94,8 @@ def check_ranks(config: Config, world: World) -> dict[str, Any]:
     world.agreed(lambda: check_backend(config, world))
     world.same("a configuration", to_yaml(config), "start all ranks with the same file and options")
     world.agreed(lambda: _check_inputs(config))
-    inputs = take_inputs(_data_files(config), resolve_path(config.model.path))
-    for kind, what in (("data", "data files"), ("model", "a model"), ("versions", "packages")):
+    inputs = take_inputs(_data_files(config), resolve_path(config.model.path), own_files(config))
+    for kind, what in (("data", "data files"), ("model", "a model"), ("versions", "packages"), ("code", "functions")):
         world.same(what, json.dumps(inputs[kind], sort_keys=True), "every machine needs the same")
     world.same("a GPU", gpu_name(config.model.device), "mixed GPUs would wait for the slowest")
     return inputs
@@ -146,6 +147,7 @@ def _check_inputs(config: Config) -> None:
     for file in _data_files(config):
         if not Path(file).exists():
             raise DataError(f"data file {file} does not exist")
+    check_functions(config)
 
 
 def _is_free(root: Path) -> bool:
@@ -178,7 +180,7 @@ def _compare(old: Config, new: Config, before: dict[str, Any], inputs: dict[str,
     """Name every difference; ConfigError for those that change results and are not allowed."""
     changes = {"config": changed_options(old, new)}
     if before:
-        changes |= {kind: differences(before, inputs, kind) for kind in ("data", "model")}
+        changes |= {kind: differences(before, inputs, kind) for kind in ("data", "model", "code")}
         for phrase in differences(before, inputs, "versions"):
             log.warning("%s since this run began: results may differ in their last digits", phrase)
     else:

@@ -12,8 +12,8 @@ from itertools import product
 from typing import Literal
 
 from veripo_fast.config.objectives import VerifierConfig
-from veripo_fast.reward.answers import parse_group
 from veripo_fast.reward.score import answers_equal
+from veripo_fast.reward.spans import parse_group
 from veripo_fast.types import PairFamily, RolloutGroup, Verdict
 from veripo_fast.verifier.checks import is_clean, is_well_formed
 from veripo_fast.verifier.conclusions import reflectiveness
@@ -103,16 +103,17 @@ def _supports_gold(view: GroupView, verdict: Verdict) -> bool:
 
 def _reflection(view: GroupView) -> Found:
     """Rollouts that corrected themselves, and assembled ones; the wrong reasoning must support its wrong answer."""
-    wrong = [verdict for verdict in view.wrong
-             if is_well_formed(verdict) and verdict.consistent and "repetition" not in verdict.flags]
-    if not view.right or not wrong:
-        return _lacking("no right, consistent and clean completion" if not view.right
-                        else "no well-formed wrong completion that is consistent with its reasoning")
     given, parsed = given_answers(view.group), parse_group(view.group)
-    reflective = [verdict for verdict in view.right if reflectiveness(
+    wrong = [verdict for verdict in view.wrong if is_well_formed(verdict) and verdict.consistent
+             and "repetition" not in verdict.flags and parsed[verdict.index].think]
+    right = [verdict for verdict in view.right if parsed[verdict.index].think]
+    if not right or not wrong:
+        return _lacking("no right, consistent and clean completion" if not right
+                        else "no well-formed wrong completion that is consistent with its reasoning")
+    reflective = [verdict for verdict in right if reflectiveness(
         parsed[verdict.index].think or "", view.group.prompt, given).reflective]
     found = _combine(view, "reflection", reflective, wrong, gap=ACCURACY_GAP, match=False)
-    assembled = _combine(view, "reflection", view.right, wrong, gap=ACCURACY_GAP, match=False)
+    assembled = _combine(view, "reflection", right, wrong, gap=ACCURACY_GAP, match=False)
     found.candidates += [Candidate("reflection", c.chosen, c.rejected, "assembled") for c in assembled.candidates]
     found.dropped += assembled.dropped
     return found

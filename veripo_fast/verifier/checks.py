@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from veripo_fast.config.objectives import VerifierConfig
-from veripo_fast.reward.answers import parse_group, words
+from veripo_fast.reward.answers import words
 from veripo_fast.reward.score import scores_of
+from veripo_fast.reward.spans import parse_group
 from veripo_fast.types import RolloutGroup, Verdict
 from veripo_fast.verifier.judges import Judgement
 

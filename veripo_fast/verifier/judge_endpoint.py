@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
-from veripo_fast.reward.answers import parse_group
 from veripo_fast.reward.choice_answers import letters, read_choice
 from veripo_fast.reward.number_answers import read_number
+from veripo_fast.reward.spans import parse_group
 from veripo_fast.run.jsonlines import append_objects, read_objects
 from veripo_fast.types import Prompt, RolloutGroup
 from veripo_fast.verifier.endpoint_client import EndpointClient, NoReply

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
-from veripo_fast.reward.answers import Parsed, answer_prefix, parse_group
 from veripo_fast.reward.score import answers_equal
+from veripo_fast.reward.spans import Parsed, answer_closing, answer_prefix, parse_group
 from veripo_fast.types import Prompt, RolloutGroup
 from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, given_answers
 
@@ -44,8 +44,9 @@ class LikelihoodJudge:
         judged = [index for index, item in enumerate(parsed) if item.format_ok]
         if len(candidates) < 2 or not judged:
             return [NO_JUDGEMENT] * len(parsed)
-        closing = "" if group.prompt.problem_type == "choice" else "</answer>"
-        prefixes = [answer_prefix(group.completions[index].text) or "" for index in judged]
+        form = group.prompt.form
+        closing = "" if group.prompt.problem_type == "choice" else answer_closing(form)
+        prefixes = [answer_prefix(group.completions[index].text, form) or "" for index in judged]
         logprobs = self._answer_logprobs(
             group.prompt, [prefix for prefix in prefixes for _ in candidates],
             [candidate + closing for _ in prefixes for candidate in candidates])

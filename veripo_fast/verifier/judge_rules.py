@@ -5,7 +5,7 @@ It needs no model. It is blind to conclusions without a marker word, and says so
 
 from __future__ import annotations
 
-from veripo_fast.reward.answers import parse_group
+from veripo_fast.reward.spans import parse_group
 from veripo_fast.types import RolloutGroup
 from veripo_fast.verifier.conclusions import supported_answer
 from veripo_fast.verifier.judges import NO_JUDGEMENT, Judgement, Progress, compare, given_answers

@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from veripo_fast.reward.answers import parse_group
 from veripo_fast.reward.choice_answers import letters, read_choice
 from veripo_fast.reward.score import answers_equal
+from veripo_fast.reward.spans import parse_group
 from veripo_fast.types import Prompt, RolloutGroup
 
 Progress: TypeAlias = Callable[[int], None]

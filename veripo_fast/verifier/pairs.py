@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from veripo_fast.config.objectives import VerifierConfig
-from veripo_fast.reward.answers import Parsed, answer_prefix, parse_group
-from veripo_fast.types import Completion, PairFamily, PreferencePair, Prompt, RolloutGroup, Verdict
+from veripo_fast.reward.spans import Parsed, answer_closing, answer_end, answer_prefix, parse_group
+from veripo_fast.types import Completion, Form, PairFamily, PreferencePair, Prompt, RolloutGroup, Verdict
 from veripo_fast.verifier.account import Account
 from veripo_fast.verifier.candidates import Candidate, GroupView, find_candidates
 
@@ -107,26 +107,28 @@ class _Builder:
         better, worse = completions[candidate.chosen], completions[candidate.rejected]
         chosen, rejected = _whole(better, candidate.chosen), _whole(worse, candidate.rejected)
         if candidate.kind == "assembled":
-            chosen = self._corrected(worse, better, parsed[candidate.chosen], rng.choice(_TURNS))
+            chosen = self._corrected(worse, better, parsed[candidate.chosen], rng.choice(_TURNS),
+                                     view.group.prompt.form)
         elif candidate.kind == "answer":
-            chosen, rejected = self._swapped(worse, parsed[candidate.rejected], view.verdicts[candidate.rejected])
+            chosen, rejected = self._swapped(worse, parsed[candidate.rejected], view.verdicts[candidate.rejected],
+                                             view.group.prompt.form)
         return PreferencePair(
             view.group.prompt.prompt_id, candidate.family, chosen[0], rejected[0], chosen[1], rejected[1],
             chosen[2], rejected[2], chosen[3], rejected[3], _reason(candidate, view.verdicts))
 
-    def _corrected(self, wrong: Completion, right: Completion, read: Parsed, turn: str) -> _Side:
+    def _corrected(self, wrong: Completion, right: Completion, read: Parsed, turn: str, form: Form) -> _Side:
         """Wrong reasoning (masked: the policy must not learn to err first), a turn, right reasoning and answer."""
         before = wrong.text[:wrong.text.index("</think>")].rstrip()
-        tail = right.text[right.text.index("</think>"):right.text.index("</answer>") + len("</answer>")]
+        tail = right.text[right.text.index("</think>"):answer_end(right.text, form)]
         after = f" {turn} {read.think}{tail}"
         masked, learned = self._encode(before), [*self._encode(after), self._eos_id]
         return (*masked, *learned), (0,) * len(masked) + (1,) * len(learned), before + after, -1
 
-    def _swapped(self, completion: Completion, read: Parsed, verdict: Verdict) -> tuple[_Side, _Side]:
+    def _swapped(self, completion: Completion, read: Parsed, verdict: Verdict, form: Form) -> tuple[_Side, _Side]:
         """The same reasoning with the answer it supports, and with the one given; the loss starts where they differ."""
-        prefix = answer_prefix(completion.text)
+        prefix, closing = answer_prefix(completion.text, form), answer_closing(form)
         chosen_text, rejected_text = (
-            f"{prefix}{answer}</answer>" for answer in (verdict.supported_answer, read.answer))
+            f"{prefix}{answer}{closing}" for answer in (verdict.supported_answer, read.answer))
         chosen, rejected = ((*self._encode(text), self._eos_id) for text in (chosen_text, rejected_text))
         shared = next((place for place, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
                       min(len(chosen), len(rejected)))
