@@ -46,7 +46,7 @@ from veripo_fast.data.media import (
     with_times,
 )
 from veripo_fast.data.records import Record, RecordError, short
-from veripo_fast.reward.score import DECLARED_TYPES
+from veripo_fast.reward.graders import DECLARED_TYPES, nearest_type, type_name
 from veripo_fast.types import Media, Message, Video
 
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -109,10 +109,12 @@ def declared_type(row: dict[str, Any]) -> str | None:
 
 @lru_cache(maxsize=256)
 def _type_named(declared: str) -> str:
-    name = re.sub(r"[\s_-]+", " ", declared).strip().lower()
+    name = type_name(declared)
     if name not in DECLARED_TYPES:
-        raise RecordError(f"problem_type {short(declared)} is not known: write one of {', '.join(DECLARED_TYPES)}, or "
-                          "list problem_type in data.ignore_keys to have it inferred")
+        near = nearest_type(declared)
+        raise RecordError(f"problem_type {short(declared)} is not known" + (f"; did you mean {near}?" if near else "")
+                          + f" Write one of {', '.join(DECLARED_TYPES)}, or list problem_type in data.ignore_keys to "
+                          "have it inferred")
     return "choice" if DECLARED_TYPES[name] == "choice" else name
 
 

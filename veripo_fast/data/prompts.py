@@ -26,7 +26,7 @@ from veripo_fast.data.places import MediaPlaces, missing
 from veripo_fast.data.records import UNUSABLE, FlatRecord, Record, reason_of
 from veripo_fast.data.skipped import Skipped
 from veripo_fast.errors import DataError, MediaError
-from veripo_fast.reward.score import check_gold, infer_problem_type
+from veripo_fast.reward.graders import check_gold, infer_problem_type
 from veripo_fast.types import Message, ProblemType, Prompt
 
 _LOG = logging.getLogger(__name__)
@@ -41,6 +41,17 @@ INSTRUCTIONS: dict[ProblemType, str] = {
     "estimate": "Think in <think></think>, then give the number in <answer></answer>.",
     "math": "Think in <think></think>, then give the result in <answer></answer>.",
     "text": "Think in <think></think>, then give the answer in <answer></answer>.",
+    "multi_select": "Think in <think></think>, then give all right letters in <answer></answer>.",
+    "soft_select": "Think in <think></think>, then give all right letters in <answer></answer>.",
+    "boolean": "Think in <think></think>, then give Yes or No in <answer></answer>.",
+    "rounded": "Think in <think></think>, then give the number in <answer></answer>.",
+    "quantity": "Think in <think></think>, then give the number with its unit in <answer></answer>.",
+    "ocr": "Think in <think></think>, then give the text as written in <answer></answer>.",
+    "rouge": "Think in <think></think>, then give the answer in <answer></answer>.",
+    "time_span": "Think in <think></think>, then give the seconds START to END in <answer></answer>.",
+    "timestamp": "Think in <think></think>, then give the time in seconds in <answer></answer>.",
+    "box": "Think in <think></think>, then give [left, top, right, bottom] in <answer></answer>.",
+    "boxes": "Think in <think></think>, then list boxes [left, top, right, bottom] in <answer></answer>.",
 }
 """What the template `think_answer` adds to a question; chosen by problem type, never by the gold answer."""
 
