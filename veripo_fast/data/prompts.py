@@ -22,6 +22,7 @@ from veripo_fast.data.files import Source, json_object, parsed, read_sources
 from veripo_fast.data.flat import read_flat
 from veripo_fast.data.keys import plan_of
 from veripo_fast.data.layouts import read_record
+from veripo_fast.data.patterns import pattern_keys, with_patterns
 from veripo_fast.data.places import MediaPlaces, missing
 from veripo_fast.data.records import UNUSABLE, FlatRecord, Record, reason_of
 from veripo_fast.data.skipped import Skipped
@@ -35,24 +36,14 @@ LOOKED_UP = 4096
 that it lacks is named when it is loaded, and some files spread over the set are looked up."""
 SAMPLED = 256
 
-INSTRUCTIONS: dict[ProblemType, str] = {
-    "choice": "Think in <think></think>, then give the letter in <answer></answer>.",
-    "number": "Think in <think></think>, then give the number in <answer></answer>.",
-    "estimate": "Think in <think></think>, then give the number in <answer></answer>.",
-    "math": "Think in <think></think>, then give the result in <answer></answer>.",
-    "text": "Think in <think></think>, then give the answer in <answer></answer>.",
-    "multi_select": "Think in <think></think>, then give all right letters in <answer></answer>.",
-    "soft_select": "Think in <think></think>, then give all right letters in <answer></answer>.",
-    "boolean": "Think in <think></think>, then give Yes or No in <answer></answer>.",
-    "rounded": "Think in <think></think>, then give the number in <answer></answer>.",
-    "quantity": "Think in <think></think>, then give the number with its unit in <answer></answer>.",
-    "ocr": "Think in <think></think>, then give the text as written in <answer></answer>.",
-    "rouge": "Think in <think></think>, then give the answer in <answer></answer>.",
-    "time_span": "Think in <think></think>, then give the seconds START to END in <answer></answer>.",
-    "timestamp": "Think in <think></think>, then give the time in seconds in <answer></answer>.",
-    "box": "Think in <think></think>, then give [left, top, right, bottom] in <answer></answer>.",
-    "boxes": "Think in <think></think>, then list boxes [left, top, right, bottom] in <answer></answer>.",
-}
+_ASKED: dict[ProblemType, str] = {
+    "choice": "the letter", "multi_select": "all right letters", "soft_select": "all right letters",
+    "boolean": "Yes or No", "number": "the number", "rounded": "the number", "estimate": "the number",
+    "quantity": "the number with its unit", "math": "the result", "text": "the answer", "rouge": "the answer",
+    "ocr": "the text as written", "time_span": "the seconds START to END", "timestamp": "the time in seconds",
+    "box": "[left, top, right, bottom]", "boxes": "boxes [left, top, right, bottom]"}
+INSTRUCTIONS = {problem_type: f"Think in <think></think>, then give {what} in <answer></answer>."
+                for problem_type, what in _ASKED.items()}
 """What the template `think_answer` adds to a question; chosen by problem type, never by the gold answer."""
 
 
@@ -82,6 +73,7 @@ def read_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
             reading.read(file)
     reading.look_up()
     prompts, skipped = reading.prompts, reading.skipped
+    reading.unknown -= pattern_keys(config.media_patterns)
     if reading.unknown:
         _LOG.warning("keys not used: %s", ", ".join(sorted(reading.unknown)))
     if skipped:
@@ -142,7 +134,9 @@ class _Reading:
 
     def _row(self, source: Source) -> dict[str, Any]:
         row = json_object(source) if type(source) is bytes else parsed(source)
-        return without(row, frozenset(self.config.ignore_keys)) if self.config.ignore_keys else row
+        if self.config.ignore_keys:
+            row = without(row, frozenset(self.config.ignore_keys))
+        return with_patterns(row, self.config.media_patterns) if self.config.media_patterns else row
 
     def _prompt(self, record: Record | FlatRecord, where: str) -> Prompt:
         problem_type = _type_of(record)
