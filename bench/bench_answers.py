@@ -1,10 +1,13 @@
 """How often a grader is wrong: answers with the score that is evident to a human, by kind.
 
     python bench/bench_answers.py [CASES.jsonl] [--store NOTE]
+    python bench/bench_answers.py --hostile [--store NOTE]
 
 A case is a JSON line of class, kind (a problem type; `completion:` in front means that the answer is a whole
 completion), gold, answer, options and expected: a score, or the two ends of an allowed range. 0.5 outside of estimates
 means that either reading may stand. A false positive scores above what is expected, a false negative below it.
+--hostile measures the longest time that a grader takes for 100 kB of one pattern, and for a gold that is as long as an
+answer may be.
 """
 
 from __future__ import annotations
@@ -25,11 +28,16 @@ if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernel
 
 from bench import recipe
 from veripo_fast.config.objectives import RewardConfig
+from veripo_fast.reward.graders import GRADERS
 from veripo_fast.reward.score import score
 from veripo_fast.types import Prompt
 
 CASES = Path(__file__).parent / "answer_cases.jsonl"
 SLACK = 1e-6
+HOSTILE_BYTES = 100_000
+PATTERNS = ("(", "[", "{", "$", "<", " ", "7", "7 ", "7,", "9^", "a ", "not ", "B. ", "A, ", "yes ", "x=", "10 to ",
+            "1:00 ", "[1,2,3,4],", '{"a":', "m*", "1 m ", "m^2 ", r"\(", r"\frac{", r"\text{", r"\boxed{", "½", "²",
+            "√", "红", "the ")
 GRADED = ("estimate", "time_span", "timestamp", "box", "boxes", "ocr", "rouge", "soft_select")
 """Types whose score of 0.5 is a score, and not a doubt."""
 
@@ -85,6 +93,32 @@ def confusion(cases: Iterable[dict[str, Any]]) -> tuple[dict[str, Counter[str]],
     return dict(counts), mistakes
 
 
+def slowest(kind: str, gold: str, options: tuple[str, ...]) -> tuple[float, str]:
+    """CPU seconds of the answer that takes longest, and its pattern: 100 kB, and shorter ones with the gold ahead."""
+    worst = (0.0, "")
+    for pattern in PATTERNS:
+        long = pattern * (HOSTILE_BYTES // len(pattern.encode()))
+        for answer in (long, f"{gold} {long}"[:2000], f"{gold}{long}"[:12_000]):
+            started = time.process_time()
+            GRADERS[kind].accuracy(answer, gold, options, 1e-6)  # type: ignore[index]
+            worst = max(worst, (time.process_time() - started, pattern))
+    return worst
+
+
+def hostile(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per kind but math, whose worker is bounded by itself, the slowest pattern for the first gold of the cases."""
+    rows = {}
+    for case in cases:
+        kind = case["kind"].rpartition(":")[2]
+        if kind in rows or kind == "math":
+            continue
+        GRADERS[kind].accuracy(case["gold"], case["gold"], tuple(case["options"]), 1e-6)  # loads its library
+        seconds, pattern = slowest(kind, case["gold"], tuple(case["options"]))
+        rows[kind] = {"seconds": round(seconds, 4), "pattern": pattern}
+        print(f"{kind:14}{seconds * 1e3:8.1f} ms of CPU at most, by {pattern!r}")
+    return rows
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The cases of a file."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
@@ -98,9 +132,15 @@ def main() -> None:
     """Print the confusion and what is wrong; with --store, append a line to bench/results/answers.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", type=Path, nargs="?", default=CASES)
+    parser.add_argument("--hostile", action="store_true", help="measure the slowest answers instead")
     parser.add_argument("--store", metavar="NOTE", help="append the result with this note to bench/results/")
     arguments = parser.parse_args()
     cases = read(arguments.cases)
+    if arguments.hostile:
+        rows = hostile(cases)
+        if arguments.store:
+            print(f"stored in {recipe.append('answers', {'note': arguments.store, 'hostile': rows})}")
+        return
     started = time.process_time()
     counts, mistakes = confusion(cases)
     seconds = time.process_time() - started

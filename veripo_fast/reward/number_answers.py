@@ -108,8 +108,8 @@ _FRACTION = re.compile(
     rf"\s*(?:(?:the answer is|it is|about|approximately)\s+)?(?:(an?|{'|'.join(_SMALL)})[\s-]+)?"
     rf"({'|'.join(_COUNTED)})[\s.]*", re.IGNORECASE)
 _SIGNS = r"\s\d.,:;!?'\"‘’“”()\[\]{}%$€£¥*/&+=\\…\-"
-_UNREAD = re.compile(rf"[^{_SIGNS}A-Za-z\u00c0-\u024fµΩ]|\d\s*['\"’”!]+(?=\s*$|[\w(])|\d\s*[-+/*](?=\s*$)"
-                     r"|\.\.+\s*\d|\d\.\d+\.\d|\d\(|\)\(|\)\d|^\s*/|\d_|\?\s*\d")
+_UNREAD = re.compile(rf"[^{_SIGNS}A-Za-z\u00c0-\u024fµΩ]|\d\s*['\"’”!]+(?=\s*$|[\w(])|\d\s*[+/*](?=\s*$)"
+                     r"|\d\.\.+\s*\d|\d\.\d+\.\d|\d\(|\)\(|\)\d|^\s*/|\d_|\?\s*\d")
 """A sign that is no part of a number's surroundings; a prime, a factorial or an operator behind a number."""
 CHANGED = re.compile(
     r"\b(?:not|never|neither|nor|or|either|less|fewer|smaller|greater|larger|bigger|higher|lower|more than|no more"

@@ -129,8 +129,8 @@ _VERDICT = re.compile(
 _REASON = re.compile(r"\s*(?:\Z|[.,;:!\n(–—-]|because\b|since\b|as\b)", re.IGNORECASE)
 _DOUBT = re.compile(r"\b(?:or|maybe|perhaps|possibly|probably|actually|wait|but|however|sorry|unsure|not\s+sure|might"
                     r"|could|unless|depends|both|neither)\b|\?", re.IGNORECASE)
-_AGAINST_YES = re.compile(r"\b(?:no|not|false|incorrect|wrong|never|nope)\b|n['’]t\b", re.IGNORECASE)
-_AGAINST_NO = re.compile(r"\b(?:yes|true|correct|right|yeah)\b", re.IGNORECASE)
+_AGAINST_YES = re.compile(r"\b(?:no|not|n|f|false|incorrect|wrong|never|nope)\b|n['’]t\b|否|不", re.IGNORECASE)
+_AGAINST_NO = re.compile(r"\b(?:yes|y|t|true|correct|right|yeah)\b|是的|はい", re.IGNORECASE)
 
 
 def boolean_accuracy(answer: str, gold: str) -> float:

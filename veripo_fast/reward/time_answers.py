@@ -33,8 +33,8 @@ _WORDS = frozenset((
     "between", "until", "till", "through", "starts", "start", "starting", "begins", "begin", "ends", "end", "ending",
     "happens", "occurs", "happening", "occurring", "takes", "place", "during", "so", "therefore", "final", "about",
     "approximately", "around", "roughly", "located", "range", "second", "seconds"))
-_FINISH = re.compile(r"\bends?\b|\bending\b|\buntil\b")
-_BEGIN = re.compile(r"\bstarts?\b|\bstarting\b|\bbegins?\b|\bfrom\b")
+_FINISH = re.compile(r"\b(?:ends?|ending|until|till|through|to)\b")
+_BEGIN = re.compile(r"\b(?:starts?|starting|begins?|from)\b")
 _REST = re.compile(r"[\s\[\](){},.;:\"'|<>*_=]+")
 _PAIRS = (("start", "end"), ("start_time", "end_time"), ("begin", "end"), ("from", "to"))
 _HOLDERS = ("time", "times", "timestamp", "timestamps", "span", "spans", "segment", "segments", "interval", "answer",
