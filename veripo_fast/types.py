@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     import torch
 
-ProblemType: TypeAlias = Literal["choice", "number", "estimate", "math", "text"]
+ProblemType: TypeAlias = Literal[
+    "choice", "multi_select", "soft_select", "boolean", "number", "rounded", "quantity", "estimate", "math", "text",
+    "ocr", "rouge", "time_span", "timestamp", "box", "boxes"]
+"""What an answer is; `reward.graders.GRADERS` says how each is graded."""
 PairFamily: TypeAlias = Literal["accuracy", "consistency", "reflection", "repetition"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 

@@ -19,7 +19,8 @@ from veripo_fast.data.prompts import read_prompts
 VALUES: dict[str, list[Any]] = {
     "question": ["What?", "<video>What?", "<image>\nWhat?", "<video><video>What?", "a < b?", " What?\n", "\nWhat?\n",
                  "", "   ", "[{x", '[{"role": "user", "content": "Hi?"}]', "<video>", "<video> \n", "Why?\n\n", "Why? ",
-                 None, 3, ["What?"], [{"role": "user", "content": "What?"}], "A. cat B. dog?", "say <answer>"],
+                 None, 3, ["What?"], [{"role": "user", "content": "What?"}], "A. cat B. dog?", "say <answer>",
+                 "Which?\nA. cat\nB. dog", "Which? (A) cat (B) dog"],
     "media": ["a.mp4", "./a.mp4", "b.PNG", "", None, ["a.mp4"], ["a.mp4", "b.mp4"], [], 3, {"video": "a.mp4"},
               "http://x/a.mp4", ["b.png"], "/abs//a.mp4", "x\ny", [["1.png", "2.png"]], [None]],
     "gold": ["B", "<answer>B</answer>", "<answer> a red cube </answer>", "<answer></answer>", "<answer>", " 2 ", 2, 0,
@@ -28,7 +29,8 @@ VALUES: dict[str, list[Any]] = {
                 ["A.", "B."], ["A cat", "B dog"], [" cat ", "dog", ""], ["cat", None], ["cat", 3], [1, 2], 0, False,
                 '["cat", "dog"]', {"A": "x", "B": "y"}, ["x"] * 27, ["A)  cat", "B)\tdog"], ["\u00a0cat", "dog"]],
     "data_type": [None, "", "video", "videos", "image", "text", "sound", 3, []],
-    "problem_type": [None, "", "multiple choice", "numerical", "regression", "free-form", "OCR", "math", "strange", 3],
+    "problem_type": [None, "", "multiple choice", "numerical", "regression", "free-form", "OCR", "math", "strange", 3,
+                     "multi-select", "time_span"],
     "data_source": [None, "", "STAR", 3, ["x"]], "id": [None, 0, 7, "seven", 7.5, ["x"]]}
 KEYS = {"question": ["problem", "question", "prompt", "query"],
         "media": ["path", "video", "videos", "image", "images", "video_path", "frames"],

@@ -74,3 +74,9 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         tiny_model.init_model(tmp_path, "qwen2_5_vl", seed=0)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_shipped_policy_reads_by_the_tokenizer_that_is_built() -> None:
+    """Its texts are words of other files: an instruction that is added there would make another tokenizer."""
+    shipped = AutoTokenizer.from_pretrained(Path(tiny_model.__file__).with_name("tiny_policy"))
+    assert tiny_model.build_tokenizer().get_vocab() == shipped.get_vocab()

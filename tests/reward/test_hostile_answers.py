@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 
@@ -19,9 +20,16 @@ from veripo_fast.types import Completion, RolloutGroup
 
 SIZE = 100_000
 PATTERNS = (r"\(", r"\[", "(", "{", "$", "<", " ", "7", "7 ", "7,", "9^", "a ", "not ", "B. ", r"\frac{", r"\text{",
-            r"\boxed{", "²", "½", "√", "<think>", "three ", "x=")
+            r"\boxed{", "²", "½", "√", "<think>", "three ", "x=", "[", "[1,2,3,4],", "10 to ", "1:00 ", "A, ", "A. x ",
+            "and ", "yes ", "1 m*", "m^2 ", '{"a":', "1 m 1 s ")
 GOLDS = (("choice", "B"), ("number", "7"), ("number", "2.5 m"), ("estimate", "7"),
-         ("math", r"$2\sqrt{3}$"), ("math", "7"), ("text", "a red ball"))
+         ("math", r"$2\sqrt{3}$"), ("math", "7"), ("text", "a red ball"), ("multi_select", "A, C"),
+         ("soft_select", "A, C"), ("boolean", "Yes"), ("rounded", "0.67"), ("ocr", "a red ball"),
+         ("time_span", "7 to 9"),
+         ("timestamp", "7"), ("box", "[1, 2, 3, 4]"), ("boxes", "[[1, 2, 3, 4], [5, 6, 7, 8]]"),
+         *((kind, gold) for kind, gold, library in (("quantity", "7 m/s", "pint"),
+                                                    ("rouge", "a red ball", "rouge_score"))
+           if importlib.util.find_spec(library)))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

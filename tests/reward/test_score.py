@@ -9,15 +9,10 @@ from tests.support.children import run
 from tests.support.verifier_groups import prompt, written
 from veripo_fast.config.objectives import RewardConfig
 from veripo_fast.errors import DataError
-from veripo_fast.reward.score import (
-    Score,
-    answers_equal,
-    check_gold,
-    infer_problem_type,
-    mra,
-    score,
-    text_accuracy,
-)
+from veripo_fast.reward.graders import answers_equal, check_gold, infer_problem_type
+from veripo_fast.reward.quantities import mra
+from veripo_fast.reward.score import Score, score
+from veripo_fast.reward.text_grades import text_accuracy
 
 quick = settings(deadline=None, max_examples=80)
 CONFIG = RewardConfig()
@@ -226,7 +221,7 @@ def test_the_gold_itself_scores_one(problem_type, gold):
 # Golds and types
 
 @pytest.mark.parametrize(("problem_type", "gold"), [
-    ("choice", "E"), ("choice", "A, C"), ("choice", "plate"), ("number", "many"), ("number", "2 or 3"),
+    ("choice", "E"), ("choice", "A or C"), ("choice", "plate"), ("number", "many"), ("number", "2 or 3"),
     ("estimate", ""), ("math", r"\frac{1}{"), ("text", "..."),
 ])
 def test_check_gold_names_prompt_and_gold(problem_type, gold):
@@ -236,7 +231,7 @@ def test_check_gold_names_prompt_and_gold(problem_type, gold):
 
 
 @pytest.mark.parametrize(("declared", "gold", "options", "expected"), [
-    ("multiple choice", "B", FURNITURE, "choice"), ("numerical", "2", (), "number"), ("OCR", "STOP 50", (), "text"),
+    ("multiple choice", "B", FURNITURE, "choice"), ("numerical", "2", (), "number"), ("OCR", "STOP 50", (), "ocr"),
     ("free-form", "a red ball", (), "text"), ("regression", "2.5", (), "estimate"),
     ("numerical", r"2\sqrt{3}", (), "math"), ("free-form", "$x^2+1$", (), "math"),
     ("multiple_choice", "B", (), "choice"), ("estimate", "2", (), "estimate"), ("math", "2", (), "math"),

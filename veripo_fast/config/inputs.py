@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from veripo_fast.config.checks import OWN, inside, known_or_own, positive, require
 from veripo_fast.errors import ConfigError
+from veripo_fast.types import ProblemType
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,22 @@ class DataConfig:
     ignore_keys: tuple[str, ...] = ()
     """Keys that are left unread wherever a record holds them, for keys that are refused and mean something else."""
 
+    media_patterns: tuple[str, ...] = ()
+    """Where the media of a record lie, from its own keys: `{dataset}/{scene_name}.mp4`. For suites whose records name
+    an id in place of a file; what the media keys of a record say is then not read."""
+    problem_types: tuple[str, ...] = ()
+    """What a problem_type of the records is graded as: `free-form=rouge`, `numerical=rounded`, `their name=box`."""
+
     def __post_init__(self) -> None:
         positive(self, "max_prompt_tokens")
+        for pattern in self.media_patterns:
+            require(re.search(r"\{[^{}]+\}", pattern) is not None,
+                    f"media_patterns must name a key of the records in braces, got {pattern!r}")
+        for entry in self.problem_types:
+            theirs, _, ours = entry.partition("=")
+            known = get_args(ProblemType)
+            require(bool(theirs.strip()) and ours.strip() in known,
+                    f"problem_types must be NAME=TYPE with TYPE one of {', '.join(known)}, got {entry!r}")
         require(self.answer_index in (None, 0, 1), f"answer_index must be 0, 1 or null, got {self.answer_index}")
         require(self.template != "think_answer", "template think_answer is now called instruct")
         known_or_own("template", self.template, ("instruct", "none"))

@@ -1,12 +1,15 @@
 """The options of a record, and a gold answer that is one of them.
 
-Options stand in a list, in a mapping of letters, or in a key each (`a0`, `option_b`, `C`). An answer that is an index
-counts from where its keys do; else `data.answer_index` says from where, and without it the record is refused.
+Options stand in a list, in a mapping of letters or numbers, in a list of mappings, in a key each (`a0`, `option_b`,
+`C`), in lines of the question, or are the answer among `negative_answers`. An answer that is an index counts from where
+its keys do; else `data.answer_index` says from where, and without it the record is refused.
 """
 
 from __future__ import annotations
 
+import ast
 import json
+import random
 import re
 import string
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ from typing import Any
 from veripo_fast.data.keys import OPTION_KEYS, KeyPlan
 from veripo_fast.data.records import RecordError, short
 from veripo_fast.reward.choice_answers import read_choice
+from veripo_fast.reward.graders import DECLARED_TYPES
+from veripo_fast.reward.select_answers import read_choices
 
 MOST_OPTIONS = 26
 _CLOSES = {".", ")", ":"}
@@ -34,6 +39,14 @@ class Options:
 
 
 NONE = Options()
+_LABELS, _TEXTS = ("label", "key", "letter", "id", "index"), ("text", "value", "content", "option")
+_LINE = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[.):])[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+_INLINE = re.compile(r"\(([A-Z])\)\s*")
+_LETTERED = re.compile(r"\(?[A-Z]\)?(?:[.):].*)?", re.DOTALL)
+LONGEST_QUESTION = 20_000
+"""Characters of a question that are searched for options."""
+_SHUFFLED = 3
+"""Wrong options that SEED-Bench-R1 draws of a record's negative_answers."""
 
 
 def read_options(row: dict[str, Any], plan: KeyPlan) -> Options:
@@ -48,10 +61,13 @@ def read_options(row: dict[str, Any], plan: KeyPlan) -> Options:
         _check_consecutive(plan)
     if not given:
         return NONE
-    results = [_options(key, value) for key, value in given]
+    results = [result for key, value in given if (result := _options(key, value)).texts]
+    if not results:
+        return NONE
     if len({result.texts for result in results}) > 1:
         raise RecordError(f"names different options under {given[0][0]} and {given[1][0]}")
-    return Options(results[0].texts, plan.option_base, results[0].numbers)
+    return Options(results[0].texts, plan.option_base if results[0].base is None else results[0].base,
+                   results[0].numbers)
 
 
 def _check_consecutive(plan: KeyPlan) -> None:
@@ -64,12 +80,14 @@ def _check_consecutive(plan: KeyPlan) -> None:
 
 def _options(key: str, value: Any) -> Options:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RecordError(f"{key} is not valid JSON: {error}") from error
+        value = _parsed(key, value)
+    elif isinstance(value, str) and (listed := options_in_text(value)):
+        value = list(listed)
+    base = None
     if isinstance(value, dict):
-        value = _of_letters(key, value)
+        value, base = _of_mapping(key, value)
+    elif isinstance(value, list) and value and all(isinstance(option, dict) for option in value):
+        value = _of_mappings(key, value)
     if not isinstance(value, list):
         raise RecordError(f"{key} must be a list, got {short(value)}")
     while value and value[-1] is None:  # Arrow fills up what other records have more
@@ -81,7 +99,45 @@ def _options(key: str, value: Any) -> Options:
         raise RecordError(f"{key} holds {len(value)} options, and letters end at Z, the {MOST_OPTIONS}th")
     texts = tuple([option.strip() if type(option) is str else str(option).strip() for option in value])
     numbers = bool(value) and not any(isinstance(option, str) for option in value)
-    return Options(without_letters(texts), None, numbers)
+    return Options(without_letters(texts), base, numbers)
+
+
+def _parsed(key: str, value: str) -> Any:
+    """A list or a mapping that is written as a text, in JSON or as Python prints it (MMMU)."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        try:
+            return ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise RecordError(f"{key} is not valid JSON: {error}") from error
+
+
+def _of_mappings(key: str, value: list[dict[str, Any]]) -> list[Any]:
+    """The options of [{"label": "A", "text": ..}, ..], in their order."""
+    texts = []
+    for number, option in enumerate(value):
+        label = next((option[name] for name in _LABELS if name in option), None)
+        held = [option[name] for name in _TEXTS if name in option]
+        letter = string.ascii_uppercase[number:number + 1]
+        if len(held) != 1 or len(option) > 2 or (label is not None and str(label).strip(" ().").upper() != letter):
+            raise RecordError(f"{key} must hold texts, or mappings of label ({letter}) and text, got {short(option)}")
+        texts.append(held[0])
+    return texts
+
+
+def _of_mapping(key: str, value: dict[str, Any]) -> tuple[list[Any], int | None]:
+    """The options of {"A": .., "B": ..} or {"0": .., "1": ..}, and what their numbers count from."""
+    if value and all(str(label).isdecimal() and len(str(label)) < 3 for label in value):
+        numbered = {int(label): text for label, text in value.items() if text is not None}
+        base = min(numbered, default=0)
+        if base > 1 or sorted(numbered) != list(range(base, base + len(numbered))):
+            names = ", ".join(map(str, value))[:80]
+            raise RecordError(f"{key} must be numbered from 0 or 1 without a gap, got {names}")
+        return [numbered[number] for number in sorted(numbered)], base
+    if all(text in (None, "") for text in value.values()):  # MMVU writes five empty ones where a question has none
+        return [], None
+    return _of_letters(key, value), None
 
 
 def _of_letters(key: str, value: dict[str, Any]) -> list[Any]:
@@ -137,6 +193,67 @@ def chosen(gold: str, is_number: bool, options: Options, declared: str | None, a
         if len(gold) > 2 or not 0 <= int(gold) - base < len(texts):
             raise RecordError(f"the answer {gold[:20]} is no index of {len(texts)} options that count from {base}")
         return string.ascii_uppercase[int(gold) - base]
-    if declared is None and read_choice(gold, texts) is None:
+    if declared is None and read_choice(gold, texts) is None and read_choices(gold, texts) is None:
         raise RecordError(f"the gold answer {gold[:80]!r} is none of its {len(texts)} options")
     return gold
+
+
+# -- options that no key names ----------------------------------------------------------------------------------------
+
+
+def options_in_text(text: str) -> tuple[str, ...]:
+    """The options that a text lists by letter, a line each (`A. cat`, `(B) dog`), or in one line as `(A) cat (B) dog`.
+
+    The last list counts, as a question may quote another one. Empty where there are fewer than two, or two are alike.
+    """
+    if len(text) > LONGEST_QUESTION:
+        return ()
+    texts: list[str] = []
+    lists = [texts]
+    for match in _LINE.finditer(text):
+        letter = match[1] or match[2]
+        if letter == "A":
+            texts = []
+            lists.append(texts)
+        if letter == string.ascii_uppercase[len(texts):len(texts) + 1]:
+            texts.append(match[3])
+    texts = next((found for found in reversed(lists) if len(found) > 1), [])
+    if not texts:
+        line = next((line for line in reversed(text.splitlines()) if "(A)" in line), "")
+        parts = _INLINE.split(line[line.rfind("(A)"):])
+        if parts[1::2] == list(string.ascii_uppercase[:len(parts) // 2]):
+            texts = [part.strip(" ,;") for part in parts[2::2]]
+    alike = len({option.casefold() for option in texts}) < len(texts)
+    return () if len(texts) < 2 or alike or not all(texts) else tuple(texts)
+
+
+def options_of_question(_: dict[str, Any], text: str, gold: str, declared: str | None) -> Options:
+    """The options that stand in the question, when the record is a choice and its gold is among them.
+
+    Args:
+        declared: the type that the record declares; without one, a gold that begins with a letter is a choice.
+    """
+    if declared is None:
+        asked = len(gold) < 200 and _LETTERED.fullmatch(gold) is not None
+    else:
+        asked = DECLARED_TYPES.get(declared) in ("choice", "multi_select", "soft_select")
+    texts = options_in_text(text) if asked and "A" in text and "B" in text else ()
+    return Options(texts) if texts and read_choices(gold, texts) else NONE
+
+
+def shuffled_options(row: dict[str, Any], text: str, gold: str, declared: str | None) -> Options:
+    """The gold among three of `negative_answers` (SEED-Bench-R1), in an order that the question alone decides.
+
+    Raises:
+        RecordError: there are none, or they are no texts.
+    """
+    wrong = row.get("negative_answers")
+    if not wrong or declared not in (None, "choice"):
+        return NONE
+    if not isinstance(wrong, list) or not all(isinstance(option, str) and option.strip() for option in wrong):
+        raise RecordError(f"negative_answers must be a list of texts, got {short(wrong)}")
+    others = list(dict.fromkeys(option.strip() for option in wrong if option.strip() != gold))
+    dice = random.Random(f"{text}\n{gold}")
+    texts = [gold, *dice.sample(others, min(_SHUFFLED, len(others)))]
+    dice.shuffle(texts)
+    return Options(tuple(texts))

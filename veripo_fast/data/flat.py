@@ -10,9 +10,10 @@ from string import ascii_uppercase as LETTERS
 from typing import Any
 
 from veripo_fast.config.inputs import DataConfig
-from veripo_fast.data.choices import MOST_OPTIONS, Options, chosen, without_letters
+from veripo_fast.data.choices import MOST_OPTIONS, Options, chosen, options_of_question, without_letters
+from veripo_fast.data.golds import TAGGED
 from veripo_fast.data.keys import MEDIA_KEYS, FlatKeys, Kind
-from veripo_fast.data.layouts import TAGGED, declared_type
+from veripo_fast.data.layouts import declared_type
 from veripo_fast.data.media import KINDS, Locate, is_picture
 from veripo_fast.data.records import FlatRecord
 from veripo_fast.types import Image, Video
@@ -38,7 +39,9 @@ def read_flat(row: dict[str, Any], keys: FlatKeys, locate: Locate, config: DataC
     if kind is None or not question or texts is None or not gold:
         return None
     medium = Video(locate(source)) if kind == "video" else Image(locate(source))
-    declared = declared_type(row)
+    declared = declared_type(row, config)
+    if not texts:
+        texts = options_of_question(row, question, gold, declared).texts
     if texts and (declared is None or declared == "choice") and not (len(gold) == 1 and gold in LETTERS[:len(texts)]):
         gold = chosen(gold, is_number, Options(texts), declared, config.answer_index)
     identity = row.get("problem_id")

@@ -19,7 +19,9 @@ from veripo_fast.types import Media
 
 Kind = Literal["video", "image"]
 QUESTION_KEYS = ("messages", "message", "conversations", "prompt", "problem", "question", "query")
-GOLD_KEYS = ("answer", "solution", "ground_truth")
+GOLD_KEYS = ("answer", "solution", "ground_truth", "golden_choice_idx", "correct_choice")
+INDEX_KEYS = {"correct_choice": 0}
+"""What an index counts from, where its key is published with one meaning: LongVideoBench."""
 MEDIA_KEYS: dict[str, Kind | None] = {
     "path": None, "videos": "video", "video": "video", "video_path": "video", "video_paths": "video",
     "images": "image", "image": "image", "image_path": "image", "image_paths": "image", "frames": "video"}
@@ -34,7 +36,7 @@ REFUSED_SAMPLING = ("total_pixels", "resized_height", "resized_width", "raw_fps"
 KNOWN_KEYS = frozenset({
     *QUESTION_KEYS, *GOLD_KEYS, *MEDIA_KEYS, *OPTION_KEYS, *START_KEYS, *END_KEYS, *SAMPLING_KEYS, *REFUSED_SAMPLING,
     "sample_fps", "response", "system", "history", "problem_type", "problem_id", "id", "data_type", "data_source",
-    "reward_model", "extra_info", "process", "ability"})
+    "reward_model", "extra_info", "process", "ability", "question_type", "negative_answers"})
 """Keys that are read, or known to carry nothing that training needs (`process`: CoT-165k's traces; `ability`: verl)."""
 _TARGETS = sorted({*MEDIA_KEYS, *OPTION_KEYS, *START_KEYS, *END_KEYS, *SAMPLING_KEYS, "problem_type", "data_type"})
 _BESIDE = (*START_KEYS, *END_KEYS, *SAMPLING_KEYS, *REFUSED_SAMPLING)
@@ -166,7 +168,8 @@ def check_text_only(row: dict[str, Any], plan: KeyPlan, *, allowed: bool) -> Non
     if isinstance(extra, dict):
         words += [f"extra_info.{key}" for key, value in extra.items()
                   if value and (key in MEDIA_KEYS or _medium_inside(value) is not None)]
-    hint = f"; the key {words[0]!r} is not read: name the file under video, videos or path" if words else ""
+    hint = (f"; the key {words[0]!r} is not read: name the file under video, videos or path, or say in "
+            "data.media_patterns where it lies") if words else ""
     if not allowed:
         raise RecordError(f"names no video or image under a known key{hint}; for questions without media set "
                           "data.text_only: true, or data_type: text in the record")

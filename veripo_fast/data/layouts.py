@@ -6,11 +6,14 @@ A record is read key by key, so that layouts may be mixed; the first key that ha
                (text, a list of chat turns of role/content or from/value, or that list as JSON); system, history
     media      parts inside chat turns; path (+ data_type); videos | video; images | image; frames   (data/media.py)
     gold       whichever of solution, answer holds <answer>...</answer>; else answer, solution, ground_truth,
-               reward_model.ground_truth, extra_info.answer; else a closing assistant turn; response beside query
-    options    options | choices | candidates, or a key each: a0, option_b, C                        (data/choices.py)
+               golden_choice_idx, correct_choice, reward_model.ground_truth, extra_info.answer; else a closing
+               assistant turn; response beside query                                                   (data/golds.py)
+    options    options | choices | candidates, or a key each: a0, option_b, C; else lines `A. ..` of the question; else
+               answer and negative_answers                                                           (data/choices.py)
     the rest   problem_type, problem_id | id | extra_info.index, data_source
 
-These are the keys of Video-R1-260k and CoT-165k, of EasyR1, verl, LLaVA, ShareGPT and ms-swift, and of chat data.
+These are the keys of Video-R1-260k and CoT-165k, of EasyR1, verl, LLaVA, ShareGPT and ms-swift, of chat data, and of
+suites: VSI-Bench, Video-MME, MMVU, LongVideoBench, EgoPlan.
 `<video>` and `<image>` in a text are replaced by the media in turn; without them, media stand before the first
 question. What other keys mean is in data/keys.py: a record without media is refused unless it is asked for.
 """
@@ -20,13 +23,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from veripo_fast.config.inputs import DataConfig
-from veripo_fast.data.choices import chosen, read_options
+from veripo_fast.data.choices import chosen, options_of_question, read_options, shuffled_options
+from veripo_fast.data.golds import letters_of, read_gold
 from veripo_fast.data.keys import (
-    GOLD_KEYS,
     MEDIA_KEYS,
     QUESTION_KEYS,
     KeyPlan,
@@ -46,11 +50,12 @@ from veripo_fast.data.media import (
     with_times,
 )
 from veripo_fast.data.records import Record, RecordError, short
-from veripo_fast.reward.score import DECLARED_TYPES
+from veripo_fast.reward.graders import DECLARED_TYPES, nearest_type, type_name
 from veripo_fast.types import Media, Message, Video
 
-TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKER = re.compile(r"(<video>|<image>)")
+ESTIMATED = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation")
+"""Values of question_type that VSI-Bench scores by mean relative accuracy."""
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -72,11 +77,18 @@ def read_record(row: dict[str, Any], plan: KeyPlan, locate: Locate, config: Data
     if not messages[-1].parts:
         raise RecordError("the question is empty")
     _check_media(row, plan, messages, config)
-    declared = declared_type(row)
     options = read_options(row, plan)
-    gold, is_number = _gold(row, _plain_text(closing["content"]) if closing else "")
-    if options.texts and declared in (None, "choice"):
-        gold = chosen(gold, is_number, options, declared, config.answer_index)
+    found = read_gold(row, _plain_text(closing["content"]) if closing else "", declared_type(row, config),
+                      bool(options.texts))
+    gold, declared = found.text, found.declared
+    if not options.texts:
+        text = "\n".join([part for part in messages[-1].parts if type(part) is str])
+        options = (shuffled_options if row.get("negative_answers") else options_of_question)(row, text, gold, declared)
+    base = next((base for base in (found.base, options.base) if base is not None), config.answer_index)
+    if found.listed:
+        gold = letters_of(gold, options.texts, base)
+    elif options.texts and declared in (None, "choice"):
+        gold = chosen(gold, found.is_number, replace(options, base=base), declared, base)
     identity = _first(row, ("problem_id", "id"), _nested(row, "extra_info", "index"))
     return Record(messages, gold, options.texts, declared, None if identity is None else str(identity),
                   str(row.get("data_source") or ""))
@@ -99,20 +111,25 @@ def _check_media(row: dict[str, Any], plan: KeyPlan, messages: tuple[Message, ..
         raise RecordError(f"says data_type {declared} and names no {declared}")
 
 
-def declared_type(row: dict[str, Any]) -> str | None:
-    """What `problem_type` says. Raises RecordError for what is not known."""
+def declared_type(row: dict[str, Any], config: DataConfig) -> str | None:
+    """What `problem_type` says, as `DECLARED_TYPES` names it. Raises RecordError for what is not known."""
     declared = row.get("problem_type")
     if declared is None or declared == "":
-        return None
-    return _type_named(declared if isinstance(declared, str) else str(declared))
+        return "estimate" if row.get("question_type") in ESTIMATED else None
+    return _type_named(declared if isinstance(declared, str) else str(declared), config.problem_types)
 
 
 @lru_cache(maxsize=256)
-def _type_named(declared: str) -> str:
-    name = re.sub(r"[\s_-]+", " ", declared).strip().lower()
+def _type_named(declared: str, renamed: tuple[str, ...]) -> str:
+    name = type_name(declared)
+    for entry in renamed:
+        theirs, _, ours = entry.partition("=")
+        name = type_name(ours) if type_name(theirs) == name else name
     if name not in DECLARED_TYPES:
-        raise RecordError(f"problem_type {short(declared)} is not known: write one of {', '.join(DECLARED_TYPES)}, or "
-                          "list problem_type in data.ignore_keys to have it inferred")
+        near = nearest_type(declared)
+        raise RecordError(f"problem_type {short(declared)} is not known" + (f"; did you mean {near}?" if near else "")
+                          + f" Write one of {', '.join(DECLARED_TYPES)}, or list problem_type in data.ignore_keys to "
+                          "have it inferred")
     return "choice" if DECLARED_TYPES[name] == "choice" else name
 
 
@@ -250,35 +267,6 @@ def _parts(content: str | list[Any], take: Callable[[Kind], Media],
 def _named(part: dict[str, Any]) -> bool:
     """Whether a media part of a chat turn says anything of the medium that it shows."""
     return any(value is not None and value != "" and key not in ("type", "text") for key, value in part.items())
-
-
-# -- gold -------------------------------------------------------------------------------------------------------------
-
-
-def _gold(row: dict[str, Any], closing: str) -> tuple[str, bool]:
-    """The gold answer, and whether it is stored as a number."""
-    values = [row.get(key) for key in GOLD_KEYS]
-    values += [_nested(row, "reward_model", "ground_truth"), _nested(row, "extra_info", "answer"), closing]
-    if row.get("query"):
-        values.append(row.get("response"))
-    for value in values:
-        if isinstance(value, str) and "<answer>" in value and (tagged := TAGGED.search(value)):
-            return tagged[1].strip(), False
-    value = next((value for value in values if value not in (None, "")), "")
-    gold = _gold_text(value)
-    if not gold:
-        raise RecordError(f"has no gold answer: none of {', '.join(GOLD_KEYS)}, reward_model.ground_truth has a value")
-    return gold, not isinstance(value[0] if isinstance(value, list) else value, str)
-
-
-def _gold_text(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, float) and value.is_integer():  # Arrow turns whole numbers into floats beside missing ones
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RecordError(f"the gold answer must be a text or a number, got {short(value)}")
-    return str(value).strip()
 
 
 def _first(row: dict[str, Any], keys: tuple[str, ...], otherwise: Any) -> Any:

@@ -22,13 +22,14 @@ from veripo_fast.data.files import Source, json_object, parsed, read_sources
 from veripo_fast.data.flat import read_flat
 from veripo_fast.data.keys import KNOWN_KEYS, plan_of
 from veripo_fast.data.layouts import read_record
+from veripo_fast.data.patterns import pattern_keys, with_patterns
 from veripo_fast.data.places import MediaPlaces, missing
 from veripo_fast.data.records import UNUSABLE, FlatRecord, Record, RecordError, reason_of
 from veripo_fast.data.skipped import Skipped
 from veripo_fast.data.wording import Wording, Wordings, last_text
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.recipes.view import Question
-from veripo_fast.reward.score import check_gold, infer_problem_type
+from veripo_fast.reward.graders import check_gold, infer_problem_type
 from veripo_fast.types import Message, ProblemType, Prompt
 
 _LOG = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def read_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
             reading.read(file)
     reading.look_up()
     prompts, skipped = reading.prompts, reading.skipped
+    reading.unknown -= pattern_keys(config.media_patterns)
     if reading.unknown:
         _LOG.warning("keys not used: %s", ", ".join(sorted(reading.unknown)))
     if skipped:
@@ -127,7 +129,9 @@ class _Reading:
 
     def _row(self, source: Source) -> dict[str, Any]:
         row = json_object(source) if type(source) is bytes else parsed(source)
-        return without(row, frozenset(self.config.ignore_keys)) if self.config.ignore_keys else row
+        if self.config.ignore_keys:
+            row = without(row, frozenset(self.config.ignore_keys))
+        return with_patterns(row, self.config.media_patterns) if self.config.media_patterns else row
 
     def _prompt(self, record: Record | FlatRecord, where: str, side: str) -> Prompt:
         problem_type = _type_of(record)

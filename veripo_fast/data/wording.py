@@ -18,7 +18,11 @@ from veripo_fast.recipes.view import Question
 from veripo_fast.types import Form, Message, ProblemType
 
 KINDS: dict[ProblemType, str] = {
-    "choice": "letter", "number": "number", "estimate": "number", "math": "result", "text": "answer"}
+    "choice": "letter", "multi_select": "letters of all right options", "soft_select": "letters of all right options",
+    "boolean": "answer Yes or No", "number": "number", "rounded": "number", "estimate": "number",
+    "quantity": "number with its unit", "math": "result", "text": "answer", "rouge": "answer",
+    "ocr": "text as written", "time_span": "seconds as START to END", "timestamp": "time in seconds",
+    "box": "box [left, top, right, bottom]", "boxes": "boxes [left, top, right, bottom]"}
 """What {kind} in an instruction stands for."""
 INSTRUCTIONS: dict[ProblemType, str] = {
     name: DEFAULT_INSTRUCTION.replace("{kind}", kind) for name, kind in KINDS.items()}

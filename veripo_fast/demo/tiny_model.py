@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from veripo_fast.errors import CheckpointError
+from veripo_fast.types import ProblemType
 
 Family = Literal["qwen3_vl", "qwen2_5_vl"]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -59,13 +60,17 @@ def build_tokenizer() -> Any:
         additional_special_tokens=[*SPECIAL_TOKENS[3:], "<|im_start|>"], model_max_length=4096)
 
 
+_TAUGHT: tuple[ProblemType, ...] = ("choice", "number", "estimate", "math", "text")
+"""Types of answers whose instructions the tokenizer was made for; with others it would be another one."""
+
+
 def _texts() -> list[str]:
     """Everything the demo's policy reads and writes, a few hundred times over."""
     from veripo_fast.data.wording import INSTRUCTIONS
     from veripo_fast.demo.questions import describe, questions
     from veripo_fast.demo.world import random_clip
 
-    texts = [*INSTRUCTIONS.values()] * 20
+    texts = [INSTRUCTIONS[kind] for kind in _TAUGHT] * 20
     for seed in range(150):
         clip = random_clip(seed)
         texts.append(describe(clip))

@@ -58,9 +58,10 @@ def _is_word(character: str) -> bool:
     return character.isalnum() or character == "%" or unicodedata.category(character)[0] == "M"
 
 
-_TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
+"""A word; each Chinese character or Japanese kana is one."""
 
 
 def words(text: str) -> list[str]:
     """The words of `normalise_text`; each Chinese character or Japanese kana is a word."""
-    return _TOKEN.findall(normalise_text(text))
+    return WORD.findall(normalise_text(text))

@@ -23,7 +23,7 @@ def letters(options: Sequence[str] = ()) -> str:
 _OPEN, _CLOSE = r"[(\[{<]\s*", r"\s*[)\]}>]"
 _MARKED = re.compile(r"(?:\*\*?|__?|`|\$|\\\(|\\(?:boxed|fbox|text(?:bf|it|rm)?|math(?:bf|rm|it))\s*\{)\s*([A-Za-z])\s*"
                      r"(?:\*\*?|__?|`|\$|\\\)|\})")
-_LEAD_INS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
+LEAD_INS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r"(?:(?:so|thus|therefore|hence|my|the|it['’]s|it|this|that|is|i['’]d|i|would|will|choose|pick|select|think|say|go"
     r"|with|there|they|are)\b[\s,:]*)*"
     r"(?:(?:(?:final|correct|best|right)\s+)*(?:answer|option|choice|ans)\b\.?\s*"
@@ -48,7 +48,8 @@ _HEDGE = re.compile(
     r"\b(?:actually|maybe|perhaps|possibly|probably not|wait|correction|sorry|alternatively|might|could|hmm|unsure"
     r"|not sure|no longer|second thought|instead(?! of)|wrong|incorrect|false|mistake\w*|not (?:correct|right|it|the"
     r" (?:correct |right )?(?:answer|option|choice))"
-    r"|isn['’]t (?:it|right|correct|the)|except|anything but|also)\b|不|或|\?|≠", re.IGNORECASE)
+    r"|isn['’]t (?:it|right|correct|the)|except|anything but|also|(?:among|and) others|etc)\b|\bnot?\W*\Z|不|或|\?|≠",
+    re.IGNORECASE)
 _OR = re.compile(r"\bor\b", re.IGNORECASE)
 _BEHIND = re.compile(r"\s*[(\[]\s*([A-Za-z])\s*[)\]][.!]?$")
 _LONGEST_LETTER = 5
@@ -74,7 +75,7 @@ def read_choice(text: str, options: Sequence[str] = ()) -> str | None:
     reader = _reader(tuple(options))
     whole = _tidy(plain(clean(text)))
     text = _tidy(plain(_MARKED.sub(r"(\1)", clean(text))))
-    ends = {match.end() for pattern in _LEAD_INS if (match := pattern.match(text))}
+    ends = {match.end() for pattern in LEAD_INS if (match := pattern.match(text))}
     attempts = list(dict.fromkeys([text, *(text[end:].strip() for end in sorted(ends, reverse=True))]))
     steps = ((reader.bare, attempts), (reader.exact, [whole]), (reader.option, attempts), (reader.led, attempts))
     for read, texts in steps:

@@ -109,11 +109,12 @@ _FRACTION = re.compile(
     rf"({'|'.join(_COUNTED)})[\s.]*", re.IGNORECASE)
 _SIGNS = r"\s\d.,:;!?'\"‘’“”()\[\]{}%$€£¥*/&+=\\…\-"
 _UNREAD = re.compile(rf"[^{_SIGNS}A-Za-z\u00c0-\u024fµΩ]|\d\s*['\"’”!]+(?=\s*$|[\w(])|\d\s*[+/*](?=\s*$)"
-                     r"|\d\(|\)\(|\)\d|^\s*/|\d_|\?\s*\d")
+                     r"|\d\.\.+\s*\d|\d\.\d+\.\d|\d\(|\)\(|\)\d|^\s*/|\d_|\?\s*\d")
 """A sign that is no part of a number's surroundings; a prime, a factorial or an operator behind a number."""
 CHANGED = re.compile(
     r"\b(?:not|never|neither|nor|or|either|less|fewer|smaller|greater|larger|bigger|higher|lower|more than|no more"
-    r"|least|most|exceed\w*|except|excluding|without|other than|rather than|instead|between"
+    r"|least|most|exceed\w*|except|exclud\w+|anything but|(?:hundred|thousand|million)ths?|minus(?=\W*\Z)"
+    r"|without|other than|rather than|instead|between"
     r"|squared?|cubed?|root|sqrt|log|ln"
     r"|exp|sin|cos|tan|factorial|dozens?|pairs?|double|triple|twice|half|halves|thirds?|quarters?"
     r"|multiple|power|inverse"
@@ -193,6 +194,8 @@ def _spelled(text: str) -> list[Number]:
             continue
         negative = start > 0 and tokens[start - 1] in ("minus", "negative")
         value = _cardinal(tokens[start:stop]) * (-1.0 if negative else 1.0)
+        if start > 0 and tokens[start - 1] in _SCALES:  # `a hundred twelve` is not 12
+            value = math.nan
         percent = tokens[stop] in ("%", "percent")
         unit = tokens[stop] if tokens[stop].isalpha() and not percent else ""
         found.append(Number(value, percent, unit, " ".join(tokens[start:stop]), tokens[start - 1] if start else ""))

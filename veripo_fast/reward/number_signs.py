@@ -7,6 +7,7 @@ import unicodedata
 
 _MINUS = re.compile(r"(?<![\d\w)])\s?[\u2010-\u2015\u2212\uff0d]\s?(?=[.\d\\])")
 _SUPERSCRIPT = re.compile(r"[⁰¹²³⁴-⁹⁻⁺]+")
+_SUBSCRIPT = re.compile(r"(?<=[^\W_])[₀-₉]+")
 _UNUSUAL = re.compile(r"[\u00bc-\u00be\u2150-\u215e\u2160-\u216b\u2189\u2460-\u2473]")
 _CHINESE = {sign: value for value, sign in enumerate("零一二三四五六七八九十")} | {"两": 2, "〇": 0}
 _CHINESE_NUMBER = re.compile(f"(?<![{''.join(_CHINESE)}百千万])[{''.join(_CHINESE)}](?![{''.join(_CHINESE)}百千万])")
@@ -24,7 +25,7 @@ def plain_signs(text: str) -> str:
     """Text with fractions, exponents, minus signs and full-width characters in their ASCII form."""
     if text.isascii():
         return text
-    text = _UNUSUAL.sub(_spelt, text)
+    text = _UNUSUAL.sub(_spelt, _SUBSCRIPT.sub(lambda match: "_" + unicodedata.normalize("NFKC", match[0]), text))
     text = _SUPERSCRIPT.sub(lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
     text = unicodedata.normalize("NFKC", text).replace("^{\u2212", "^{-")
     return _MINUS.sub(" -", text).replace("。", ".")
