@@ -33,7 +33,8 @@ from veripo_fast.config.objectives import SAMPLING
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 
-STAGE_SECTIONS = {"grpo": ("grpo", "rollout", "reward", "optimizer"), "dpo": ("dpo", "verifier", "optimizer")}
+STAGE_SECTIONS = {"grpo": ("grpo", "rollout", "reward", "optimizer"), "dpo": ("dpo", "verifier", "optimizer"),
+                  "sft": ("sft", "optimizer")}
 """Sections that `set` of a stage of each kind may change; everything else holds for the whole run."""
 
 Reader: TypeAlias = Callable[[Any, str], object]

@@ -74,7 +74,7 @@ def read_record(row: dict[str, Any], plan: KeyPlan, locate: Locate, config: Data
     _check_media(row, plan, messages, config)
     declared = declared_type(row)
     options = read_options(row, plan)
-    gold, is_number = _gold(row, _plain_text(closing["content"]) if closing else "")
+    gold, is_number = _gold(row, plain_text(closing["content"]) if closing else "")
     if options.texts and declared in (None, "choice"):
         gold = chosen(gold, is_number, options, declared, config.answer_index)
     identity = _first(row, ("problem_id", "id"), _nested(row, "extra_info", "index"))
@@ -185,7 +185,8 @@ def _parsed(key: str, text: str) -> Any:
         raise RecordError(f"{key} is not valid JSON: {error}") from error
 
 
-def _plain_text(content: str | list[Any]) -> str:
+def plain_text(content: str | list[Any]) -> str:
+    """The text of a chat turn, its parts joined."""
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content

@@ -37,3 +37,19 @@ def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
         return hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=16).digest()
 
     return tuple(sorted(range(count), key=key))
+
+
+def steps_of(count: int, size: int, epochs: int, most: int | None, seed: int) -> list[list[int]]:
+    """Numbers below `count` of every step: each epoch takes all of them once, in an order of its own.
+
+    Args:
+        size: of a step; the last one of an epoch may be short.
+        most: steps in all; None: all epochs.
+    """
+    steps: list[list[int]] = []
+    for epoch in range(epochs):
+        order = _permutation(count, seed, epoch)
+        steps += [list(order[start:start + size]) for start in range(0, count, size)]
+        if most is not None and len(steps) >= most:
+            break
+    return steps[:most]

@@ -20,7 +20,7 @@ from typing import Any
 from veripo_fast.config.inputs import DataConfig
 from veripo_fast.data.files import Source, json_object, parsed, read_sources
 from veripo_fast.data.flat import read_flat
-from veripo_fast.data.keys import plan_of
+from veripo_fast.data.keys import KeyPlan, plan_of
 from veripo_fast.data.layouts import read_record
 from veripo_fast.data.places import MediaPlaces, missing
 from veripo_fast.data.records import UNUSABLE, FlatRecord, Record, reason_of
@@ -55,7 +55,12 @@ def load_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
     Raises:
         DataError: a file is missing or unreadable as a whole, or no record can be used.
     """
-    prompts, skipped = read_prompts(files, config)
+    return load_by(Reading(config), files)
+
+
+def load_by(reading: Reading, files: Sequence[str]) -> tuple[list[Prompt], list[Skipped]]:
+    """`load_prompts`, by a reading that makes its prompts in its own way."""
+    prompts, skipped = _read_by(reading, files)
     if not prompts:
         raise DataError(_no_prompts(files, skipped))
     if len(prompts) > LOOKED_UP:
@@ -65,7 +70,10 @@ def load_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
 
 def read_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt], list[Skipped]]:
     """As `load_prompts`, also where no record can be used."""
-    reading = _Reading(config)
+    return _read_by(Reading(config), files)
+
+
+def _read_by(reading: Reading, files: Sequence[str]) -> tuple[list[Prompt], list[Skipped]]:
     with _without_collections():
         for file in files:
             reading.read(file)
@@ -91,8 +99,8 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-class _Reading:
-    """Records of several files on their way to prompts."""
+class Reading:
+    """Records of several files on their way to prompts; `prompt_of` makes one of each."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -119,8 +127,7 @@ class _Reading:
                 plan = plan_of(row)
                 if plan.unknown:
                     self.unknown.update(plan.unknown)
-                record = read_flat(row, plan.flat, places, self.config) if plan.flat else None
-                prompt = self._prompt(record or read_record(row, plan, places, self.config), where)
+                prompt = self.prompt_of(row, plan, places, where)
             except (*UNUSABLE, DataError, MediaError) as error:
                 name = "" if row is None else _id_of(row)
                 self.skipped.append(Skipped(where + name, getattr(error, "path", "") or file, reason_of(error)))
@@ -133,25 +140,28 @@ class _Reading:
         row = json_object(source) if type(source) is bytes else parsed(source)
         return without(row, frozenset(self.config.ignore_keys)) if self.config.ignore_keys else row
 
-    def _prompt(self, record: Record | FlatRecord, where: str) -> Prompt:
-        problem_type = _type_of(record)
-        name = where.rpartition("/")[2] if record.prompt_id is None else record.prompt_id
+    def prompt_of(self, row: dict[str, Any], plan: KeyPlan, places: MediaPlaces, where: str) -> Prompt:
+        """The prompt of a record; raises what `UNUSABLE` names, DataError or MediaError."""
+        record = (read_flat(row, plan.flat, places, self.config) if plan.flat else None
+                  ) or read_record(row, plan, places, self.config)
+        problem_type = type_of(record)
+        name = name_of(record, where)
         prompt = Prompt(name, self._messages(record, problem_type), problem_type, record.gold, record.options,
                         sys.intern(record.data_source))
         _check_gold(prompt)
-        unique = self._unique(name)
+        unique = self.unique(name)
         return prompt if unique is name else Prompt(unique, prompt.messages, problem_type, record.gold, record.options,
                                                     prompt.data_source)
 
     def _messages(self, record: Record | FlatRecord, problem_type: ProblemType) -> tuple[Message, ...]:
         if type(record) is FlatRecord:
-            added = _added_lines(record.question, record.options, problem_type, self.config.template)
+            added = added_lines(record.question, record.options, problem_type, self.config.template)
             return (Message("user", (record.medium, "\n".join([record.question, *added]))),)
         assert type(record) is Record
         text = "\n".join([part for message in record.messages for part in message.parts if type(part) is str])
-        return _with_lines(record.messages, _added_lines(text, record.options, problem_type, self.config.template))
+        return with_lines(record.messages, added_lines(text, record.options, problem_type, self.config.template))
 
-    def _unique(self, name: str) -> str:
+    def unique(self, name: str) -> str:
         """The name, or name#2, name#3, ... when it was given before."""
         unique = name
         while unique in self._seen:
@@ -178,7 +188,13 @@ class _Reading:
         self.prompts, self.skipped = kept, [*skipped, *self.skipped[done:]]
 
 
-def _type_of(record: Record | FlatRecord) -> ProblemType:
+def name_of(record: Record | FlatRecord, where: str) -> str:
+    """The id that a record gives itself, or where it stands in its file."""
+    return where.rpartition("/")[2] if record.prompt_id is None else record.prompt_id
+
+
+def type_of(record: Record | FlatRecord) -> ProblemType:
+    """What kind of answer a record asks for, as it says or as its gold shows."""
     if record.options:
         letter = record.declared_type in (None, "choice") and _is_letter(record.gold, record.options)
         return "choice" if letter else infer_problem_type(record.declared_type, record.gold, record.options)
@@ -231,10 +247,11 @@ def _short_id(value: Any) -> str:
 def question_text(text: str, options: Sequence[str], problem_type: ProblemType, template: str = "think_answer") -> str:
     """The question as the policy reads it: its options by letter unless it names them already, then the instruction
     unless it asks for <answer> by itself or the template is `none`."""
-    return "\n".join([text, *_added_lines(text, options, problem_type, template)])
+    return "\n".join([text, *added_lines(text, options, problem_type, template)])
 
 
-def _added_lines(text: str, options: Sequence[str], problem_type: ProblemType, template: str) -> list[str]:
+def added_lines(text: str, options: Sequence[str], problem_type: ProblemType, template: str) -> list[str]:
+    """What is put behind a question: see `question_text`."""
     lines = []
     if not _holds_options(text, options):
         lines = [f"{chr(65 + number)}. {option}" for number, option in enumerate(options)]
@@ -243,7 +260,7 @@ def _added_lines(text: str, options: Sequence[str], problem_type: ProblemType, t
     return lines
 
 
-def _with_lines(messages: tuple[Message, ...], lines: list[str]) -> tuple[Message, ...]:
+def with_lines(messages: tuple[Message, ...], lines: list[str]) -> tuple[Message, ...]:
     """The lines put at the end of the last turn."""
     if not lines:
         return messages
