@@ -65,7 +65,8 @@ def test_llava(folder: Path) -> None:
 def test_a_chat_of_several_turns(folder: Path) -> None:
     one = only(folder, {"videos": ["a.mp4"], "conversations": [
         {"from": "system", "value": "Be brief."}, {"from": "human", "value": "<video>Who?"},
-        {"from": "gpt", "value": "A dog."}, {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "Outside."}]})
+        {"from": "gpt", "value": "A dog."}, {"from": "human", "value": "Where?"},
+        {"from": "gpt", "value": "Outside."}]})
     assert [message.role for message in one.prompt.messages] == ["system", "user"]
     assert turns(one) == [("assistant", "A dog."), ("user", "Where?"), ("assistant", "Outside.")]
     assert one.demonstrations[0].answers == 2
@@ -110,8 +111,8 @@ def test_several_answers_to_one_question(folder: Path) -> None:
     ({"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>Who?"}, {"from": "gpt", "value": "A dog."},
                                           {"from": "gpt", "value": "Sorry, a cat."}]}, "not the user's"),
     ({"video": "a.mp4", "conversations": [
-        {"from": "human", "value": "<video>Who?"}, {"from": "gpt", "value": "A dog."}, {"from": "human", "value": "No."},
-        {"from": "human", "value": "Look."}, {"from": "gpt", "value": "A cat."}]}, "do not alternate"),
+        {"from": "human", "value": "<video>Who?"}, {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "No."}, {"from": "human", "value": "Look."}, {"from": "gpt", "value": "A cat."}]}, "do not alternate"),
     ({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}, "text_only"),
 ])
 def test_what_cannot_be_learnt_is_named(folder: Path, row: dict[str, Any], words: str) -> None:

@@ -51,7 +51,8 @@ class Kept(Optimizer):
     """Keeps the gradients of a step and leaves the weights alone."""
 
     def step(self) -> float:
-        self.gradients = {name: p.grad.clone() for name, p in zip(self.backend.names, self.backend.parameters, strict=True)}
+        named = zip(self.backend.names, self.backend.parameters, strict=True)
+        self.gradients = {name: parameter.grad.clone() for name, parameter in named}
         self.backend.discard()
         return 1.0
 
@@ -145,7 +146,7 @@ def test_control_tokens_in_an_answer() -> None:
 def test_steps_take_every_prompt_once_per_epoch() -> None:
     steps = steps_of(7, 3, 2, None, seed=1)
     assert [len(step) for step in steps] == [3, 3, 1] * 2
-    first, second = sum(steps[:3], []), sum(steps[3:], [])
+    first, second = ([number for step in epoch for number in step] for epoch in (steps[:3], steps[3:]))
     assert sorted(first) == sorted(second) == list(range(7)) and first != second
     assert steps_of(7, 3, 2, 4, seed=1) == steps[:4]
     assert steps_of(7, 3, 2, None, seed=2) != steps

@@ -29,7 +29,6 @@ from veripo_fast.data.skipped import Skipped
 from veripo_fast.text import plural
 from veripo_fast.types import Message, Prompt
 
-
 log = logging.getLogger(__name__)
 
 
