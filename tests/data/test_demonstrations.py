@@ -112,7 +112,8 @@ def test_several_answers_to_one_question(folder: Path) -> None:
                                           {"from": "gpt", "value": "Sorry, a cat."}]}, "not the user's"),
     ({"video": "a.mp4", "conversations": [
         {"from": "human", "value": "<video>Who?"}, {"from": "gpt", "value": "A dog."},
-        {"from": "human", "value": "No."}, {"from": "human", "value": "Look."}, {"from": "gpt", "value": "A cat."}]}, "do not alternate"),
+        {"from": "human", "value": "No."}, {"from": "human", "value": "Look."},
+        {"from": "gpt", "value": "A cat."}]}, "do not alternate"),
     ({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}, "text_only"),
 ])
 def test_what_cannot_be_learnt_is_named(folder: Path, row: dict[str, Any], words: str) -> None:
