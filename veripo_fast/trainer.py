@@ -25,12 +25,12 @@ from veripo_fast.run.interrupt import StopRequests
 from veripo_fast.run.jsonlines import dump_objects
 from veripo_fast.run.metrics import MetricsLog, read_records
 from veripo_fast.schedule.timeline import span
-from veripo_fast.stages import dpo, grpo
+from veripo_fast.stages import dpo, grpo, sft
 from veripo_fast.stages.memory import check_memory
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.start import check_ranks, check_run, claimed
 
-STAGES = {"grpo": grpo.run, "dpo": dpo.run}
+STAGES = {"grpo": grpo.run, "dpo": dpo.run, "sft": sft.run}
 
 
 def train(config: Config, resume: bool = False, allow_changes: Collection[str] = ()) -> None:

@@ -173,11 +173,11 @@ class DataConfig:
         for pattern in self.media_patterns:
             require(re.search(r"\{[^{}]+\}", pattern) is not None,
                     f"media_patterns must name a key of the records in braces, got {pattern!r}")
-        for entry in self.problem_types:
-            theirs, _, ours = entry.partition("=")
+        for given in self.problem_types:
+            theirs, _, ours = given.partition("=")
             known = get_args(ProblemType)
             require(bool(theirs.strip()) and ours.strip() in known,
-                    f"problem_types must be NAME=TYPE with TYPE one of {', '.join(known)}, got {entry!r}")
+                    f"problem_types must be NAME=TYPE with TYPE one of {', '.join(known)}, got {given!r}")
         require(self.answer_index in (None, 0, 1), f"answer_index must be 0, 1 or null, got {self.answer_index}")
         require(self.template != "think_answer", "template think_answer is now called instruct")
         known_or_own("template", self.template, ("instruct", "none"))

@@ -249,3 +249,22 @@ class DpoConfig:
         with as_config_error():
             PreferenceLoss(self.loss, dpo_beta=self.dpo_beta, label_smoothing=self.label_smoothing,
                            length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef)
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning on demonstrations, as a warm start; a stage may override any field."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    prompts_per_step: int = 32
+    """Prompts per optimizer step, each with all that is demonstrated of it."""
+    epochs: int = 1
+    """Passes over the prompts (Video-R1: one)."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps; null: all prompts."""
+    max_completion_tokens: int = 4096
+    """A longer answer is left out, and named in skipped.jsonl."""
+
+    def __post_init__(self) -> None:
+        positive(self, "learning_rate", "prompts_per_step", "epochs", "max_steps", "max_completion_tokens")

@@ -11,7 +11,14 @@ from typing import Literal
 
 from veripo_fast.config.checks import positive, require
 from veripo_fast.config.inputs import CacheConfig, DataConfig, ModelConfig, VideoConfig
-from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RewardConfig, RolloutConfig, VerifierConfig
+from veripo_fast.config.objectives import (
+    DpoConfig,
+    GrpoConfig,
+    RewardConfig,
+    RolloutConfig,
+    SftConfig,
+    VerifierConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,10 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of the loop. A grpo stage explores; a dpo stage verifies the rollouts of an earlier one and aligns."""
+    """One stage. A grpo stage explores; a dpo stage verifies the rollouts of an earlier one and aligns; an sft stage
+    learns from demonstrations."""
 
-    kind: Literal["grpo", "dpo"] = "grpo"
+    kind: Literal["grpo", "dpo", "sft"] = "grpo"
     """What the stage does."""
     name: str = ""
     """Name in metrics and folders; empty: kind and number, e.g. `grpo-1`."""
@@ -150,6 +158,7 @@ class Config:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -192,6 +201,6 @@ def _named(stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
                                         f"which is not an earlier grpo stage ({', '.join(earlier) or 'none'})")
             stage = replace(stage, rollouts_from=source)
         else:
-            require(not stage.rollouts_from, f"stage {stage.name!r} is grpo and takes no rollouts_from")
+            require(not stage.rollouts_from, f"stage {stage.name!r} is {stage.kind} and takes no rollouts_from")
         named.append(stage)
     return tuple(named)

@@ -78,7 +78,7 @@ def read_record(row: dict[str, Any], plan: KeyPlan, locate: Locate, config: Data
         raise RecordError("the question is empty")
     _check_media(row, plan, messages, config)
     options = read_options(row, plan)
-    found = read_gold(row, _plain_text(closing["content"]) if closing else "", declared_type(row, config),
+    found = read_gold(row, plain_text(closing["content"]) if closing else "", declared_type(row, config),
                       bool(options.texts))
     gold, declared = found.text, found.declared
     if not options.texts:
@@ -202,7 +202,8 @@ def _parsed(key: str, text: str) -> Any:
         raise RecordError(f"{key} is not valid JSON: {error}") from error
 
 
-def _plain_text(content: str | list[Any]) -> str:
+def plain_text(content: str | list[Any]) -> str:
+    """The text of a chat turn, its parts joined."""
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content

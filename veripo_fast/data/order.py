@@ -91,3 +91,19 @@ class _Epochs:
             return tuple(order.tolist() if hasattr(order, "tolist") else order)
         except Exception as error:  # of whatever a user's function does
             raise ConfigError(f"sampler {self._config.sampler} failed in epoch {epoch}: {described(error)}") from error
+
+
+def steps_of(count: int, size: int, epochs: int, most: int | None, seed: int) -> list[list[int]]:
+    """Numbers below `count` of every step: each epoch takes all of them once, in an order of its own.
+
+    Args:
+        size: of a step; the last one of an epoch may be short.
+        most: steps in all; None: all epochs.
+    """
+    steps: list[list[int]] = []
+    for epoch in range(epochs):
+        order = permutation(count, seed, epoch)
+        steps += [list(order[start:start + size]) for start in range(0, count, size)]
+        if most is not None and len(steps) >= most:
+            break
+    return steps[:most]

@@ -20,7 +20,7 @@ from typing import Any
 from veripo_fast.config.inputs import DataConfig
 from veripo_fast.data.files import Source, json_object, parsed, read_sources
 from veripo_fast.data.flat import read_flat
-from veripo_fast.data.keys import KNOWN_KEYS, plan_of
+from veripo_fast.data.keys import KNOWN_KEYS, KeyPlan, plan_of
 from veripo_fast.data.layouts import read_record
 from veripo_fast.data.patterns import pattern_keys, with_patterns
 from veripo_fast.data.places import MediaPlaces, missing
@@ -49,7 +49,12 @@ def load_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
     Raises:
         DataError: a file is missing or unreadable as a whole, or no record can be used.
     """
-    prompts, skipped = read_prompts(files, config)
+    return load_by(Reading(config), files)
+
+
+def load_by(reading: Reading, files: Sequence[str]) -> tuple[list[Prompt], list[Skipped]]:
+    """`load_prompts`, by a reading that makes its prompts in its own way."""
+    prompts, skipped = _read_by(reading, files)
     if not prompts:
         raise DataError(_no_prompts(files, skipped))
     if len(prompts) > LOOKED_UP:
@@ -59,13 +64,16 @@ def load_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt]
 
 def read_prompts(files: Sequence[str], config: DataConfig) -> tuple[list[Prompt], list[Skipped]]:
     """As `load_prompts`, also where no record can be used."""
-    reading = _Reading(config)
+    return _read_by(Reading(config), files)
+
+
+def _read_by(reading: Reading, files: Sequence[str]) -> tuple[list[Prompt], list[Skipped]]:
     with _without_collections():
         for file in files:
             reading.read(file)
     reading.look_up()
     prompts, skipped = reading.prompts, reading.skipped
-    reading.unknown -= pattern_keys(config.media_patterns)
+    reading.unknown -= pattern_keys(reading.config.media_patterns)
     if reading.unknown:
         _LOG.warning("keys not used: %s", ", ".join(sorted(reading.unknown)))
     if skipped:
@@ -86,8 +94,8 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-class _Reading:
-    """Records of several files on their way to prompts."""
+class Reading:
+    """Records of several files on their way to prompts; `prompt_of` makes one of each."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -117,8 +125,7 @@ class _Reading:
                 plan = plan_of(row)
                 if plan.unknown:
                     self.unknown.update(plan.unknown)
-                record = read_flat(row, plan.flat, places, self.config) if plan.flat else None
-                prompt = self._prompt(record or read_record(row, plan, places, self.config), where, side)
+                prompt = self.prompt_of(row, plan, places, where, side)
             except (*UNUSABLE, DataError, MediaError) as error:
                 name = "" if row is None else _id_of(row)
                 self.skipped.append(Skipped(where + name, getattr(error, "path", "") or file, reason_of(error)))
@@ -133,14 +140,21 @@ class _Reading:
             row = without(row, frozenset(self.config.ignore_keys))
         return with_patterns(row, self.config.media_patterns) if self.config.media_patterns else row
 
-    def _prompt(self, record: Record | FlatRecord, where: str, side: str) -> Prompt:
-        problem_type = _type_of(record)
-        name = where.rpartition("/")[2] if record.prompt_id is None else record.prompt_id
+    def prompt_of(self, row: dict[str, Any], plan: KeyPlan, places: MediaPlaces, where: str, side: str) -> Prompt:
+        """The prompt of a record; raises what `UNUSABLE` names, DataError or MediaError.
+
+        Args:
+            side: JSON of the values that travel with it.
+        """
+        record = (read_flat(row, plan.flat, places, self.config) if plan.flat else None
+                  ) or read_record(row, plan, places, self.config)
+        problem_type = type_of(record)
+        name = name_of(record, where)
         wording = self.wordings.of(record.data_source)
         prompt = Prompt(name, self._messages(record, problem_type, wording, side), problem_type, record.gold,
                         record.options, sys.intern(record.data_source), wording.form, side)
         _check_gold(prompt)
-        unique = self._unique(name)
+        unique = self.unique(name)
         return prompt if unique is name else Prompt(unique, prompt.messages, problem_type, record.gold, record.options,
                                                     prompt.data_source, wording.form, side)
 
@@ -173,7 +187,7 @@ class _Reading:
         except TypeError as error:
             raise RecordError(f"holds a value under a key of data.keep_keys that JSON cannot: {error}") from error
 
-    def _unique(self, name: str) -> str:
+    def unique(self, name: str) -> str:
         """The name, or name#2, name#3, ... when it was given before."""
         unique = name
         while unique in self._seen:
@@ -200,7 +214,13 @@ class _Reading:
         self.prompts, self.skipped = kept, [*skipped, *self.skipped[done:]]
 
 
-def _type_of(record: Record | FlatRecord) -> ProblemType:
+def name_of(record: Record | FlatRecord, where: str) -> str:
+    """The id that a record gives itself, or where it stands in its file."""
+    return where.rpartition("/")[2] if record.prompt_id is None else record.prompt_id
+
+
+def type_of(record: Record | FlatRecord) -> ProblemType:
+    """What kind of answer a record asks for, as it says or as its gold shows."""
     if record.options:
         letter = record.declared_type in (None, "choice") and _is_letter(record.gold, record.options)
         return "choice" if letter else infer_problem_type(record.declared_type, record.gold, record.options)

@@ -40,13 +40,17 @@ class Wording:
     def __init__(self, config: DataConfig) -> None:
         self._config = config
         self._own: Callable[..., Any] | None = own_function(config.template) if config.own_templates() else None
-        self._opening = "\\boxed" if "boxed" in config.tags else "<answer>"
+        self.opening = "\\boxed" if "boxed" in config.tags else "<answer>"
+        """What an answer begins with."""
         self.form = Form(config.tags, config.pattern)
         self.adds_lines = self._own is None and not config.system and "{question}" not in config.instruction
         """Whether all that is done is to put lines behind the question."""
 
-    def put(self, messages: tuple[Message, ...], question: Question) -> tuple[Message, ...]:
+    def put(self, messages: tuple[Message, ...], question: Question, instruct: bool = True) -> tuple[Message, ...]:
         """The turns of a record with the question worded; `question.text` is the last text of the last turn.
+
+        Args:
+            instruct: whether the instruction is wanted. A template of the user's has the question all the same.
 
         Raises:
             TrainingError: the user's template failed.
@@ -56,12 +60,13 @@ class Wording:
         instruction = self._config.instruction
         if self._own is not None:
             messages = _with_last_text(messages, self._worded(self._own, question))
-        elif self._config.template == "instruct" and "{question}" in instruction:
+        elif instruct and self._config.template == "instruct" and "{question}" in instruction:
             whole = "\n".join([question.text, *lines] if question.text else lines)
             values = {"kind": KINDS[question.problem_type], "question": whole}
             messages = _with_last_text(messages, _PLACEHOLDER.sub(lambda match: values[match[1]], instruction))
         else:
-            messages = _with_lines(messages, [*lines, *self._instruction(text, question.problem_type)])
+            wanted = self._instruction(text, question.problem_type) if instruct else []
+            messages = _with_lines(messages, [*lines, *wanted])
         if self._config.system and messages[0].role != "system":
             messages = (Message("system", (self._config.system,)), *messages)
         return messages
@@ -71,7 +76,7 @@ class Wording:
         return [*_option_lines(text, options), *self._instruction(text, problem_type)]
 
     def _instruction(self, text: str, problem_type: ProblemType) -> list[str]:
-        if self._config.template != "instruct" or self._opening in text:
+        if self._config.template != "instruct" or self.opening in text:
             return []
         return [self._config.instruction.replace("{kind}", KINDS[problem_type])]
 

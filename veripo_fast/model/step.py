@@ -99,6 +99,31 @@ class PairLossInputs:
             num_pairs=self.num_pairs))
 
 
+@dataclass(frozen=True)
+class SupervisedLossInputs:
+    """Negative log-likelihood of a micro-batch of demonstrations, weighted so that those of an update add up.
+
+    Its gradient is that of a policy loss at ratio 1 with advantage 1, so it takes the same three matrix products.
+    """
+
+    loss_mask: torch.Tensor
+    """float32 [M]: 1 on tokens that are learnt."""
+    num_tokens: int
+    """Learnt tokens of the whole update."""
+
+    def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
+                ) -> StepOutput:
+        ones = torch.ones(len(cu_seqlens) - 1, device=hidden.device)
+        surrogate, _, logprobs = linear_policy_loss(
+            hidden, head, targets, None, ones, cu_seqlens, loss=_SUPERVISED, loss_mask=self.loss_mask,
+            num_tokens=self.num_tokens, advantages_per="sequence")
+        likelihood = -(logprobs * self.loss_mask).sum() / self.num_tokens
+        return StepOutput(surrogate - surrogate.detach() + likelihood, {}, logprobs)
+
+
+_SUPERVISED = PolicyLoss("dapo")
+
+
 class PolicyStep(torch.nn.Module):
     """The trained part of a policy.
 

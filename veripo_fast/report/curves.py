@@ -45,7 +45,7 @@ NO_METRIC = {"global_step", "step", "seconds", "step_seconds"}
 PHASES = ("decode", "vision", "sync", "rollout", "parity", "reward", "verify", "reference", "forward", "update",
           "checkpoint", "eval")
 """Known phases in the order of the data flow; others follow."""
-KINDS = {"grpo": "GRPO", "dpo": "DPO"}
+KINDS = {"sft": "SFT", "grpo": "GRPO", "dpo": "DPO"}
 
 
 @dataclass

@@ -177,7 +177,7 @@ def as_text(made: RunPlan, shape: ModelShape, measured: Measured | None) -> str:
     hours = made.seconds * made.gpus / 3600
     unknown = [stage.name for stage in made.stages if stage.steps is None]
     lines += ["", f"together {duration(made.seconds)}, {number(round(hours, 1))} GPU-hours" + (
-        f", without {', '.join(unknown)}: the number of pairs is not known before" if unknown else "")]
+        f", without {', '.join(unknown)}: how much they train on is not known before" if unknown else "")]
     excess = [(stage.excess, stage.config) for stage in made.stages if stage.excess]
     if excess:
         worst, config = max(excess, key=lambda pair: pair[0].needed - pair[0].free)

@@ -147,7 +147,7 @@ def _stages(config: Row, metrics: list[Row]) -> list[Stage]:
         stages[name] = Stage(name, kind, *_planned(config, raw, kind))
         if kind == "grpo":
             latest_grpo = name
-        else:
+        elif kind == "dpo":
             stages[name].rollouts_from = str(raw.get("rollouts_from") or latest_grpo)
     for row in metrics:
         name = str(row.get("stage", "?"))
@@ -162,7 +162,8 @@ def _with_sources(stages: list[Stage]) -> list[Stage]:
     for stage in stages:
         if stage.kind == "grpo":
             latest = stage.name
-        stage.rollouts_from = stage.rollouts_from or latest
+        elif stage.kind == "dpo":
+            stage.rollouts_from = stage.rollouts_from or latest
     return stages
 
 

@@ -75,10 +75,10 @@ def refusal(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> st
 def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str:
     """What to change when an owner is the largest."""
     owner, phase = excess.largest, excess.phase.name
-    dpo = any(stage.name == excess.stage and stage.kind == "dpo" for stage in config.stages)
+    kind = next((stage.kind for stage in config.stages if stage.name == excess.stage), "grpo")
     rollout, video = config.rollout, config.video
     if owner in ("activations", "allocator", "backward", "logits", "loss") and phase != "rollout":
-        return _smaller_rows(config, shape, ranks, None if dpo else rollout.group_size)
+        return _smaller_rows(config, shape, ranks, kind)
     if owner in _OF_ROLLOUT:
         return (f"lower grpo.prompts_per_step (now {config.grpo.prompts_per_step}), rollout.group_size (now "
                 f"{rollout.group_size}) or data.max_prompt_tokens, or take rollout.engine vllm")
@@ -109,16 +109,22 @@ _BY_NAME = {
 }
 
 
-def _smaller_rows(config: Config, shape: ModelShape, ranks: int, group_size: int | None) -> str:
-    """A micro-batch is as large as optimizer.max_tokens, or as one group that is larger; a pair has no group size."""
-    work = workload_of(config, shape, ranks)
-    group = work.prompt_tokens + (group_size or 2) * (work.completion_tokens - 1)
+def _smaller_rows(config: Config, shape: ModelShape, ranks: int, kind: str) -> str:
+    """A micro-batch is as large as optimizer.max_tokens, or as one group, pair or demonstration that is larger."""
+    work, rollout = workload_of(config, shape, ranks), config.rollout
+    limits = f"rollout.max_new_tokens (now {rollout.max_new_tokens})"
+    what, completions, length = "pair", 2, work.completion_tokens
+    if kind == "grpo":
+        what, completions = "group", rollout.group_size
+        limits = f"rollout.group_size (now {rollout.group_size}), {limits}"
+    elif kind == "sft":
+        what, completions, length = "demonstration", 1, work.demonstrated_tokens
+        limits = f"sft.max_completion_tokens (now {config.sft.max_completion_tokens})"
+    tokens = work.prompt_tokens + completions * (length - 1)
     checkpointing = "" if config.model.gradient_checkpointing else ", or set model.gradient_checkpointing"
-    if config.optimizer.max_tokens > group:
+    if config.optimizer.max_tokens > tokens:
         return f"lower optimizer.max_tokens (now {config.optimizer.max_tokens}){checkpointing}"
-    size = f"rollout.group_size (now {group_size}), " if group_size else ""
-    return (f"one {'group' if group_size else 'pair'} alone is {plural(group, 'token')}, so lower {size}"
-            f"rollout.max_new_tokens (now {config.rollout.max_new_tokens}) or data.max_prompt_tokens (now "
+    return (f"one {what} alone is {plural(tokens, 'token')}, so lower {limits} or data.max_prompt_tokens (now "
             f"{config.data.max_prompt_tokens}){checkpointing}")
 
 

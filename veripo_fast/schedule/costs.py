@@ -42,6 +42,11 @@ class Lengths:
         """Every prompt and completion as long as the configuration lets it be."""
         return cls(work.prompt_tokens, work.patches, work.completion_tokens, work.completion_tokens, spread=0.0)
 
+    @classmethod
+    def demonstrated(cls, work: Workload) -> Lengths:
+        """The same of an sft stage."""
+        return cls(work.prompt_tokens, work.patches, work.demonstrated_tokens, work.demonstrated_tokens, spread=0.0)
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -150,6 +155,18 @@ def dpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) ->
     return Work(encode, 0, 0, 0, update + reference, _link_bytes(shape, config, ranks, update), 0,
                 ADAMW_BYTES * shape.language_numbers / ranks, 0.0, pairs, 0,
                 config.dpo.pairs_per_step * 2 * lengths.completion_tokens)
+
+
+def sft_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> Work:
+    """An SFT step, with one answer to each prompt."""
+    prompts = math.ceil(config.sft.prompts_per_step / ranks)
+    own = [max(round(lengths.completion_tokens), 1)]
+    flops = group_flops(model_cost(shape), max(round(lengths.prompt_tokens), 1), own) * prompts
+    update = flops * _recomputed(config) + _tower_update(shape, config, lengths) * prompts
+    encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * prompts
+    return Work(encode, 0, 0, 0, update, _link_bytes(shape, config, ranks, update), 0,
+                ADAMW_BYTES * shape.language_numbers / ranks, 0.0, prompts, 0,
+                config.sft.prompts_per_step * lengths.completion_tokens)
 
 
 def seconds(work: Work, rates: Rates) -> dict[str, float]:

@@ -104,7 +104,12 @@ class Ledger:
         """The policy of a KL term, which is there for all of a stage."""
 
     def phases(self, kind: str) -> list[Phase]:
-        """Of a stage, in the order in which they come."""
+        """Of a stage, in the order in which they come. Of an sft stage one answer to each prompt is looked at."""
+        if kind == "sft":
+            prompts = self.work.demonstrated
+            row = row_of(self.work.prompt_tokens, 1, self.work.demonstrated_tokens, prompts,
+                         self.config.optimizer.max_tokens)
+            return [self._load(), self._vision(prompts), self._update(row, prompts, prompts), self._checkpoint()]
         if kind == "dpo":
             row = row_of(self.work.prompt_tokens, 2, self.work.completion_tokens, self.work.pairs,
                          self.config.optimizer.max_tokens)

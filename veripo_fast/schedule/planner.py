@@ -14,12 +14,13 @@ from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.schedule.admission import Excess, Room, worst_excess
-from veripo_fast.schedule.costs import Lengths, Rates, Work, dpo_work, grpo_work, seconds
+from veripo_fast.schedule.costs import Lengths, Rates, Work, dpo_work, grpo_work, seconds, sft_work
 from veripo_fast.schedule.hardware import Hardware
 from veripo_fast.schedule.ledger import Phase, stage_phases
 from veripo_fast.schedule.shapes import ModelShape
 from veripo_fast.schedule.workload import workload_of
 
+WORK = {"grpo": grpo_work, "dpo": dpo_work, "sft": sft_work}
 USABLE = 0.97
 """Of a GPU's memory; a context and what the allocator cannot use take the rest."""
 
@@ -32,7 +33,7 @@ class StagePlan:
     config: Config
     """With the overrides of the stage."""
     steps: int | None
-    """None: a DPO stage, whose pairs the verifier will find."""
+    """None: a DPO stage, whose pairs the verifier will find, or an SFT stage, whose data are not read."""
     lengths: Lengths
     work: Work
     seconds: Mapping[str, float]
@@ -92,15 +93,15 @@ def plan(shape: ModelShape, config: Config, gpus: int, hardware: Hardware | None
 
 def _stage(shape: ModelShape, config: Config, stage: StageConfig, gpus: int, hardware: Hardware | None, rates: Rates,
            lengths: Lengths | None) -> StagePlan:
-    lengths = lengths or Lengths.bound(workload_of(config, shape, gpus))
-    made = grpo_work if stage.kind == "grpo" else dpo_work
-    work = made(shape, config, gpus, lengths)
+    bound = Lengths.demonstrated if stage.kind == "sft" else Lengths.bound
+    lengths = lengths or bound(workload_of(config, shape, gpus))
+    work = WORK[stage.kind](shape, config, gpus, lengths)
     phases = tuple(stage_phases(shape, config, stage, gpus, hardware.memory_bytes if hardware else 0))
     excess = None
     if hardware is not None:
         excess = worst_excess({stage.name: phases}, Room(hardware.name, int(hardware.memory_bytes * USABLE), None))
-    return StagePlan(stage.name, config, config.grpo.steps if stage.kind == "grpo" else None, lengths, work,
-                     seconds(work, rates), phases, excess)
+    steps = {"grpo": config.grpo.steps, "sft": config.sft.max_steps}.get(stage.kind)
+    return StagePlan(stage.name, config, steps, lengths, work, seconds(work, rates), phases, excess)
 
 
 def search(shape: ModelShape, config: Config, gpus: int, hardware: Hardware, rates: Rates,

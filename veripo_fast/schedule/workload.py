@@ -43,6 +43,10 @@ class Workload:
     """That it trains on in an update."""
     pairs: int
     """The same of a dpo step."""
+    demonstrated: int
+    """Prompts of an sft step that this rank learns from."""
+    demonstrated_tokens: int
+    """Of the longest answer that it learns."""
     media: int
     """Videos of the stage that any rank loads, at most."""
 
@@ -68,4 +72,5 @@ def workload_of(config: Config, shape: ModelShape, ranks: int) -> Workload:
         prompt, features * tower.merged, features * tower.factor ** 2 * tower.temporal_patch_size, features,
         rollout.max_new_tokens, rollout.group_size, -(-grpo.prompts_per_step // engines),
         -(-(grpo.prompts_per_step // grpo.updates_per_rollout) // ranks), -(-config.dpo.pairs_per_step // ranks),
+        -(-config.sft.prompts_per_step // ranks), config.sft.max_completion_tokens,
         -(-grpo.steps * grpo.prompts_per_step // ranks))

@@ -142,7 +142,7 @@ def _data_files(config: Config) -> list[str]:
 def _check_inputs(config: Config) -> None:
     if not resolve_path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path} is not a folder")
-    if any(stage.kind == "grpo" and not stage.data for stage in config.stages) and not config.data.train:
+    if any(stage.kind != "dpo" and not stage.data for stage in config.stages) and not config.data.train:
         raise ConfigError("data.train names no files")
     for file in _data_files(config):
         if not Path(file).exists():
