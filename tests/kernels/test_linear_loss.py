@@ -157,8 +157,8 @@ def test_what_the_mask_leaves_out_may_be_anything(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_dead_tokens_are_only_looked_at(impl: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Completions of advantage 0, masked tokens, and clipped ones where they are an eighth of a run, enter no gradient
-    product; masked ones no product at all."""
+    """Completions of advantage 0 and masked tokens enter no gradient product, masked ones no product at all. Nor do
+    clipped ones in torch, where they are an eighth of a run; a GPU would have to be waited for to know."""
     monkeypatch.undo()
     data = packed(policy(name), mask=True, vocabulary=30)
     kept = data.mask != 0
@@ -166,8 +166,8 @@ def test_dead_tokens_are_only_looked_at(impl: str, name: str, monkeypatch: pytes
     live = kept & (data.advantages != 0)[owner]
     assert 0 < live.sum() < kept.sum() < 14
     moved = int(data.run(impl)["dhidden"].any(1).sum())
-    taken = moved if 8 * moved <= 7 * live.sum() else int(live.sum())
-    assert name == "gspo" or taken < live.sum(), "nothing is clipped"
+    assert name == "gspo" or 8 * moved <= 7 * live.sum(), "nothing is clipped"
+    taken = moved if 8 * moved <= 7 * live.sum() and impl == "torch" else int(live.sum())
     for frozen, products in (("", 2), ("head", 1), ("hidden", 1)):
         with counted(impl) as work:
             replace(data, frozen=frozen).run(impl)
@@ -189,7 +189,9 @@ def test_only_what_does_not_fit_is_computed_twice(impl: str, monkeypatch: pytest
     data.advantages[:] = torch.tensor([1.0, -1.0, 2.0, 0.5])
     with counted(impl) as work:
         data.run(impl, workspace(4, impl, SINGLE, 30))
-    assert sorted(work.logits) == [2, 2, 3, 5, 5] and sorted(work.gradients) == [2, 2, 2, 2, 3, 3, 5, 5]
+    again = [5] if impl == "torch" else [1, 4]  # in the workspace's own room
+    assert sorted(work.logits) == sorted([2, 2, 3, 5, *again])
+    assert sorted(work.gradients) == sorted([2, 2, 2, 2, 3, 3, *again, *again])
     with counted(impl) as work:
         data.run(impl, workspace(5, impl, SINGLE, 30))
     assert sorted(work.logits) == [2, 5, 5] and sorted(work.gradients) == [2, 2, 5, 5, 5, 5]
@@ -279,7 +281,8 @@ def ops(loss: str) -> Packed:
 def test_opcheck(impl: str, loss: str, frozen: str) -> None:
     data = ops(loss)
     leaves = [data.hidden.requires_grad_(), data.head.requires_grad_(frozen != "head")]
-    rest = [0.7, *linear_loss._encoded(data.loss), 1 << 20, [True, frozen != "head"], impl]
+    needs = [True, frozen != "head"] + ([True] if loss == "policy" else [])
+    rest = [0.7, *linear_loss._encoded(data.loss), 1 << 20, needs, impl]
     if loss == "policy":
         torch.library.opcheck(torch.ops.veripo.linear_policy_loss.default, [
             *leaves, data.token_ids, data.old, data.advantages, data.cu_seqlens, None, data.ref, None, 0, 0, *rest])

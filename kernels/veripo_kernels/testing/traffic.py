@@ -1,15 +1,16 @@
 """Bytes that the linear ops move on a GPU beside their matrix products, and how often the host waits: counted here, on
-any machine, from what they launch.
+any machine, from what they launch. `grpo_loss` and `dpo_loss` too, of whose kernels only the launches are counted.
 
-The op runs as it would on a GPU, at its full shape, on CPU tensors. Every aten op and every launch of a kernel of
-`jit/linear.py` is recorded. Products and kernels are not executed, nor are aten ops on more than 64 MiB: their results
+The op runs as it would on a GPU, at its full shape, on CPU tensors. Every aten op and every launch of a kernel of `jit/`
+is recorded. Products and kernels are not executed, nor are aten ops on more than 64 MiB: their results
 stay unwritten, which no control flow reads. `combine`'s results are set: a log-prob of -1 everywhere.
 
 What counts. A product (`logit_tile`, `add_product`) reads its operands, and its result is written once; that is its own.
 All else is beside it: reading a result that is added to and writing it again, tables of tiles, conversions, fills,
 copies, scaling. An aten op reads each input once (a gather: as much as it gives), and writes each output once; views are free.
-A kernel's bytes are its formula below, each address once. Not counted: what a cache saves or a second reader costs, and
-rows of `settle` whose guess was off (`kept` read and written once more).
+A kernel's bytes are its formula below, each address once. Not counted: what a cache saves or a second reader costs; rows
+of `settle` whose guess was off (`kept` read and written once more); `change_unit` where it changes something, once a
+later run's gradient is 32 times the first's (the head's gradient read and written once more).
 
 Where the host waits: ops whose result it needs (a number, a list, a shape that depends on values).
 
@@ -31,7 +32,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from veripo_kernels import linear, linear_loss, linear_triton
+from veripo_kernels import dpo, grpo, linear, linear_loss, linear_triton
+from veripo_kernels.jit import dpo as jit_dpo
+from veripo_kernels.jit import grpo as jit_grpo
 from veripo_kernels.jit import linear as jit
 
 _EXECUTED_BYTES = 1 << 26
@@ -45,7 +48,8 @@ _SCATTERS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2",
           "unique_consecutive", "bincount"}
 _OPS = {definition._qualname: definition for definition in (
-    linear._forward, linear._backward, linear_loss._policy, linear_loss._dpo)}
+    linear._forward, linear._backward, linear_loss._policy, linear_loss._dpo, grpo._forward, grpo.scale_slopes,
+    dpo._forward)}
 
 
 @dataclass
@@ -89,16 +93,15 @@ def counted() -> Iterator[Traffic]:
         traffic.waits["tolist"] += 1
         return tolist(values)
 
-    def product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0, *, add: bool = True) -> None:
+    def product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool) -> None:
         storage, place = total.untyped_storage(), (total.storage_offset(), total.shape)
         begun = storage.__dict__.setdefault("begun", set())
         traffic.add("product", add * _bytes(total), _bytes(total) if place in begun else 0)
         begun.add(place)
 
     with ExitStack() as stack:
-        for name in _KERNELS:
-            if hasattr(jit, name):
-                stack.enter_context(mock.patch.object(jit, name, _Recorder(name, getattr(jit, name), traffic)))
+        for module, name in _LAUNCHED:
+            stack.enter_context(mock.patch.object(module, name, _Recorder(name, getattr(module, name), traffic)))
         stack.enter_context(mock.patch.object(linear_triton, "add_product", product))
         stack.enter_context(mock.patch.object(torch.Tensor, "tolist", waiting))
         stack.enter_context(_Mode(traffic))
@@ -190,7 +193,7 @@ class _Recorder:
         def launch(*args: Any, **options: Any) -> None:
             options = {key: value for key, value in options.items() if key not in ("num_warps", "num_stages")}
             given = self.signature.bind(*args, **options).arguments
-            read, written = _KERNELS[self.name](given)
+            read, written = _KERNELS[self.name](given) if self.name in _KERNELS else (0, 0)
             self.traffic.add(self.name, read, written)
             if self.name == "logit_tile":
                 self.traffic.rows.append(given["rows"])
@@ -211,17 +214,19 @@ def _set_statistics(given: dict[str, Any]) -> None:
 
 
 def _logit_tile(given: dict[str, Any]) -> tuple[float, float]:
-    """The tables of the tiles; ids, and in GRADIENT what is known of the rows. The product and `kept` are its own."""
+    """The tables of the tiles, and the head in the other type; ids, and in GRADIENT what is known of the rows. The
+    product's operands and `kept` are its own."""
     rows, tiles = given["rows"], -(-given["vocabulary"] // given["BV"])
+    narrow = _bytes(given["narrow"]) if given["NARROW"] else 0
     if given["MODE"] == jit.GRADIENT:
-        return rows * (8 + 4 * (6 if given["ENTROPY"] else 4)), 0
-    return rows * (8 + 4), rows * tiles * 4 * (3 if given["ENTROPY"] else 2)
+        return rows * (8 + 4 * (6 if given["ENTROPY"] else 4)), narrow
+    return rows * (8 + 4), rows * tiles * 4 * (3 if given["ENTROPY"] else 2) + narrow
 
 
 def _own_logit(given: dict[str, Any]) -> tuple[float, float]:
     rows = given["token_ids"].numel()
     row_bytes = given["width"] * (given["hidden"].itemsize + given["weight"].itemsize)
-    return rows * (row_bytes + 8), rows * 4
+    return rows * (row_bytes + 8), rows * 8
 
 
 def _combine(given: dict[str, Any]) -> tuple[float, float]:
@@ -238,5 +243,18 @@ def _settle(given: dict[str, Any]) -> tuple[float, float]:
     return whole + rows * (8 + 9 * 4 + 4 * given["tiles"]), whole
 
 
+def _scale_rows(given: dict[str, Any]) -> tuple[float, float]:
+    return _bytes(given["hidden"]) + _bytes(given["scale"]) + 4, _bytes(given["scaled"])
+
+
+def _spread_rows(given: dict[str, Any]) -> tuple[float, float]:
+    numbers = given["product"].numel()
+    return 4 * numbers + _bytes(given["scale"]) + _bytes(given["rows"]), numbers * given["gradient"].itemsize
+
+
 _KERNELS: dict[str, Callable[[dict[str, Any]], tuple[float, float]]] = {
-    "logit_tile": _logit_tile, "own_logit": _own_logit, "combine": _combine, "settle": _settle}
+    "logit_tile": _logit_tile, "own_logit": _own_logit, "combine": _combine, "settle": _settle,
+    "choose_unit": lambda given: (8 * given["rows"] + 4, 12), "change_unit": lambda given: (4, 0),
+    "scale_rows": _scale_rows, "spread_rows": _spread_rows}
+_LAUNCHED = [*((jit, name) for name in _KERNELS), (jit_dpo, "forward_kernel"),
+             *((jit_grpo, name) for name in ("forward_kernel", "reduce_kernel", "backward_kernel"))]
