@@ -27,7 +27,8 @@ CASES = ("linear_policy_loss", "linear_policy_loss, frozen head", "linear_policy
          "linear_dpo_loss, frozen head", "linear_logprobs", "linear_logprobs, frozen head", "grpo_loss", "dpo_loss")
 
 
-def count(case: str, tokens: int = TOKENS, width: int = WIDTH, vocabulary: int = VOCABULARY) -> Traffic:
+def count(case: str, tokens: int = TOKENS, width: int = WIDTH, vocabulary: int = VOCABULARY,
+          workspace_bytes: int | None = None) -> Traffic:
     """Forward and backward of a case: bfloat16, completions of 512 tokens, nothing masked, an old log-prob of -1."""
     name, _, variant = case.partition(", ")
     hidden = torch.empty(tokens, width, dtype=torch.bfloat16).requires_grad_()
@@ -46,7 +47,8 @@ def count(case: str, tokens: int = TOKENS, width: int = WIDTH, vocabulary: int =
             loss = dpo_loss(known.clone().requires_grad_(), known, cu_seqlens, impl="triton")[0]
         else:
             loss = linear_policy_loss(hidden, head, ids, known, advantages, cu_seqlens, impl="triton",
-                                      entropy=variant != "entropy unasked", loss=_policy(variant))[0]
+                                      entropy=variant != "entropy unasked", loss=_policy(variant),
+                                      workspace_bytes=workspace_bytes)[0]
         loss.backward()
     return traffic
 

@@ -139,7 +139,7 @@ def gradients(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, found: 
             dbias += (scale / head.temperature) @ kept.float()
     out = space.finish()
     weight = None
-    if out.weight is not None:  # one pass: the unit, and the rounding to the head's type
+    if out.weight is not None and out.unit is not None:  # one pass: the unit, and the rounding to the head's type
         weight = torch.mul(out.weight, out.unit, out=torch.empty_like(out.weight, dtype=head.weight.dtype))
     return Gradients(out.hidden, weight, None if dbias is None or head.bias is None else dbias.to(head.bias.dtype))
 

@@ -176,9 +176,8 @@ def logit_tile(hidden, weight, bias, token_ids, offset, maximum, others, moment,
         tl.store(others + slot, (total_a + total_b) + (total_c + total_d), mask=here)
         if ENTROPY:
             tl.store(moment + slot, (moment_a + moment_b) + (moment_c + moment_d), mask=here)
-    if NARROW:
-        if first_row == 0:
-            _narrow(weight, narrow, tile, vocabulary, width, BV, BD)
+    if NARROW and first_row == 0:
+        _narrow(weight, narrow, tile, vocabulary, width, BV, BD)
 
 
 @triton.jit(do_not_specialize=["inverse_temperature", "softcap"])
@@ -370,8 +369,8 @@ def _cases() -> list[Sm90Case]:
             "kernel": logit_tile,
             "signature": {"hidden": f"tensordesc<{dtype}[{blocks['BR']}, {blocks['BD']}]>",
                           "weight": f"tensordesc<{dtype}[{blocks['BV']}, {blocks['BD']}]>", "bias": f"*{dtype}",
-                          "token_ids": "*i64", "kept": f"*{kept}", "narrow": f"*{kept}", **dict.fromkeys(floats, "*fp32"), "rows": "i32",
-                          "vocabulary": "i32", "width": "i32", "kept_stride": "i64", "inverse_temperature": "fp32",
+                          "token_ids": "*i64", **dict.fromkeys(("kept", "narrow"), f"*{kept}"),
+                          **dict.fromkeys(floats, "*fp32"), "rows": "i32", "vocabulary": "i32", "width": "i32", "kept_stride": "i64", "inverse_temperature": "fp32",
                           "softcap": "fp32"},
             "constexprs": {"MODE": mode, "ENTROPY": entropy, "HAS_BIAS": False, "HAS_SOFTCAP": False, "NARROW": narrow,
                            "PRECISION": "ieee", **blocks},
