@@ -52,7 +52,8 @@ def test_a_product_that_adds_counts_its_sum_again() -> None:
 def test_what_waits_is_seen() -> None:
     values = torch.arange(5)
     for operation in (lambda: int(values[3]), lambda: values.tolist(), lambda: values[values > 2],
-                      lambda: bool(values[0]), lambda: (values > 1).nonzero(), lambda: values.masked_select(values > 2)):
+                      lambda: bool(values[0]), lambda: (values > 1).nonzero(),
+                      lambda: values.masked_select(values > 2)):
         with counted() as traffic:
             operation()
         assert traffic.waits.total() >= 1
