@@ -123,8 +123,10 @@ def tower_working_bytes(tower: TowerShape, patches: int, itemsize: int) -> int:
 
 
 def loss_bytes(shape: ModelShape, row: Row, itemsize: int, on_gpu: bool) -> dict[str, int]:
-    """Of the fused loss: the logits of a run, and the gradients by hidden states and head that it forms on the way. On a
-    GPU a head of two bytes is held as float16 beside the logits."""
+    """Of the fused loss: the logits of a run, and the gradients by hidden states and head that it forms on the way.
+
+    On a GPU a head of two bytes is held as float16 beside the logits.
+    """
     wide, room = (2, GPU_WORKSPACE_BYTES) if on_gpu else (4, WORKSPACE_BYTES)
     rows, tiled = min(row.predicted, max(room // (shape.vocabulary * wide), 1)), min(TILE, shape.vocabulary)
     if on_gpu:
