@@ -13,6 +13,7 @@ Letters: M tokens, S completions, B pairs, V vocabulary, D hidden.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from itertools import pairwise
@@ -24,7 +25,7 @@ from veripo_kernels import reference
 from veripo_kernels.derivatives import once, refuse_forward_mode
 from veripo_kernels.dispatch import Impl, choose
 from veripo_kernels.linear import check_linear, engine
-from veripo_kernels.linear_torch import Head
+from veripo_kernels.linear_torch import Gradients, Head
 from veripo_kernels.options import (
     AdvantagesPer,
     PolicyLoss,
@@ -33,9 +34,6 @@ from veripo_kernels.options import (
     as_preference_loss,
     check_counts,
 )
-
-WORKSPACE_BYTES = 1 << 30
-"""Logits of a run: 1,766 rows of a 151,936 vocabulary in float32, 3,533 in the two bytes a GPU keeps."""
 
 Slopes = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """(rows of a run int64 [R], its cu_seqlens, logprobs [R], entropy [R]) -> slopes by logprobs and by entropy [R]."""
@@ -63,54 +61,72 @@ def _runs(cu_seqlens: list[int], rows: int, whole: int) -> Iterator[tuple[int, i
         yield start, borders[-1]
 
 
-def _packed(owner: torch.Tensor, sequences: int) -> torch.Tensor:
-    """cu_seqlens of tokens whose sequences are `owner`, ascending int64 [R]; empty sequences stay in."""
-    counts = torch.zeros(sequences, dtype=torch.int64, device=owner.device).index_add(0, owner, torch.ones_like(owner))
+def _even(cu_seqlens: list[int], rows: int, whole: int, step: int) -> int:
+    """The least multiple of `step` rows that needs no more runs than `rows` does, so that they are of about one length;
+    `rows` itself where `step` is 0."""
+    if not step:
+        return rows
+    least = len(list(_runs(cu_seqlens, rows, whole)))
+    lengths = range(-(-cu_seqlens[-1] // max(least, 1) // step) * step or step, rows, step)
+    place = bisect_left(lengths, True, key=lambda length: len(list(_runs(cu_seqlens, length, whole))) <= least)
+    return lengths[place] if place < len(lengths) else rows
+
+
+def _packed(owner: torch.Tensor, counted: torch.Tensor, sequences: int) -> torch.Tensor:
+    """cu_seqlens [sequences + 1] of the tokens whose sequences are `owner` int64 [R] and that `counted` [R] counts;
+    empty sequences stay in."""
+    counts = torch.zeros(sequences, dtype=torch.int64, device=owner.device).index_add(0, owner, counted.long())
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _run_all(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, owner: torch.Tensor, kept: torch.Tensor,
-             live: torch.Tensor, estimate: torch.Tensor | None, slopes: Slopes, *, whole: int, entropy: bool,
-             workspace_bytes: int, needs: tuple[bool, bool], impl: str,
-             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """logprobs and entropy [M] (0 where not `kept`), and the gradients by hidden and weight (the latter unrounded).
+def _run_all(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, owner: torch.Tensor, sequences: int,
+             kept: torch.Tensor, live: torch.Tensor, estimate: torch.Tensor | None, slopes: Slopes, *, whole: int,
+             entropy: bool, workspace_bytes: int, needs: tuple[bool, bool], impl: str,
+             ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    """logprobs and entropy [M] (0 where not `kept`, and of entropies where not asked for), and the gradients by hidden
+    and weight (the latter unrounded).
 
     Tokens in `live` [M] may have a gradient; the other kept ones are only looked at. Sequence `owner` [M], ascending.
+    The host waits for the device once, to know how many there are. `workspace_bytes` 0: the implementation's own.
     """
     ops = engine(impl)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logprobs, row_entropy = torch.zeros(2, len(hidden), dtype=dtype, device=hidden.device)
-    looked_at = (kept & ~live if any(needs) else kept).nonzero()[:, 0]
-    limit = ops.Workspace.rows_for(workspace_bytes, head, hidden)
-    for rows in looked_at.split(max(limit, 2048)):
+    looked_at, live = (kept & ~live, live) if any(needs) else (kept, torch.zeros_like(live))
+    idle, *borders = torch.cat([looked_at.sum()[None], _packed(owner, live, sequences)]).tolist()
+    limit = ops.Workspace.rows_for(workspace_bytes or ops.WORKSPACE_BYTES, head, hidden)
+    for rows in torch.nonzero_static(looked_at, size=idle)[:, 0].split(max(limit, 2048)):
         found = ops.statistics(hidden[rows], head, token_ids[rows], entropy=entropy)
         logprobs[rows], row_entropy[rows] = found.logprobs, found.entropy
     if not any(needs):
-        return logprobs, row_entropy, None, None
-    order = live.nonzero()[:, 0]
-    sequences = int(owner[-1]) + 1 if len(owner) else 0
-    sequences += -sequences % max(whole, 1)
-    runs = list(_runs(_packed(owner[order], sequences).tolist(), limit, whole))
-    longest = max((end - start for start, end in runs if end - start <= limit), default=0)
-    space = ops.Workspace(head, hidden, longest, needs_hidden=needs[0], needs_weight=needs[1])
+        return logprobs, row_entropy, Gradients(None, None, None)
+    order = torch.nonzero_static(live, size=borders[-1])[:, 0]
+    runs = list(_runs(borders, _even(borders, limit, whole, ops.Workspace.step), whole))
+    longest = max((min(end - start, limit) for start, end in runs), default=0)
+    space = ops.Workspace(head, hidden, longest, needs_hidden=needs[0], needs_weight=needs[1],
+                          every_row=len(order) == len(hidden))
     for start, end in runs:
         rows = order[start:end]
         x, ids = hidden[rows], token_ids[rows]
-        first = int(owner[rows[0]]) // max(whole, 1) * max(whole, 1)
-        local = owner[rows] - first
-        count = int(local[-1]) + 1
-        cu_seqlens = _packed(local, count + -count % max(whole, 1))
+        cu_seqlens = _packed(owner[rows], torch.ones_like(rows), sequences)
         fits = end - start <= limit
-        found = (space.open(x, ids, None if estimate is None else estimate[rows]) if fits
-                 else ops.statistics(x, head, ids, entropy=True))
+        found = (space.open(x, ids, None if estimate is None else estimate[rows], entropy=entropy) if fits
+                 else ops.statistics(x, head, ids, entropy=entropy))
         logprobs[rows], row_entropy[rows] = found.logprobs, found.entropy
         by_logprob, by_entropy = slopes(rows, cu_seqlens, found.logprobs, found.entropy)
         if fits:
             space.close(by_logprob, by_entropy, rows)
         else:  # a completion or pair that the workspace cannot hold: its logits are computed again
-            space.add(rows, ops.gradients(x, head, ids, found, by_logprob, by_entropy, needs=(*needs, False)))
-    out = space.finish()
-    return logprobs, row_entropy, out.hidden, out.weight
+            space.add(rows, x, ids, found, by_logprob, by_entropy)
+    return logprobs, row_entropy, space.finish()
+
+
+def _formed(out: Gradients, hidden: torch.Tensor, dtype: torch.dtype
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients as an op returns them: what is not needed is empty, the unit of the weight's is [1]."""
+    return (hidden.new_empty(0) if out.hidden is None else out.hidden,
+            hidden.new_empty(0) if out.weight is None else out.weight,
+            hidden.new_ones(1, dtype=dtype) if out.unit is None else out.unit.clone())
 
 
 def _indices(cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, hidden: torch.Tensor
@@ -127,8 +143,9 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
             ref_logprobs: torch.Tensor | None, rollout_logprobs: torch.Tensor | None, num_sequences: int,
             num_tokens: int, temperature: float, words: str, numbers: list[float], workspace_bytes: int,
             needs: list[bool], impl: str,
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss [], metrics [6], logprobs [M], dhidden [M, D], dweight [V, D] (the last two empty where not needed)."""
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss [], metrics [6], logprobs [M], dhidden [M, D] and dweight [V, D] (these two empty where not needed), and the
+    unit [1] of dweight. `needs`: gradients by hidden and weight, and the entropy."""
     loss = _decoded(PolicyLoss, words, numbers)
     owner, mask = _indices(cu_seqlens, loss_mask, hidden)
     if advantages.shape != token_ids.shape:
@@ -148,49 +165,46 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
 
         return reference.policy_terms(logprobs, at(old_logprobs), advantages[rows], cu, mask[rows], loss,
                                       ref_logprobs=at(ref_logprobs), rollout_logprobs=at(rollout_logprobs),
-                                      entropy=entropy)
+                                      entropy=entropy if needs[2] else None)
 
     def slopes(rows: torch.Tensor, cu: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
                ) -> tuple[torch.Tensor, torch.Tensor | None]:
         by_logprob = reference.policy_slopes(terms(rows, cu, logprobs, entropy), weights[rows], cu)
         return by_logprob, -loss.entropy_coef * weights[rows] if loss.entropy_coef else None
 
-    logprobs, entropy, dhidden, dweight = _run_all(
-        hidden, Head(weight, temperature=temperature), token_ids, owner, mask != 0, live,
+    logprobs, entropy, gradients = _run_all(
+        hidden, Head(weight, temperature=temperature), token_ids, owner, len(cu_seqlens) - 1, mask != 0, live,
         old_logprobs if old_logprobs is not None else rollout_logprobs, slopes, whole=int(loss.couples_tokens),
-        entropy=True, workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
+        entropy=needs[2], workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
     whole = terms(slice(None), cu_seqlens, logprobs, entropy)
     metrics = reference.policy_metrics(whole, weights)
-    empty = hidden.new_empty(0)
     return (reference.weighted_sum(whole.loss, weights), torch.stack([metrics[name] for name in _POLICY_METRICS]),
-            logprobs, empty if dhidden is None else dhidden, empty.clone() if dweight is None else dweight)
+            logprobs, *_formed(gradients, hidden, logprobs.dtype))
 
 
 @torch.library.custom_op("veripo::linear_dpo_loss", mutates_args=())
 def _dpo(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, ref_logprobs: torch.Tensor,
          cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, num_pairs: int, temperature: float, words: str,
          numbers: list[float], workspace_bytes: int, needs: list[bool], impl: str,
-         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss [], metrics [5], logprobs [M], dhidden [M, D], dweight [V, D] (the last two empty where not needed)."""
+         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss [], metrics [5], logprobs [M], dhidden, dweight and its unit as `_policy`'s."""
     loss = _decoded(PreferenceLoss, words, numbers)
     owner, mask = _indices(cu_seqlens, loss_mask, hidden)
     kept, pairs = mask != 0, num_pairs or (len(cu_seqlens) - 1) // 2
 
     def slopes(rows: torch.Tensor, cu: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
                ) -> tuple[torch.Tensor, None]:
-        first = int(owner[rows[0]]) // 2
-        ref = (ref_logprobs[rows] if ref_logprobs.dim() == 1 else ref_logprobs[first:first + (len(cu) - 1) // 2])
+        ref = ref_logprobs[rows] if ref_logprobs.dim() == 1 else ref_logprobs
         return reference.pair_terms(logprobs, ref.to(logprobs.dtype), cu, loss, mask[rows]).slope / pairs, None
 
-    logprobs, _, dhidden, dweight = _run_all(
-        hidden, Head(weight, temperature=temperature), token_ids, owner, kept, kept,
+    logprobs, _, gradients = _run_all(
+        hidden, Head(weight, temperature=temperature), token_ids, owner, len(cu_seqlens) - 1, kept, kept,
         ref_logprobs if ref_logprobs.dim() == 1 else None, slopes, whole=2, entropy=False,
         workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
     value, metrics = reference.dpo_loss(logprobs, ref_logprobs.to(logprobs.dtype), cu_seqlens, loss=loss,
                                         loss_mask=mask, num_pairs=num_pairs or None)
-    empty = hidden.new_empty(0)
     return (value, torch.stack([metrics[name] for name in _PAIR_METRICS]), logprobs,
-            empty if dhidden is None else dhidden, empty.clone() if dweight is None else dweight)
+            *_formed(gradients, hidden, logprobs.dtype))
 
 
 def _fake(metrics: int) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -198,27 +212,34 @@ def _fake(metrics: int) -> Callable[..., tuple[torch.Tensor, ...]]:
         needs, dtype = rest[-2], torch.promote_types(hidden.dtype, torch.float32)
         return (hidden.new_empty((), dtype=dtype), hidden.new_empty(metrics, dtype=dtype),
                 hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape if needs[0] else 0),
-                weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype if needs[1] else weight.dtype))
+                weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype if needs[1] else weight.dtype),
+                hidden.new_empty(1, dtype=dtype))
 
     return fake
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    dhidden, dweight = output[-2:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dhidden, dweight)
-    ctx.weight_dtype, ctx.arguments, ctx.needs = inputs[1].dtype, len(inputs), inputs[-2]
+    ctx.save_for_backward(*output[-3:])
+    ctx.dtypes, ctx.arguments, ctx.needs = (inputs[0].dtype, inputs[1].dtype), len(inputs), inputs[-2]
 
 
 def _scaled(ctx: Any, upstream: torch.Tensor | None, *_: object) -> tuple[torch.Tensor | None, ...]:
-    dhidden, dweight = ctx.saved_tensors
+    dhidden, dweight, unit = ctx.saved_tensors
     unused = (None,) * (ctx.arguments - 2)
     if upstream is None:
         return None, None, *unused
-    gradients = ((upstream * dhidden.to(upstream.dtype)).to(dhidden.dtype) if ctx.needs[0] else None,
-                 (upstream * dweight).to(ctx.weight_dtype) if ctx.needs[1] else None)
+    with torch.no_grad():  # a second derivative is refused by `once`
+        gradients = (_times(dhidden, upstream[None], ctx.dtypes[0]) if ctx.needs[0] else None,
+                     _times(dweight, upstream * unit, ctx.dtypes[1]) if ctx.needs[1] else None)
     return *once("linear_policy_loss or linear_dpo_loss", gradients), *unused
+
+
+def _times(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """values * factor [1], computed in the factor's dtype and rounded to `dtype`: one pass, where a GPU would make
+    three of a product and a conversion."""
+    return torch.mul(values, factor, out=torch.empty_like(values, dtype=dtype))
 
 
 for _op, _metrics in ((_policy, len(_POLICY_METRICS)), (_dpo, len(_PAIR_METRICS))):
@@ -231,15 +252,17 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
                        loss: PolicyLoss | str = "grpo", temperature: float = 1.0, loss_mask: torch.Tensor | None = None,
                        ref_logprobs: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None,
                        num_sequences: int | None = None, num_tokens: int | None = None,
-                       advantages_per: AdvantagesPer | None = None,
-                       workspace_bytes: int = WORKSPACE_BYTES, impl: Impl = "auto",
+                       advantages_per: AdvantagesPer | None = None, entropy: bool = True,
+                       workspace_bytes: int | None = None, impl: Impl = "auto",
                        ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """`grpo_loss` of `linear_logprobs`, both gradients formed on the way: three matrix products, two for a frozen head.
 
     Args:
         hidden: [M, D] at the positions that predict the packed completion tokens. head: [V, D]. token_ids: int64 [M].
-        workspace_bytes: room for the logits of a run; memory beyond it does not grow with M. A completion that must be
-            taken as a whole (gspo, gmpo, sequence importance) and does not fit costs a fourth product.
+        entropy: measure it; where False, and the loss has no entropy_coef, the metric is 0 and costs nothing.
+        workspace_bytes: room for the logits of a run (default: `linear_torch.WORKSPACE_BYTES`, 1 GiB, on a GPU
+            `linear_triton.WORKSPACE_BYTES`, 1.25 GiB); memory beyond it does not grow with M. A completion that must
+            be taken as a whole (gspo, gmpo, sequence importance) and does not fit costs a fourth product.
         The others: as in `grpo_loss`; advantages_per ("sequence" or "token") is needed where M = S.
 
     Returns:
@@ -257,17 +280,18 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
     advantages = reference.told_apart(advantages, cu_seqlens, len(token_ids), advantages_per)
     if loss.kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef {loss.kl_coef} needs ref_logprobs")
-    value, metrics, logprobs, _, _ = _policy(
+    value, metrics, logprobs, *_ = _policy(
         hidden, head, token_ids, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs, rollout_logprobs,
-        num_sequences or 0, num_tokens or 0, float(temperature), *_encoded(loss), workspace_bytes,
-        _needs(hidden, head), choose("linear_policy_loss", impl, hidden.device))
+        num_sequences or 0, num_tokens or 0, float(temperature), *_encoded(loss), workspace_bytes or 0,
+        [*_needs(hidden, head), entropy or loss.entropy_coef != 0],
+        choose("linear_policy_loss", impl, hidden.device))
     return value, dict(zip(_POLICY_METRICS, metrics.unbind(), strict=True)), logprobs
 
 
 def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tensor, ref_logprobs: torch.Tensor,
                     cu_seqlens: torch.Tensor, *, loss: PreferenceLoss | str = "sigmoid", temperature: float = 1.0,
                     loss_mask: torch.Tensor | None = None, num_pairs: int | None = None,
-                    workspace_bytes: int = WORKSPACE_BYTES, impl: Impl = "auto",
+                    workspace_bytes: int | None = None, impl: Impl = "auto",
                     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """`dpo_loss` of `linear_logprobs`, both gradients formed on the way: three matrix products, two for a frozen head.
 
@@ -286,9 +310,9 @@ def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.T
     _check_rows(hidden, {"loss_mask": loss_mask})
     check_counts(num_pairs=num_pairs)
     refuse_forward_mode("linear_dpo_loss", hidden, head)
-    value, metrics, logprobs, _, _ = _dpo(
+    value, metrics, logprobs, *_ = _dpo(
         hidden, head, token_ids, ref_logprobs, cu_seqlens, loss_mask, num_pairs or 0, float(temperature),
-        *_encoded(as_preference_loss(loss)), workspace_bytes, _needs(hidden, head),
+        *_encoded(as_preference_loss(loss)), workspace_bytes or 0, _needs(hidden, head),
         choose("linear_dpo_loss", impl, hidden.device))
     return value, dict(zip(_PAIR_METRICS, metrics.unbind(), strict=True)), logprobs
 

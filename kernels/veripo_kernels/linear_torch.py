@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+WORKSPACE_BYTES = 1 << 30
+"""Of the logits of a run: 1,766 rows of a 151,936 vocabulary in float32."""
 TILE = 1024
 """Rows of the head taken at once."""
 ROWS = 2048
@@ -50,6 +52,8 @@ class Gradients:
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+    unit: torch.Tensor | None = None
+    """[1]: what `weight` counts in; None where that is 1."""
 
 
 def product_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -260,13 +264,19 @@ def gradients(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, found: 
 class Workspace:
     """Logits of one run of rows, kept between `open` (their statistics) and `close` (both gradients): three products.
 
-    Between the two the caller computes the slopes, which may depend on every log-prob of the run.
+    Between the two the caller computes the slopes, which may depend on every log-prob of the run. `every_row`: the runs
+    leave no row of `hidden` out.
     """
 
-    def __init__(self, head: Head, hidden: torch.Tensor, rows: int, *, needs_hidden: bool, needs_weight: bool) -> None:
+    step = 0
+    """Runs are as long as the workspace allows, the last what is left: their borders show in a sum's last bits."""
+
+    def __init__(self, head: Head, hidden: torch.Tensor, rows: int, *, needs_hidden: bool, needs_weight: bool,
+                 every_row: bool) -> None:
         self.head, self.dtype = head, product_dtype(hidden)
         self.logits = torch.empty(rows, head.vocabulary, dtype=self.dtype, device=hidden.device)
-        self.dhidden = torch.zeros_like(hidden) if needs_hidden else None
+        fresh = torch.empty_like if every_row else torch.zeros_like
+        self.dhidden = fresh(hidden) if needs_hidden else None
         self.dweight = torch.zeros(head.weight.shape, dtype=self.dtype, device=hidden.device) if needs_weight else None
 
     @staticmethod
@@ -274,15 +284,16 @@ class Workspace:
         """Rows whose logits fit."""
         return max(workspace_bytes // (head.vocabulary * product_dtype(hidden).itemsize), 1)
 
-    def open(self, hidden: torch.Tensor, token_ids: torch.Tensor, estimate: torch.Tensor | None) -> Statistics:
-        """Statistics of rows [R, D], R at most `rows`. `estimate`: a guess of their log-probs, which this one does not
-        need."""
+    def open(self, hidden: torch.Tensor, token_ids: torch.Tensor, estimate: torch.Tensor | None, *, entropy: bool
+             ) -> Statistics:
+        """Statistics of rows [R, D], R at most `rows`; as in `statistics`. `estimate`: a guess of their log-probs,
+        which this one does not need."""
         self.x, self.ids = hidden.to(self.dtype), token_ids
         self.kept = self.logits[:len(hidden)]
         online = _Online(self.x)
         for start, tile in _tiles(self.head, self.dtype):
             kept = _logits(self.x, tile, start, self.head, out=self.kept[:, start:start + len(tile)])
-            online.add(kept.clone(), _own(token_ids, start, len(tile)), True)
+            online.add(kept.clone(), _own(token_ids, start, len(tile)), entropy)
         self.found = online.statistics()
         return self.found
 
@@ -308,8 +319,12 @@ class Workspace:
         if self.dhidden is not None:
             self.dhidden[rows] = (dx / self.head.temperature).to(self.dhidden.dtype)
 
-    def add(self, rows: torch.Tensor, more: Gradients) -> None:
-        """Take in gradients that were formed elsewhere."""
+    def add(self, rows: torch.Tensor, hidden: torch.Tensor, token_ids: torch.Tensor, found: Statistics,
+            slopes: torch.Tensor, entropy_slopes: torch.Tensor | None) -> None:
+        """Add the gradients of rows [R, D], R more than `rows`, whose statistics are known; their logits are computed
+        again."""
+        more = gradients(hidden, self.head, token_ids, found, slopes, entropy_slopes,
+                         needs=(self.dhidden is not None, self.dweight is not None, False))
         if self.dhidden is not None and more.hidden is not None:
             self.dhidden[rows] = more.hidden
         if self.dweight is not None and more.weight is not None:

@@ -77,6 +77,11 @@ def test_logits_move_16_bytes_at_a_time(name: str, reports: dict[str, dict]) -> 
     assert reports[name]["wide_loads"] and (reports[name]["wide_stores"] or "forward" in name)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "logit_tile_bf16" in name and "entropy" not in name])
+def test_a_tile_of_logits_leaves_registers_free(name: str, reports: dict[str, dict]) -> None:
+    assert reports[name]["registers"] <= 205
+
+
 def test_a_kernel_that_spills_and_one_that_does_not_compile_are_caught(tmp_path: Path) -> None:
     (tmp_path / "greedy_kernels.py").write_text(GREEDY, "utf-8")
     result = compile_all("greedy_kernels", path=os.pathsep.join([str(tmp_path), PYTHONPATH]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -93,13 +95,20 @@ def test_blocks_are_those_of_the_attention(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_constants_are_those_of_the_kernels() -> None:
-    from veripo_kernels import linear_loss, linear_torch
+    from veripo_kernels import linear_torch, linear_triton
 
     from veripo_fast.schedule import ledger
     from veripo_fast.video import buffers
 
     assert ledger.ROOM_BYTES == buffers.MAX_BYTES
-    assert (activations.TILE, activations.WORKSPACE_BYTES) == (linear_torch.TILE, linear_loss.WORKSPACE_BYTES)
+    assert (activations.TILE, activations.WORKSPACE_BYTES) == (linear_torch.TILE, linear_torch.WORKSPACE_BYTES)
+    assert activations.GPU_WORKSPACE_BYTES == linear_triton.WORKSPACE_BYTES
+
+
+def test_a_gpu_holds_a_head_of_two_bytes_once_more() -> None:
+    shape: Any = SimpleNamespace(vocabulary=1000, hidden=8, head_numbers=8000)
+    logits = {size: activations.loss_bytes(shape, Row(1, 90, 7, 17), size, True)["logits"] for size in (2, 4)}
+    assert logits[2] - logits[4] == 1000 * 8 * 2
 
 
 @pytest.mark.parametrize(("share", "max_tokens", "tokens"), [(4, 10, 130), (4, 300, 300), (4, 10_000, 520)])

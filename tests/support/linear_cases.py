@@ -197,7 +197,8 @@ class Packed:
         def at(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values.to(logprobs.dtype)
 
-        options = {"loss": self.loss, "loss_mask": at(self.mask), **self.counts}
+        counts = {name: value for name, value in self.counts.items() if name != "entropy"}
+        options = {"loss": self.loss, "loss_mask": at(self.mask), **counts}
         if isinstance(self.loss, PreferenceLoss):
             value, metrics = reference.dpo_loss(logprobs, at(self.ref), self.cu_seqlens, **options)
         else:

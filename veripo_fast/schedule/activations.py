@@ -16,8 +16,8 @@ from veripo_fast.schedule.shapes import ModelShape, TowerShape
 
 TILE = 1024
 """That of veripo_kernels/linear_torch.py."""
-WORKSPACE_BYTES = 1 << 30
-"""That of veripo_kernels/linear_loss.py."""
+WORKSPACE_BYTES, GPU_WORKSPACE_BYTES = 1 << 30, 5 << 28
+"""Those of veripo_kernels/linear_torch.py and linear_triton.py."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,15 @@ def tower_working_bytes(tower: TowerShape, patches: int, itemsize: int) -> int:
 
 
 def loss_bytes(shape: ModelShape, row: Row, itemsize: int, on_gpu: bool) -> dict[str, int]:
-    """Of the fused loss: the logits of a run, and the gradients by hidden states and head that it forms on the way."""
-    wide = 2 if on_gpu else 4
-    rows = min(row.predicted, max(WORKSPACE_BYTES // (shape.vocabulary * wide), 1))
-    tile = 0 if on_gpu else 3 * rows * min(TILE, shape.vocabulary) * 4 + min(TILE, shape.vocabulary) * shape.hidden * 4
+    """Of the fused loss: the logits of a run, and the gradients by hidden states and head that it forms on the way.
+
+    On a GPU a head of two bytes is held as float16 beside the logits.
+    """
+    wide, room = (2, GPU_WORKSPACE_BYTES) if on_gpu else (4, WORKSPACE_BYTES)
+    rows, tiled = min(row.predicted, max(room // (shape.vocabulary * wide), 1)), min(TILE, shape.vocabulary)
+    if on_gpu:
+        tile = shape.vocabulary * shape.hidden * 2 if itemsize == 2 else 0
+    else:
+        tile = 3 * rows * tiled * 4 + tiled * shape.hidden * 4
     hidden = row.predicted * shape.hidden * (2 * itemsize + 4)
     return {"logits": rows * shape.vocabulary * wide + tile, "loss": hidden, "head gradient": shape.head_numbers * 4}

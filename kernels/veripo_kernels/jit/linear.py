@@ -17,6 +17,7 @@ Letters: R rows of a run, V vocabulary, D hidden.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import triton
@@ -98,16 +99,28 @@ def _differentiate(logits, row, bend, v, vocabulary, at, ENTROPY: tl.constexpr, 
     tl.store(at + v[None, :], gradient.to(at.dtype.element_ty), mask=here[:, None] & (v < vocabulary)[None, :])
 
 
+@triton.jit
+def _narrow(weight, narrow, tile, vocabulary, width, BV: tl.constexpr, BD: tl.constexpr):
+    """The head's rows of a tile, in the type of `narrow` [V, D]; the tile has just read them, so a cache has them."""
+    v = tile * BV + tl.arange(0, BV)
+    at = narrow + v.to(tl.int64)[:, None] * width
+    for first in range(0, width, BD):
+        d = first + tl.arange(0, BD)
+        values = weight.load([tile * BV, first]).to(narrow.dtype.element_ty)
+        tl.store(at + d[None, :], values, mask=(v < vocabulary)[:, None] & (d < width)[None, :])
+
+
 @triton.jit(do_not_specialize=["rows", "inverse_temperature", "softcap"])
 def logit_tile(hidden, weight, bias, token_ids, offset, maximum, others, moment, kept,
-               logsumexp, entropy, rest, slopes, entropy_slopes, inverse_scale,
+               logsumexp, entropy, rest, slopes, entropy_slopes, inverse_scale, narrow,
                rows, vocabulary, width, kept_stride, inverse_temperature, softcap,
                MODE: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-               PRECISION: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
+               NARROW: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
     """One [BR, BV] tile; rows fastest, so that the programs that run together share the head's tiles.
 
     hidden, weight: descriptors [R, D], [V, D] of blocks [BR, BD], [BV, BD]. maximum, others, moment: [tiles, R].
-    rest: 1 - p of the own token [R].
+    rest: 1 - p of the own token [R]. NARROW: the head is written to `narrow` [V, D] on the way, by the first rows'
+    programs.
     """
     row_blocks = tl.cdiv(rows, BR)
     first_row = (tl.program_id(0) % row_blocks) * BR
@@ -163,20 +176,25 @@ def logit_tile(hidden, weight, bias, token_ids, offset, maximum, others, moment,
         tl.store(others + slot, (total_a + total_b) + (total_c + total_d), mask=here)
         if ENTROPY:
             tl.store(moment + slot, (moment_a + moment_b) + (moment_c + moment_d), mask=here)
+    if NARROW and first_row == 0:
+        _narrow(weight, narrow, tile, vocabulary, width, BV, BD)
 
 
 @triton.jit(do_not_specialize=["inverse_temperature", "softcap"])
-def own_logit(hidden, weight, bias, token_ids, target, vocabulary, width, hidden_stride, weight_stride,
+def own_logit(hidden, weight, bias, token_ids, target, peak, vocabulary, width, hidden_stride, weight_stride,
               inverse_temperature, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BD: tl.constexpr):
-    """The logit of every row's token, float32 [R]; NaN for an id outside the vocabulary. One program per row."""
+    """The logit of every row's token, float32 [R], NaN for an id outside the vocabulary; and the largest number of its
+    hidden state (`peak`), which `choose_unit` wants. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids + row)
     known = (token >= 0) & (token < vocabulary)
     line = weight + tl.where(known, token, 0) * weight_stride
     total = tl.zeros((BD,), tl.float32)
+    largest = tl.zeros((BD,), tl.float32)
     for start in range(0, width, BD):
         d = start + tl.arange(0, BD)
         x = tl.load(hidden + row * hidden_stride + d, mask=d < width, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
         total += x * tl.load(line + d, mask=d < width, other=0.0).to(tl.float32)
     logit = tl.sum(total, 0)
     if HAS_BIAS:
@@ -184,6 +202,7 @@ def own_logit(hidden, weight, bias, token_ids, target, vocabulary, width, hidden
     if HAS_SOFTCAP:
         logit = _tanh(logit / softcap) * softcap
     tl.store(target + row, tl.where(known, logit * inverse_temperature, float("nan")))
+    tl.store(peak + row, tl.max(largest, 0))
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -267,6 +286,67 @@ def settle(kept, maximum, token_ids, offset, settled, rest, logprobs, entropy, l
         tl.store(line + token, (-tl.load(rest + row)).to(kept.dtype.element_ty))
 
 
+@triton.jit(do_not_specialize=["rows"])
+def choose_unit(scale, peak, unit, rows, FIRST: tl.constexpr, BR: tl.constexpr):
+    """In which unit the head's gradient is summed, so that scale [R] times the hidden states fits float16; one program.
+
+    unit: float32 [3], a power of two, its inverse, and what the sum so far is to be multiplied by. The first run's
+    largest number comes to [2^10, 2^11), far from float16's largest and smallest; a later run changes the unit only if
+    its own would pass 2^15.
+    """
+    largest = tl.zeros((BR,), tl.float32)
+    for first in range(0, rows, BR):
+        r = first + tl.arange(0, BR)
+        here = r < rows
+        size = tl.abs(tl.load(scale + r, mask=here, other=0.0)) * tl.load(peak + r, mask=here, other=0.0)
+        largest = tl.maximum(largest, size)
+    top = tl.max(largest, 0)
+    exponent = top.to(tl.int32, bitcast=True) >> 23  # biased by 127; that of an inverse is 254 minus it
+    inverse = tl.minimum(tl.maximum(127 + 10 - (exponent - 127), 1), 253)
+    change = 127
+    if not FIRST:
+        before = tl.load(unit + 1).to(tl.int32, bitcast=True) >> 23
+        fits = exponent - 127 + before - 127 < 15
+        inverse = tl.where(fits, before, inverse)
+        change = tl.maximum(inverse - before + 127, 0)
+    tl.store(unit, ((254 - inverse) << 23).to(tl.float32, bitcast=True))
+    tl.store(unit + 1, (inverse << 23).to(tl.float32, bitcast=True))
+    tl.store(unit + 2, (change + tl.zeros_like(inverse) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def change_unit(values, unit, count, BLOCK: tl.constexpr):
+    """Multiplies values [count] by unit[2]; where that is 1, as nearly always, nothing is read."""
+    change = tl.load(unit + 2)
+    if change != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(values + at, tl.load(values + at, mask=at < count) * change, mask=at < count)
+
+
+@triton.jit
+def scale_rows(hidden, scale, unit, scaled, width, hidden_stride, BD: tl.constexpr):
+    """scaled [R, D] = hidden * scale / unit: the right side of the head's gradient. One program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    factor, inverse = tl.load(scale + row), tl.load(unit + 1)
+    for first in range(0, width, BD):
+        d = first + tl.arange(0, BD)
+        x = tl.load(hidden + row * hidden_stride + d, mask=d < width, other=0.0).to(tl.float32)
+        x = tl.where(factor == 0.0, 0.0, x * factor * inverse)
+        tl.store(scaled + row * width + d, x.to(scaled.dtype.element_ty), mask=d < width)
+
+
+@triton.jit
+def spread_rows(product, scale, rows, gradient, width, BD: tl.constexpr):
+    """gradient[rows[r]] = scale[r] * product[r], product float32 [R, D]. One program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    factor, place = tl.load(scale + row), tl.load(rows + row)
+    for first in range(0, width, BD):
+        d = first + tl.arange(0, BD)
+        values = tl.load(product + row * width + d, mask=d < width, other=0.0)
+        values = tl.where(factor == 0.0, 0.0, values * factor)
+        tl.store(gradient + place * width + d, values.to(gradient.dtype.element_ty), mask=d < width)
+
+
 def tile_shape(dtype: str) -> dict[str, int]:
     """Blocks, warps and stages of `logit_tile` on Hopper for hidden states of a dtype ("bf16", "fp16", "fp32")."""
     if dtype == "fp32":
@@ -276,23 +356,26 @@ def tile_shape(dtype: str) -> dict[str, int]:
 
 def _cases() -> list[Sm90Case]:
     cases: list[Sm90Case] = []
-    for dtype, kept, mode, entropy in (
-            ("bf16", "fp16", STATISTICS, True), ("bf16", "fp16", KEEP, False), ("bf16", "fp16", KEEP, True),
-            ("bf16", "fp16", GRADIENT, False), ("bf16", "fp16", GRADIENT, True), ("fp32", "fp32", KEEP, True)):
+    narrow_or_not = product((STATISTICS, KEEP, GRADIENT), (False, True), (False, True))
+    two_bytes = [("bf16", "fp16", *case) for case in narrow_or_not if case[0] != STATISTICS or not case[2]]
+    for dtype, kept, mode, entropy, narrow in (
+            *two_bytes, ("fp32", "fp32", KEEP, False, False), ("fp32", "fp32", KEEP, True, False)):
         shape = tile_shape(dtype)
         blocks = {name: shape[name] for name in ("BR", "BV", "BD")}
         floats = ("offset", "maximum", "others", "moment", "logsumexp", "entropy", "rest", "slopes",
                   "entropy_slopes", "inverse_scale")
         cases.append({
-            "name": f"logit_tile_{dtype}_{mode}{'_entropy' if entropy else ''}", "kernel": logit_tile,
+            "name": f"logit_tile_{dtype}_{mode}{'_entropy' if entropy else ''}{'_narrow' if narrow else ''}",
+            "kernel": logit_tile,
             "signature": {"hidden": f"tensordesc<{dtype}[{blocks['BR']}, {blocks['BD']}]>",
                           "weight": f"tensordesc<{dtype}[{blocks['BV']}, {blocks['BD']}]>", "bias": f"*{dtype}",
-                          "token_ids": "*i64", "kept": f"*{kept}", **dict.fromkeys(floats, "*fp32"), "rows": "i32",
-                          "vocabulary": "i32", "width": "i32", "kept_stride": "i64", "inverse_temperature": "fp32",
+                          "token_ids": "*i64", **dict.fromkeys(("kept", "narrow"), f"*{kept}"),
+                          **dict.fromkeys(floats, "*fp32"), "rows": "i32", "vocabulary": "i32", "width": "i32",
+                          "kept_stride": "i64", "inverse_temperature": "fp32",
                           "softcap": "fp32"},
-            "constexprs": {"MODE": mode, "ENTROPY": entropy, "HAS_BIAS": False, "HAS_SOFTCAP": False,
+            "constexprs": {"MODE": mode, "ENTROPY": entropy, "HAS_BIAS": False, "HAS_SOFTCAP": False, "NARROW": narrow,
                            "PRECISION": "ieee", **blocks},
-            "divisible_by_16": ("bias", "token_ids", "kept", *floats, "vocabulary", "width", "kept_stride"),
+            "divisible_by_16": ("bias", "token_ids", "kept", "narrow", *floats, "vocabulary", "width", "kept_stride"),
             "num_warps": shape["num_warps"], "num_stages": shape["num_stages"], "wgmma": dtype != "fp32"})
     return cases
 
@@ -302,7 +385,8 @@ def _row_cases() -> list[Sm90Case]:
                             "settled", "rest", "scale"), "*fp32")
     settled = dict.fromkeys(("maximum", "offset", "settled", "rest", "logprobs", "entropy", "logsumexp", "slopes",
                              "entropy_slopes", "inverse_scale"), "*fp32")
-    read = {"hidden": "*bf16", "weight": "*bf16", "bias": "*bf16", "token_ids": "*i64", "target": "*fp32"}
+    read = {"hidden": "*bf16", "weight": "*bf16", "bias": "*bf16", "token_ids": "*i64", "target": "*fp32",
+            "peak": "*fp32"}
     shared: Any = {"num_warps": 4, "num_stages": 3, "wgmma": False}
     cases: list[Any] = [
         {"name": "own_logit_bf16", "kernel": own_logit,
@@ -310,14 +394,31 @@ def _row_cases() -> list[Sm90Case]:
                        "inverse_temperature": "fp32", "softcap": "fp32"},
          "constexprs": {"HAS_BIAS": False, "HAS_SOFTCAP": False, "BD": 1024},
          "divisible_by_16": (*read, "width", "hidden_stride", "weight_stride"), **shared},
-        {"name": "combine_keep_entropy", "kernel": combine, "signature": {**tables, "rows": "i32", "tiles": "i32"},
-         "constexprs": {"ENTROPY": True, "KEEP": True, "BR": 32, "BT": 32}, "divisible_by_16": tuple(tables), **shared},
+        *({"name": f"combine_keep{'_entropy' if entropy else ''}", "kernel": combine,
+           "signature": {**tables, "rows": "i32", "tiles": "i32"},
+           "constexprs": {"ENTROPY": entropy, "KEEP": True, "BR": 32, "BT": 32}, "divisible_by_16": tuple(tables),
+           **shared} for entropy in (False, True)),
         *({"name": f"settle{'_entropy' if entropy else ''}", "kernel": settle,
            "signature": {"kept": "*fp16", "token_ids": "*i64", **settled, "rows": "i32", "vocabulary": "i32",
                          "tiles": "i32", "kept_stride": "i64"},
            "constexprs": {"ENTROPY": entropy, "BV": 256, "SPAN": 16},
            "divisible_by_16": ("kept", "token_ids", *settled, "vocabulary", "kept_stride"), **shared}
-          for entropy in (False, True))]
+          for entropy in (False, True)),
+        *({"name": f"choose_unit{'_first' if first else ''}", "kernel": choose_unit,
+           "signature": {"scale": "*fp32", "peak": "*fp32", "unit": "*fp32", "rows": "i32"},
+           "constexprs": {"FIRST": first, "BR": 1024}, "divisible_by_16": ("scale", "peak", "unit"), **shared}
+          for first in (False, True)),
+        {"name": "change_unit", "kernel": change_unit,
+         "signature": {"values": "*fp32", "unit": "*fp32", "count": "i64"}, "constexprs": {"BLOCK": 4096},
+         "divisible_by_16": ("values", "unit", "count"), **shared},
+        {"name": "scale_rows_bf16", "kernel": scale_rows,
+         "signature": {"hidden": "*bf16", "scale": "*fp32", "unit": "*fp32", "scaled": "*fp16", "width": "i32",
+                       "hidden_stride": "i64"},
+         "constexprs": {"BD": 1024},
+         "divisible_by_16": ("hidden", "scale", "unit", "scaled", "width", "hidden_stride"), **shared},
+        {"name": "spread_rows_bf16", "kernel": spread_rows,
+         "signature": {"product": "*fp32", "scale": "*fp32", "rows": "*i64", "gradient": "*bf16", "width": "i32"},
+         "constexprs": {"BD": 1024}, "divisible_by_16": ("product", "scale", "rows", "gradient", "width"), **shared}]
     return cases
 
 
