@@ -139,7 +139,7 @@ def test_data_that_moved_hold_the_same_easy_prompts(stopped: Stopped, tmp_path: 
 
 def test_a_change_that_nobody_knows_is_refused(stopped: Stopped) -> None:
     ended = stopped.train("--allow-changes", "everything")
-    assert ended.code == 2 and "--allow-changes takes config, data, media, model, rollouts" in ended.output
+    assert ended.code == 2 and "--allow-changes takes code, config, data, media, model, rollouts" in ended.output
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
