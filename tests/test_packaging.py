@@ -118,7 +118,7 @@ def test_every_dependency_is_pinned_within_its_range():
 
 def test_extras():
     assert set(PROJECT["optional-dependencies"]) == {"vllm", "dali", "deepspeed", "flash", "trl", "liger", "remote",
-                                                     "bench", "dev"}
+                                                     "answers", "bench", "dev"}
 
 
 @pytest.mark.parametrize(("python", "words"), [
