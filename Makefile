@@ -49,6 +49,6 @@ lint: .venv/.dev
 	@touch $@
 
 clean:
-	rm -rf .venv/.base .venv-engines/.installed build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv/.base .venv-engines/.installed build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find veripo_fast kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f kernels/veripo_kernels/*.so

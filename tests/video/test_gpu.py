@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_check
+from bench import gpu_check, gpu_parts
 from bench.video import clips, gpu
 from tests.support.children import PATIENCE_SECONDS
 from veripo_fast.video import dali
@@ -139,7 +139,7 @@ def test_a_fall_back_to_the_cpu_is_refused(folder: Path) -> None:
 
 
 def test_the_bench_counts_frames_and_times_every_decoder() -> None:
-    rows = gpu_check.part_video(CPU, gpu_check.TINY)
+    rows = list(gpu_parts.part_video(CPU, gpu_parts.TINY))
     assert json.loads(json.dumps(rows)) and all(gpu_check.told(row) for row in rows)
     *decoded, resized = rows
     assert [row["in_flight"] for row in decoded] == [1, 2]
