@@ -1,7 +1,4 @@
-"""`veripo bench kernels` on tiny shapes: what is compared, what is refused, what a line says.
-
-The sweep over all ops runs here too; the rest of the GPU check in test_gpu_check.py.
-"""
+"""`veripo bench kernels` on tiny shapes: what is compared, what is refused, what a line says."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from veripo_kernels import dispatch, reference
+from veripo_kernels import reference
 
-from bench import gpu_parts, measure, recipe
-from bench.kernels import bench_kernels, cases, child, peers, rows, sweep
+from bench import measure, recipe
+from bench.kernels import bench_kernels, cases, child, peers, rows
 from veripo_fast import cli, commands
 
 CPU = torch.device("cpu")
@@ -248,60 +245,6 @@ def test_accuracy_sees_a_rounded_head(monkeypatch):
     assert rows.accuracy([40, 32, 300], rows=16)["passed"]
     monkeypatch.setattr(rows, "our_policy_loss", rounded)
     assert not rows.accuracy([40, 32, 300], rows=16)["passed"]
-
-
-# -- the sweep of the GPU check ---------------------------------------------------------------------------------------
-
-SWEEP = ("gather_logprobs torch.bfloat16 [33, 300]", "gather_logprobs torch.float32 [3, 129]",
-         "linear_policy_loss torch.bfloat16 (65, 40, 257) trainable head",
-         "linear_policy_loss torch.float32 (65, 40, 257) frozen head",
-         "linear_logprobs torch.float32 (7, 16, 130)", "linear_dpo_loss torch.bfloat16 (65, 40, 257)", "grpo_loss gspo",
-         "grpo_loss grpo", "dpo_loss exo", "group_advantages std", "opcheck linear_logprobs",
-         "gather_logprobs with 12000 logits",
-         "linear_policy_loss with 12000 logits")
-
-
-def test_the_sweep_runs_on_interpreted_kernels():
-    """Some cases of each kind; all of them take a minute and a half."""
-    cases = dict(sweep.sweep(CPU, sweep.TINY))
-    assert len(cases) > 50 and set(SWEEP) <= cases.keys()
-    for name in SWEEP:
-        cases[name]()
-
-
-def test_the_smoke_knows_every_op():
-    assert set(sweep.smoke(CPU)) == set(dispatch.OPS)
-
-
-def test_the_smoke_sees_wrong_frames_and_copies(monkeypatch):
-    """Kernels are the sweep's; frames and slices have a check of their own."""
-    smoke = sweep.smoke(CPU)
-    for name, right in sweep.FRAME_OPS.items():
-        smoke[name]()
-        monkeypatch.setitem(sweep.FRAME_OPS, name, lambda *args, right=right, **options: right(*args, **options) + 3)
-        with pytest.raises(AssertionError, match=f"{name}: .* levels off"):
-            smoke[name]()
-    smoke["copy_slices"]()
-    monkeypatch.setattr(sweep, "copy_slices", lambda sources, targets: torch.zeros(2))
-    with pytest.raises(AssertionError, match="another element"):
-        smoke["copy_slices"]()
-
-
-def test_the_sweep_sees_a_wrong_kernel(monkeypatch):
-    right = sweep.our_policy_loss
-
-    def wrong(case, impl):
-        found = right(case, impl)
-        return found | {"dhead": found["dhead"] * 1.01}
-
-    monkeypatch.setattr(sweep, "our_policy_loss", wrong)
-    shape = cases.Shape(7, 16, 130)
-    with pytest.raises(AssertionError, match="dhead: relative error 1"):
-        sweep._policy(CPU, torch.float32, shape, True)
-    monkeypatch.setattr(sweep, "sweep", lambda device, sizes: iter([("bad", lambda: sweep._policy(
-        CPU, torch.float32, shape, True)), ("good", lambda: None)]))
-    row, = gpu_parts.part_sweep(CPU, gpu_parts.TINY)
-    assert (row["cases"], row["passed"], list(row["wrong"])) == (2, False, ["bad"])
 
 
 # -- veripo bench ----------------------------------------------------------------------------------------------------

@@ -85,9 +85,9 @@ def test_a_planted_slow_down_fails_and_is_named(tmp_path):
 
 def test_every_op_and_peer_of_the_bench_is_there():
     """One table of cases: what `veripo bench kernels` compares is what is collected, by name."""
-    done = run(sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider",
-               cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": os.pathsep.join(
-                   filter(None, [PYTHONPATH, os.environ.get("PYTHONPATH")]))})
+    path = os.pathsep.join(filter(None, [PYTHONPATH, os.environ.get("PYTHONPATH")]))
+    done = run(sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "-o", "addopts=",
+               "-p", "no:cacheprovider", cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stdout + done.stderr
     collected = re.findall(r"test_speed\.py::test_op\[(\w+)-[\dx]+-([^\]]+)\]", done.stdout)
     assert set(collected) == {(op, peer) for op, ways in PEERS.items() for peer in ways}
