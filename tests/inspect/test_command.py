@@ -99,6 +99,7 @@ def row(path: Path, config: Config = EIGHT, **part: float) -> dict[str, Any]:
 # --- facts of a file --------------------------------------------------------------------------------------------------
 
 VARIES = "its frame rate varies or frames are missing, and DALI numbers frames as they come out of the decoder"
+NO_START = "its packets do not tell where decoding may begin"
 FACTS: dict[str, dict[str, Any]] = {
     "plain.mp4": {"container": "mov", "codec": "h264", "pixel_format": "yuv420p", "bit_depth": 8, "width": 192,
                   "height": 108, "rotation": 0, "fps": pytest.approx(30), "container_fps": pytest.approx(30),
@@ -131,7 +132,7 @@ FACTS: dict[str, dict[str, Any]] = {
                                  "earlier picture"},
     "av1.mp4": {"codec": "av1", "nvdec_hopper": False},
     "stream.ts": {"container": "mpegts", "open_gop": False, "damaged_packets": 0, "header_frames": None,
-                  "nvdec_refusal": None, "dali_refusal": "DALI's frame numbers are not trusted in mpegts"},
+                  "nvdec_refusal": NO_START, "dali_refusal": NO_START},
     "edited.mp4": {"dali_refusal": "DALI counts the 4 frames that its edit list hides", "hidden_frames": 4,
                    "frames": 44, "header_frames": 48},
 }
