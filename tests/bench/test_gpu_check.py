@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_every_part_may_take_what_is_left(monkeypatch):
     """Eight minutes in all, whatever hangs; the first five parts are sure of theirs."""
     asked: dict[str, float] = {}
     clock = iter(range(0, 10_000, 50))
-    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     monkeypatch.setattr(gpu_check, "absent", lambda needs: None)
 
     def part(name, device, seconds):

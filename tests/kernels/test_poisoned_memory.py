@@ -163,6 +163,14 @@ def gradients(total: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor |
     return list(torch.autograd.grad(total, [leaf for leaf in leaves if leaf.requires_grad], allow_unused=True))
 
 
+def test_what_nobody_wrote_is_seen() -> None:
+    """As NaN, or as a result that is another one in other memory."""
+    assert "returned: 5 of 5 are NaN" in unwritten(lambda: torch.empty(5))
+    values = iter(range(2))
+    assert unwritten(lambda: torch.tensor(next(values))) == ["returned: other bits"]
+    assert unwritten(lambda: torch.zeros(3)) == []
+
+
 # -- log-probs -------------------------------------------------------------------------------------------------------
 
 
