@@ -3,13 +3,16 @@
 PYTHON ?= python3
 PINS := pyproject.toml setup.py .ci/constraints-cpu.txt .ci/install.sh $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
+# Tests of interpreted kernels that run on the Triton of both environments
+INTERPRETED := tests/kernels/test_interpreter.py tests/bench/test_sweep.py
+
 .PHONY: help demo test engines test-engines lint clean
 
 help:
 	@echo "make demo    install into .venv, then the whole loop on rendered clips; ARGS=\"--quick --seed 1\" are its options"
 	@echo "make test    install the test tools too, then ruff, mypy and pytest"
 	@echo "make engines       an environment beside it with vLLM, in .venv-engines (3.9 GB without a GPU)"
-	@echo "make test-engines  the tests on the real engine, in that environment"
+	@echo "make test-engines  the tests on the real engine, in that environment, and the kernels in its Triton's interpreter"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make clean   remove what builds and tools leave behind, the compiled op too (not the environments, not runs)"
 
@@ -27,6 +30,7 @@ engines: .venv-engines/.installed
 
 test-engines: .venv-engines/.installed
 	.venv-engines/bin/python -m pytest tests/engines
+	TRITON_INTERPRET=1 .venv-engines/bin/python -m pytest $(INTERPRETED)
 
 lint: .venv/.dev
 	.venv/bin/ruff check .
@@ -49,6 +53,6 @@ lint: .venv/.dev
 	@touch $@
 
 clean:
-	rm -rf .venv/.base .venv-engines/.installed build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv/.base .venv-engines/.installed build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find veripo_fast kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f kernels/veripo_kernels/*.so

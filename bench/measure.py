@@ -18,7 +18,7 @@ from veripo_fast.run.memory import reset_resident_peak, return_freed_memory, sta
 Clock = Callable[[Callable[[], object]], float]
 """Runs a call and gives its seconds."""
 
-_L2_BYTES = 256 << 20
+L2_BYTES = 256 << 20
 """Written before each CUDA call, so that no input is left in the cache (50 MiB on an H100) by what ran before."""
 
 
@@ -30,7 +30,7 @@ def wall_clock(run: Callable[[], object]) -> float:
 
 def cuda_clock(calls: int = 1) -> Clock:
     """Seconds of a call between two events on an idle device with a cold cache: the mean of `calls` in a row."""
-    flush = torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
 
     def clock(run: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

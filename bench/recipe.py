@@ -61,7 +61,7 @@ def commit() -> str:
 
 def append(name: str, row: dict[str, Any]) -> Path:
     """Append a row with its recipe to bench/results/NAME.jsonl."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
     # `veripo bench` names a script by its whole path
     script = sys.argv[0].removeprefix(f"{ROOT}{os.sep}")

@@ -24,21 +24,15 @@ from veripo_kernels import status
 
 from bench import recipe
 from bench.kernels import child
-from bench.kernels.cases import Shape, mean_entropy
+from bench.kernels.cases import Shape, mean_entropy, shapes_of
 from bench.kernels.peers import NAIVE, OURS, PEERS, Peer, Result
 from bench.kernels.rows import Row, build, idle_tokens, memory, named
 from bench.measure import Ratio, clock_of, digits, paired, relative_error
 
-CPU_SHAPES = {"linear_logprobs": [Shape(2048, 1024, 151936)], "linear_nll": [Shape(2048, 1024, 151936)],
-              "linear_policy_loss": [Shape(2048, 1024, 32768)], "gather_logprobs": [Shape(256, 1, 151936)],
-              "gather_logprobs_backward": [Shape(256, 1, 151936)]}
-"""The losses of given log-probs are the definition itself on a CPU."""
 CPU_DEFAULT = ("linear_logprobs", "gather_logprobs", "gather_logprobs_backward")
+"""The losses of given log-probs are the definition itself on a CPU."""
 OP_OF = {"linear_nll": "linear_policy_loss", "gather_logprobs_backward": "gather_logprobs"}
 """What computes ours, where the comparison has another name."""
-GPU_SHAPES = [*(Shape(tokens, 2048, 151936) for tokens in (2048, 8192, 16384, 65536)),
-              Shape(8192, 1024, 151936), Shape(8192, 3584, 152064)]
-
 FAILURES = (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError)
 """What a library raises where it cannot run; memory that runs out is a RuntimeError too."""
 
@@ -166,15 +160,10 @@ def write(row: Row) -> None:
     recipe.append("kernels", row)
 
 
-def _divided(shape: Shape, by: int) -> Shape:
-    return Shape(*(max(size // by, 1) for size in shape))
-
-
 def compare(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
     lines = []
     for op in args.ops:
-        default = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES.get(op, [])
-        for shape in [Shape(*shape) for shape in args.shape] or [_divided(shape, args.trial) for shape in default]:
+        for shape in [Shape(*shape) for shape in args.shape] or shapes_of(op, device, args.trial):
             for row in Comparison(op, shape, dtype, device, args.idle, args.peers).rows(args.rounds):
                 write(row)
                 print(told(row), flush=True)

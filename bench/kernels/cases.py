@@ -26,6 +26,20 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
+CPU_SHAPES = {"linear_logprobs": [Shape(2048, 1024, 151936)], "linear_nll": [Shape(2048, 1024, 151936)],
+              "linear_policy_loss": [Shape(2048, 1024, 32768)], "gather_logprobs": [Shape(256, 1, 151936)],
+              "gather_logprobs_backward": [Shape(256, 1, 151936)], "grpo_loss": [Shape(65536, 1, 1)],
+              "dpo_loss": [Shape(65536, 1, 1)]}
+GPU_SHAPES = [*(Shape(tokens, 2048, 151936) for tokens in (2048, 8192, 16384, 65536)),
+              Shape(8192, 1024, 151936), Shape(8192, 3584, 152064)]
+
+
+def shapes_of(op: str, device: torch.device, divisor: int = 1) -> list[Shape]:
+    """What every bench times an op at, where no shape is asked for; sizes are divided by `divisor`, for a trial."""
+    shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES[op]
+    return [Shape(*(max(size // divisor, 1) for size in shape)) for shape in shapes]
+
+
 @dataclass(frozen=True)
 class Problem:
     """Inputs of the linear ops."""

@@ -1,7 +1,8 @@
 """Every op on a device against float64: float32 and bfloat16, ragged shapes, the real vocabulary, over 2^31 logits.
 
-`sweep` yields one result per case. A kernel may be off by twice what torch is in the same type, plus some roundings;
-where that would allow too much (bfloat16 logits) by the project's limits. Letters: T tokens, V vocabulary, D hidden.
+`sweep` yields one result per case, `smoke` gives one small case per op. A kernel may be off by twice what torch is in
+the same type, plus some roundings; where that would allow too much (bfloat16 logits) by the project's limits.
+Letters: T tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ import torch
 from veripo_kernels import (
     PolicyLoss,
     PreferenceLoss,
+    copy_slices,
     dpo_loss,
+    frames_to_patches,
+    frames_torch,
     gather_logprobs,
     gather_logprobs_fused,
     group_advantages,
     grpo_loss,
     linear_dpo_loss,
     linear_logprobs,
+    planes_to_frames,
+    planes_to_patches,
     reference,
+    resize_frames,
 )
 
 from bench.kernels import cases
@@ -53,6 +60,23 @@ def sweep(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Callable[[]
     """Names and checks; a check raises AssertionError."""
     return chain(_gather_cases(device, sizes), _linear_cases(device, sizes), _loss_cases(device, sizes),
                  _opcheck_cases(device), _large_cases(device, sizes))
+
+
+def smoke(device: torch.device) -> dict[str, Callable[[], None]]:
+    """A check of each op on a small ragged case in bfloat16 (losses in float32), by its name in `dispatch.OPS`.
+
+    Ops with a Triton kernel are checked on that one, the others on what `auto` takes.
+    """
+    shape = Shape(65, 40, 257)
+    return {"linear_policy_loss": lambda: _policy(device, torch.bfloat16, shape, True),
+            "gather_logprobs": lambda: _gather(device, torch.bfloat16, 33, 257),
+            "linear_logprobs": lambda: _logprobs(device, torch.bfloat16, shape),
+            "linear_dpo_loss": lambda: _linear_dpo(device, torch.bfloat16, shape),
+            "grpo_loss": lambda: _loss(grpo_loss, PolicyLoss("grpo"), device, TINY),
+            "dpo_loss": lambda: _loss(dpo_loss, PreferenceLoss(), device, TINY),
+            "group_advantages": lambda: _advantages("std", device),
+            **{name: lambda name=name: _frames(device, name) for name in FRAME_OPS},
+            "copy_slices": lambda: _copy(device)}
 
 
 def close(what: str, got: torch.Tensor, want: torch.Tensor, torch_got: torch.Tensor | None = None, *,
@@ -201,6 +225,40 @@ def _advantages(kind: str, device: torch.device) -> None:
     groups = (torch.arange(37, device=device) * 7) % 5
     want = group_advantages(rewards.double(), groups, kind=kind, impl="torch")  # type: ignore[arg-type]
     close("advantages", group_advantages(rewards, groups, kind=kind, impl="triton"), want)  # type: ignore[arg-type]
+
+
+# -- frames and slices: what `auto` takes on the device against plain torch on the CPU --------------------------------
+
+FRAME_OPS: dict[str, Callable[..., torch.Tensor]] = {
+    "resize_frames": resize_frames, "frames_to_patches": frames_to_patches, "planes_to_frames": planes_to_frames,
+    "planes_to_patches": planes_to_patches}
+
+
+def _frames(device: torch.device, name: str) -> None:
+    """Levels, and patches scaled to levels, may be two off: torch on a GPU filters in float32, not in integers."""
+    random = torch.Generator().manual_seed(0)
+    planes = name.startswith("planes")
+    sizes = [(3, 45, 70), (3, 23, 35), (3, 23, 35)] if planes else [(3, 3, 45, 70)]
+    pixels = [torch.randint(256, size, dtype=torch.uint8, generator=random) for size in sizes]
+    geometry: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3, "patch_size": 14, "merge_size": 2,
+                                "temporal_patch_size": 2} if name.endswith("patches") else {}
+    frames = frames_torch.planes_to_rgb(*pixels, frames_torch.yuv_matrix("bt601", False)) if planes else pixels[0]
+    want = (frames_torch.frames_to_patches(frames, 28, 56, dtype=torch.float32, **geometry) if geometry
+            else frames_torch.resize_frames(frames, 28, 56))
+    colours = {"matrix": "bt601"} if planes else {}
+    got = FRAME_OPS[name](*(plane.to(device) for plane in pixels), 28, 56, **colours, **geometry)
+    error = float((got.cpu().float() - want.float()).abs().max())
+    assert error <= 2.001, f"{name}: {error:.3f} levels off"  # 1 / 255 is no number of float32
+
+
+def _copy(device: torch.device) -> None:
+    source = torch.randn(33, 50, generator=torch.Generator().manual_seed(0))
+    sources = [source.to(device)[:, :41], source.to(device)[1:7]]
+    targets = [torch.empty(part.shape, dtype=torch.bfloat16, device=device) for part in sources]
+    sent, arrived = copy_slices(sources, targets).tolist()
+    assert sent == arrived, f"checksums {sent} and {arrived}"
+    for part, target in zip(sources, targets, strict=True):
+        assert torch.equal(target, part.bfloat16()), "another element than torch rounds to"
 
 
 # -- registration, and sizes that overflow ---------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""`veripo bench kernels` and bench/gpu_check.py on tiny shapes: what is compared, what is refused, what a line says.
-
-The GPU check runs here as a whole on CPU tensors with interpreted kernels, so that a visit to a GPU needs no debugging.
-"""
+"""`veripo bench kernels` on tiny shapes: what is compared, what is refused, what a line says."""
 
 from __future__ import annotations
 
@@ -13,10 +10,8 @@ import pytest
 import torch
 from veripo_kernels import reference
 
-from bench import gpu_check, measure, recipe
-from bench.kernels import bench_kernels, cases, child, peers, rows, sweep
-from tests.support.children import PATIENCE_SECONDS, run
-from tests.support.paths import REPOSITORY
+from bench import measure, recipe
+from bench.kernels import bench_kernels, cases, child, peers, rows
 from veripo_fast import cli, commands
 
 CPU = torch.device("cpu")
@@ -250,91 +245,6 @@ def test_accuracy_sees_a_rounded_head(monkeypatch):
     assert rows.accuracy([40, 32, 300], rows=16)["passed"]
     monkeypatch.setattr(rows, "our_policy_loss", rounded)
     assert not rows.accuracy([40, 32, 300], rows=16)["passed"]
-
-
-# -- the GPU check ---------------------------------------------------------------------------------------------------
-
-def test_without_a_gpu_it_says_so():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    done = run(sys.executable, REPOSITORY / "bench" / "gpu_check.py")
-    assert done.returncode == 1 and "sees no CUDA device" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.usefixtures("here")
-def test_the_whole_check_runs_on_cpu_tensors(results):
-    """Every part but the sweep, which is the next test."""
-    def part(name, device, seconds):
-        assert 0 < seconds <= 150
-        return [] if name == "sweep" else gpu_check.PARTS[name](torch.device(device), gpu_check.TINY)
-
-    tests = [gpu_check.tests_row("...\nFAILED tests/test_a.py::test_b - x\n1 failed, 3 passed in 2s\n", 1)]
-    rows = gpu_check.check("cpu", part, lambda seconds: tests)
-    assert [row["row"] for row in results("h100")] == [row["row"] for row in rows] and len(rows) == 14
-    assert {row["part"] for row in results("h100")} == {*gpu_check.PARTS, "tests"} - {"sweep"}
-    assert rows[-1]["failures"] == ["tests/test_a.py::test_b - x"] and rows[-1]["summary"] == "1 failed, 3 passed in 2s"
-    assert all(gpu_check.told(row) for row in rows)
-
-
-SWEEP = ("gather_logprobs torch.bfloat16 [33, 300]", "gather_logprobs torch.float32 [3, 129]",
-         "linear_policy_loss torch.bfloat16 (65, 40, 257) trainable head",
-         "linear_policy_loss torch.float32 (65, 40, 257) frozen head",
-         "linear_logprobs torch.float32 (7, 16, 130)", "linear_dpo_loss torch.bfloat16 (65, 40, 257)", "grpo_loss gspo",
-         "grpo_loss grpo", "dpo_loss exo", "group_advantages std", "opcheck linear_logprobs",
-         "gather_logprobs with 12000 logits",
-         "linear_policy_loss with 12000 logits")
-
-
-def test_the_sweep_runs_on_interpreted_kernels():
-    """Some cases of each kind; all of them take a minute and a half."""
-    cases = dict(sweep.sweep(CPU, sweep.TINY))
-    assert len(cases) > 50 and set(SWEEP) <= cases.keys()
-    for name in SWEEP:
-        cases[name]()
-
-
-def test_the_sweep_sees_a_wrong_kernel(monkeypatch):
-    right = sweep.our_policy_loss
-
-    def wrong(case, impl):
-        found = right(case, impl)
-        return found | {"dhead": found["dhead"] * 1.01}
-
-    monkeypatch.setattr(sweep, "our_policy_loss", wrong)
-    shape = cases.Shape(7, 16, 130)
-    with pytest.raises(AssertionError, match="dhead: relative error 1"):
-        sweep._policy(CPU, torch.float32, shape, True)
-    monkeypatch.setattr(sweep, "sweep", lambda device, sizes: iter([("bad", lambda: sweep._policy(
-        CPU, torch.float32, shape, True)), ("good", lambda: None)]))
-    row, = gpu_check.part_sweep(CPU, gpu_check.TINY)
-    assert (row["cases"], row["passed"], list(row["wrong"])) == (2, False, ["bad"])
-
-
-def test_a_part_in_its_own_process():
-    rows = gpu_check.run_part("losses", "cpu", PATIENCE_SECONDS)
-    assert [row["row"] for row in rows] == ["grpo_loss with backward, 64 tokens", "dpo_loss with backward, 64 tokens"]
-
-
-def test_parts_that_hang_or_crash_leave_a_line(monkeypatch, tmp_path):
-    child = tmp_path / "child.py"
-    child.write_text("import sys, time\n"
-                     "time.sleep(3600) if 'idle' in sys.argv else sys.exit('illegal memory access')\n")
-    monkeypatch.setattr(gpu_check, "__file__", str(child))
-    hung, = gpu_check.run_part("idle", "cuda", 1)
-    crashed, = gpu_check.run_part("memory", "cuda", PATIENCE_SECONDS)
-    assert hung == {"row": "idle", "not_measured": "took longer than 1 seconds", "passed": False}
-    assert crashed["not_measured"] == "illegal memory access" and "not measured" in gpu_check.told(crashed)
-
-
-def test_what_does_not_fit_the_budget_is_named(results, monkeypatch):
-    monkeypatch.setattr(gpu_check, "BUDGET_SECONDS", 1)
-    rows = gpu_check.check("cpu", lambda *_: pytest.fail("started"), lambda *_: pytest.fail("started"))
-    assert len(rows) == len(gpu_check.PARTS) + 1 and not any(row["passed"] for row in rows)
-
-
-def test_the_named_gpu_tests_use_a_gpu():
-    for file in gpu_check.GPU_TESTS:
-        assert "cuda" in (REPOSITORY / file).read_text("utf-8"), file
 
 
 # -- veripo bench ----------------------------------------------------------------------------------------------------

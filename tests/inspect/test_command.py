@@ -98,6 +98,8 @@ def row(path: Path, config: Config = EIGHT, **part: float) -> dict[str, Any]:
 
 # --- facts of a file --------------------------------------------------------------------------------------------------
 
+VARIES = "its frame rate varies or frames are missing, and DALI numbers frames as they come out of the decoder"
+NO_START = "its packets do not tell where decoding may begin"
 FACTS: dict[str, dict[str, Any]] = {
     "plain.mp4": {"container": "mov", "codec": "h264", "pixel_format": "yuv420p", "bit_depth": 8, "width": 192,
                   "height": 108, "rotation": 0, "fps": pytest.approx(30), "container_fps": pytest.approx(30),
@@ -105,24 +107,34 @@ FACTS: dict[str, dict[str, Any]] = {
                   "frames": 60, "header_frames": 60, "hidden_frames": 0, "offset_seconds": 0.0, "damaged_packets": 0,
                   "damaged_seconds": None, "keyframes": 5, "gop_median": 12, "gop_max": 12, "open_gop": False,
                   "color_matrix": "untagged", "color_primaries": "untagged", "color_transfer": "untagged",
-                  "audio": False, "nvdec_hopper": True},
+                  "audio": False, "nvdec_hopper": True, "auto_decoder": "pyav", "nvdec_refusal": None,
+                  "dali_refusal": None},
     "open.mp4": {"open_gop": True, "damaged_packets": 0},
     "closed.mp4": {"open_gop": False},
-    "variable.mp4": {"variable": True, "interval_spread": pytest.approx(0.08 / 0.05, rel=1e-3)},
+    "variable.mp4": {"variable": True, "nvdec_refusal": None, "dali_refusal": VARIES,
+                     "interval_spread": pytest.approx(0.08 / 0.05, rel=1e-3)},
     "variable.mkv": {"variable": True, "container": "matroska", "header_frames": None},
     "milliseconds.mkv": {"variable": False, "damaged_packets": 0},
     "rotated.mp4": {"rotation": 90, "width": 192, "height": 108},
-    "odd.mp4": {"width": 191, "height": 107, "pixel_format": "yuv444p", "nvdec_hopper": False},
+    "odd.mp4": {"width": 191, "height": 107, "pixel_format": "yuv444p", "nvdec_hopper": False,
+                "nvdec_refusal": "NVDEC does not decode h264 in yuv444p",
+                "dali_refusal": "NVDEC does not decode h264 in yuv444p"},
     "ten-bit.mp4": {"bit_depth": 10, "codec": "h264", "nvdec_hopper": False},
     "tagged.mp4": {"color_matrix": "bt709", "color_primaries": "bt709", "color_transfer": "bt709"},
     "sound.mp4": {"audio": True},
     "late.mp4": {"offset_seconds": pytest.approx(5.0), "seconds": pytest.approx(2.0)},
-    "hevc.mp4": {"codec": "hevc", "open_gop": True, "nvdec_hopper": True, "damaged_packets": 0},
+    "hevc.mp4": {"codec": "hevc", "open_gop": True, "nvdec_hopper": True, "damaged_packets": 0, "nvdec_refusal": None,
+                 "dali_refusal": "DALI gives other frames the times of those that NVDEC skips after seeking "
+                                 "(open groups of pictures)"},
     "hevc-10.mp4": {"codec": "hevc", "bit_depth": 10, "nvdec_hopper": True},
-    "vp9.webm": {"codec": "vp9", "open_gop": None, "nvdec_hopper": True, "gop_median": 30},
+    "vp9.webm": {"codec": "vp9", "open_gop": None, "nvdec_hopper": True, "gop_median": 30, "auto_decoder": "torchcodec",
+                 "dali_refusal": "DALI gives a picture the time of the next packet, and VP9 has packets that show an "
+                                 "earlier picture"},
     "av1.mp4": {"codec": "av1", "nvdec_hopper": False},
-    "stream.ts": {"container": "mpegts", "open_gop": False, "damaged_packets": 0, "header_frames": None},
-    "edited.mp4": {"hidden_frames": 4, "frames": 44, "header_frames": 48},
+    "stream.ts": {"container": "mpegts", "open_gop": False, "damaged_packets": 0, "header_frames": None,
+                  "nvdec_refusal": NO_START, "dali_refusal": NO_START},
+    "edited.mp4": {"dali_refusal": "DALI counts the 4 frames that its edit list hides", "hidden_frames": 4,
+                   "frames": 44, "header_frames": 48},
 }
 
 
@@ -375,6 +387,11 @@ def test_page_says_what_the_rows_say(result: tuple[Path, str]) -> None:
     assert f"frames decoded to take them {sum(one['decode_frames'] for one in ok):,}" in text
     for mark in ("variable frame rate 2", "frames hidden by an edit list 1", "more than 8 bits 2"):
         assert mark in text
+    read = [one for one in table if one["auto_decoder"] is not None]
+    assert f"auto begins with pyav {sum(one['auto_decoder'] == 'pyav' for one in read)}" in text
+    for decoder in ("nvdec", "dali"):
+        assert f"{decoder} is given {sum(one[f'{decoder}_refusal'] is None for one in read)}" in text
+    assert "nvdec is not: NVDEC does not decode h264 in yuv444p 1" in text
     assert "1 file without the name of a video left out." in text
     assert "is a web page (HTML or XML)" in text
     assert html.count("data:image/jpeg;base64,") == 3 * len(ok)

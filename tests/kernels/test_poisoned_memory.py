@@ -1,11 +1,17 @@
-"""No op hands out memory that nobody wrote: torch fills what it allocates with NaN, and every output is looked at.
+"""No op reads or hands out memory that nobody wrote: torch fills what it allocates with NaN, and outputs are looked at.
 
-The outputs of the ops themselves are taken (also those that only backward reads), and the gradients of the leaves.
+The outputs of the ops themselves are taken (also those that only backward reads), and the gradients of the leaves. None
+may hold NaN, and all must have the bits that they have in memory that is not filled. What is allocated beside torch, by
+the C++ op and by the interpreter's numpy, is filled by glibc in processes of their own.
 Letters: T rows, M packed tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from veripo_kernels import (
     PolicyLoss,
     PreferenceLoss,
+    copy_slices,
     dispatch,
     dpo_loss,
     frames_to_patches,
@@ -37,6 +44,10 @@ from veripo_kernels import (
 )
 from veripo_kernels.options import PolicyLossName
 
+from tests.support.children import run
+from tests.support.op_cases import CASES
+from tests.support.paths import PYTHONPATH
+
 WIDTH, VOCABULARY = 12, 70
 SHORT = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = [(impl, dtype) for impl in ("torch", "triton", "cpp") for dtype in SHORT] + [("torch", torch.float64)]
@@ -49,13 +60,20 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not dispatch.inter
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh memory is full of NaN (integers: of their largest number), also where compiled code asks torch for it."""
-    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
-    try:
+    with deterministic_algorithms(fill=True):
         assert torch.empty(9, dtype=torch.bfloat16).isnan().all()
         assert torch.empty(9).new_empty(9).isnan().all()
         assert torch.empty_like(torch.zeros(9)).isnan().all()
+        yield
+
+
+@contextmanager
+def deterministic_algorithms(fill: bool) -> Iterator[None]:
+    """The only ones for which torch fills fresh memory, so that the other run of a pair takes them too."""
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = fill
+    try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
@@ -77,13 +95,28 @@ class Outputs(TorchDispatchMode):
 
 
 def unwritten(function: Callable[[], Any]) -> list[str]:
-    """Runs a function in poisoned memory; where NaN is left in what its ops or itself returned."""
-    outputs = Outputs()
-    with poisoned(), outputs:
-        returned = function()
-    outputs.kept += [("returned", leaf) for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
-    return [f"{name}: {int(value.isnan().sum())} of {value.numel()}" for name, value in outputs.kept
+    """Runs a function in poisoned memory and in other; where what its ops or itself returned holds NaN or differs."""
+    with deterministic_algorithms(fill=False):
+        plain = outputs_of(function)
+    with poisoned():
+        found = outputs_of(function)
+    assert [name for name, _ in plain] == [name for name, _ in found]
+    left = [f"{name}: {int(value.isnan().sum())} of {value.numel()} are NaN" for name, value in found
             if value.is_floating_point() and value.isnan().any()]
+    return left + [f"{name}: other bits" for (name, value), (_, other) in zip(found, plain, strict=True)
+                   if not torch.equal(bits(value), bits(other))]
+
+
+def outputs_of(function: Callable[[], Any]) -> list[tuple[str, torch.Tensor]]:
+    outputs = Outputs()
+    with outputs:
+        returned = function()
+    return outputs.kept + [("returned", leaf) for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """uint8, the bytes of a tensor."""
+    return values.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -128,6 +161,14 @@ def usable(impl: str) -> None:
 
 def gradients(total: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor | None]:
     return list(torch.autograd.grad(total, [leaf for leaf in leaves if leaf.requires_grad], allow_unused=True))
+
+
+def test_what_nobody_wrote_is_seen() -> None:
+    """As NaN, or as a result that is another one in other memory."""
+    assert "returned: 5 of 5 are NaN" in unwritten(lambda: torch.empty(5))
+    values = iter(range(2))
+    assert unwritten(lambda: torch.tensor(next(values))) == ["returned: other bits"]
+    assert unwritten(lambda: torch.zeros(3)) == []
 
 
 # -- log-probs -------------------------------------------------------------------------------------------------------
@@ -327,3 +368,55 @@ def test_frames(count: int, size: tuple[int, int]) -> None:
             small = resize_frames(frames, *size), planes_to_frames(y, u, v, *size, matrix="bt601")
         for ours, theirs in zip((*got, room, *small), (*expected, expected[0], *resized), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("dtype", SHORT)
+def test_copy_slices(dtype: torch.dtype, impl: Any) -> None:
+    usable(impl)
+
+    def copied() -> Any:
+        sources = [rand(5, 41)[:, 3:20], rand(1, 300, seed=1)]
+        targets = [torch.empty(source.shape, dtype=dtype, device=DEVICE) for source in sources]
+        return copy_slices(sources, targets, impl=impl), targets
+
+    assert unwritten(copied) == []
+
+
+# -- memory that torch does not allocate -----------------------------------------------------------------------------
+
+
+DIGESTS = """
+import hashlib, json, os, sys
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from veripo_kernels.testing import interpreter
+    interpreter.install()
+import numpy as np, torch
+from torch.utils._pytree import tree_leaves
+from tests.support.op_cases import CASES
+
+def digest(out):
+    tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+    data = b"".join(leaf.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for leaf in tensors)
+    return hashlib.sha256(data).hexdigest()
+
+print(json.dumps({"fresh": [digest(torch.from_numpy(np.empty(5000))), digest(torch.empty(5000))],
+                  "ops": {f"{op} {impl} {dtype}": digest(run()) for (op, impl, dtype), run in CASES.items()}}))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="GLIBC_TUNABLES is glibc's")
+def test_memory_that_glibc_hands_out() -> None:
+    """Filled and not: vectors and rows of scratch in C++, arrays of numpy, and what torch gets from malloc."""
+    missing = set(dispatch.OPS) ^ {op for op, _, _ in CASES}
+    assert not missing, missing
+    found = []
+    for tunables in ("", "glibc.malloc.tcache_count=0:glibc.malloc.perturb=128"):  # bytes of 127: large numbers
+        done = run(sys.executable, "-c", DIGESTS, env={**os.environ, "GLIBC_TUNABLES": tunables,
+                                                       "PYTHONPATH": PYTHONPATH})
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert len({json.dumps(result["fresh"]) for result in found}) == 2, "glibc filled nothing"
+    plain, filled = (result["ops"] for result in found)
+    assert len(plain) > 40
+    assert [name for name in plain if plain[name] != filled[name]] == []

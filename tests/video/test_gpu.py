@@ -4,17 +4,19 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu_check
+from bench import gpu_check, gpu_parts
 from bench.video import clips, gpu
 from tests.support.children import PATIENCE_SECONDS
 from veripo_fast.video import dali
 from veripo_fast.video.ffmpeg import torchcodec_decoder
+from veripo_fast.video.probe import gpu_refusal
 from veripo_fast.video.readers import CHUNK, RefusedError, read_pyav, read_torchcodec
 from veripo_fast.video.timeline import scan_packets
 
@@ -138,8 +140,36 @@ def test_a_fall_back_to_the_cpu_is_refused(folder: Path) -> None:
     assert clips.read_indices(torch.cat(chunks)) == list(range(20))
 
 
+ON_GPU: dict[str, tuple[str | None, str | None]] = {
+    "closed.mp4": (None, None), "open.mp4": (None, None), "long-groups.mkv": (None, None),
+    "late-start.mp4": (None, None), "hevc.mp4": (None, None), "hevc-10-bit.mp4": (None, None),
+    "vp9.webm": (None, "show an earlier picture"), "turned.mp4": (None, None)}
+"""Part of why NVDEC and DALI are not given each of CLIPS; None where they are."""
+
+
+@pytest.mark.skipif(dali.missing(CPU) is not None, reason="DALI is not installed")
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_graph_that_each_codec_would_take(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """DALI checks operators, arguments and devices of the file's graph when it writes it down; running takes a GPU."""
+    import nvidia.dali
+
+    def without_device(*arguments: object, device_id: int, **options: object) -> nvidia.dali.Pipeline:
+        return pipeline_class(*arguments, device_id=None, **options)  # one with a device cannot be made here
+
+    pipeline_class = nvidia.dali.Pipeline
+    monkeypatch.setattr(nvidia.dali, "Pipeline", without_device)
+    timeline = scan_packets(str(folder / name), soon())
+    for decoder, words in zip(("nvdec", "dali"), ON_GPU[name], strict=True):
+        reason = gpu_refusal(decoder, timeline)
+        assert reason is None if words is None else words in (reason or ""), (decoder, reason)
+    for stream in (timeline.stream, replace(timeline.stream, matrix=dali.BT709)):
+        written = dali.make_pipeline(CUDA, dali.means_bt709(stream)).serialize()
+        assert b"decoders__Video" in written and b"mixed" in written
+        assert (b"CoordTransform" in written) is (stream.matrix == dali.BT709)
+
+
 def test_the_bench_counts_frames_and_times_every_decoder() -> None:
-    rows = gpu_check.part_video(CPU, gpu_check.TINY)
+    rows = list(gpu_parts.part_video(CPU, gpu_parts.TINY))
     assert json.loads(json.dumps(rows)) and all(gpu_check.told(row) for row in rows)
     *decoded, resized = rows
     assert [row["in_flight"] for row in decoded] == [1, 2]

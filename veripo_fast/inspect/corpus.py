@@ -28,7 +28,7 @@ from veripo_fast.types import Image, Media, Video
 from veripo_fast.video.contract import TEMPORAL_PATCH, contract_of, resized_size
 from veripo_fast.video.deadline import run_with_deadline
 from veripo_fast.video.decode import decode, decode_image, wanted_frames
-from veripo_fast.video.decoders import readers
+from veripo_fast.video.decoders import first_decoder
 from veripo_fast.video.pictures import pictures_of
 from veripo_fast.video.probe import Probe, probe_video
 
@@ -257,7 +257,7 @@ def _plan(probe: Probe, wanted: Sequence[int], config: Config, sizes: PolicySize
         height, width = resized_size(height, width, sizes.factor, config.video.min_pixels, config.video.max_pixels)
     except ValueError as error:
         raise MediaError(f"the video cannot be resized: {error}") from error
-    decoder = (*readers(probe.timeline, config.video.decoder), "pyav-sequential")[0]
+    decoder = first_decoder(probe.timeline, config.video.decoder)
     pairs = -(-len(wanted) // TEMPORAL_PATCH)
     tokens = pairs * (height // sizes.factor) * (width // sizes.factor)
     return Plan(len(wanted), width, height, tokens, probe.frames_to_decode(wanted, decoder),

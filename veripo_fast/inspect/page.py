@@ -24,6 +24,7 @@ from veripo_fast.report.axes import tick_labels, ticks
 from veripo_fast.report.frames import spread
 from veripo_fast.report.page import MAX_SKIPPED, page_environment
 from veripo_fast.text import duration, memory, number, plural
+from veripo_fast.video.decoders import GPU_DECODERS
 
 Row = dict[str, Any]
 BARS = 10
@@ -56,7 +57,7 @@ def render(table: pa.Table, thumbnails: Mapping[int, Sequence[str]], corpus: Cor
         contract=_contract(config.video), estimates=_estimates(ok, workers),
         histograms=[chart for column, title, note in _HISTOGRAMS
                     if (chart := histogram(_values(ok, column), title, note))],
-        streams=[_marks(table), *(_count(table, column, title) for column, title in _STREAMS)],
+        streams=[_marks(table), _gpu_decoders(table), *(_count(table, column, title) for column, title in _STREAMS)],
         media=[_shown(table, row, thumbnails.get(row, ())) for row in spread(list(range(len(table))), MAX_SHOWN)],
         total=f"{len(table):,}")
 
@@ -182,6 +183,20 @@ def _marks(table: pa.Table) -> Row:
              ("decoded by NVDEC of H100 and H200", lambda row: row["nvdec_hopper"]))
     return {"title": f"Of {len(known):,} videos that could be read", "header": ("", "media"),
             "rows": [(name, f"{sum(bool(holds(row)) for row in known):,}") for name, holds in tests]}
+
+
+def _gpu_decoders(table: pa.Table) -> Row:
+    """Who would decode: where auto begins, and what the decoders of a GPU are given and refuse."""
+    rows = [(f"auto begins with {name}", f"{count:,}")
+            for name, count in Counter(_values(table, "auto_decoder")).most_common()]
+    known = table.filter(pc.is_valid(table["auto_decoder"]))
+    for decoder in GPU_DECODERS:
+        refusals = known[f"{decoder}_refusal"].to_pylist()
+        rows.append((f"{decoder} is given", f"{refusals.count(None):,}"))
+        counts = Counter(re.sub(r"\b\d[\d.]*", "…", reason) for reason in refusals if reason is not None)
+        rows += [(f"{decoder} is not: {reason}", f"{count:,}") for reason, count in counts.most_common()]
+    return {"title": "Decoders: auto on the CPU; nvdec and dali on an H100 or H200, where video.decoder names them",
+            "header": ("", "media"), "rows": rows}
 
 
 def _shown(table: pa.Table, row: int, pictures: Sequence[str]) -> Row:

@@ -24,7 +24,7 @@ from veripo_fast.data.archives import locate
 from veripo_fast.video.deadline import check_deadline
 from veripo_fast.video.decoders import UNSPECIFIED, nvdec_refuses, untagged_hd
 from veripo_fast.video.readers import CHUNK, RefusedError, first_orientation
-from veripo_fast.video.timeline import Timeline
+from veripo_fast.video.timeline import Stream, Timeline
 
 MAX_FILE_BYTES = 2 << 30
 """A file is read into memory as a whole."""
@@ -93,6 +93,11 @@ def refusal(timeline: Timeline, device: torch.device) -> str | None:
     return None
 
 
+def means_bt709(stream: Stream) -> bool:
+    """Whether its colours have to be repaired."""
+    return stream.matrix == BT709 or untagged_hd(stream)
+
+
 def longest_step(timeline: Timeline) -> float:
     """Longest time from one frame to the next over the median; 1 for a single frame."""
     steps = sorted(after - before for before, after in pairwise(timeline.keys))
@@ -133,7 +138,7 @@ def read_dali(path: str, timeline: Timeline, wanted: Sequence[int], deadline: fl
     last = len(timeline.seconds) - 1
     encoded = np.fromfile(path, np.uint8) if member is None else np.frombuffer(member.read(), np.uint8)
     queries = [*runs[:-1], [*runs[-1], last, last + 1]]  # the last frame is there, and the one after it is not
-    with (_pipeline(device, stream.matrix == BT709 or untagged_hd(stream)) as pipeline,
+    with (_pipeline(device, means_bt709(stream)) as pipeline,
           closing(_decoded(pipeline, encoded, queries, path, deadline, device)) as results):
         for number, frames in enumerate(results):
             height, width = frames.shape[1:3]

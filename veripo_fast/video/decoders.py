@@ -37,6 +37,11 @@ def readers(timeline: Timeline, decoder: str) -> tuple[str, ...]:
     return on_cpu if decoder == "auto" else (decoder, *(name for name in on_cpu if name != decoder))
 
 
+def first_decoder(timeline: Timeline, decoder: str) -> str:
+    """The one that is tried first."""
+    return (*readers(timeline, decoder), "pyav-sequential")[0]
+
+
 def refuses(name: str, timeline: Timeline) -> str | None:
     """Why a decoder must not be given this file although it might take it; None where it may."""
     stream = timeline.stream

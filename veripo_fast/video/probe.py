@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from veripo_fast.errors import MediaError
-from veripo_fast.video.decoders import nvdec_refuses
+from veripo_fast.video import dali
+from veripo_fast.video.decoders import first_decoder, nvdec_refuses, refuses
 from veripo_fast.video.orientation import UPRIGHT, Orientation, orientation_of
 from veripo_fast.video.packets import PacketFacts, decoded_frames, open_video, read_packets
 from veripo_fast.video.timeline import Timeline, timeline_of
@@ -85,8 +87,14 @@ class VideoFacts:
     color_matrix: str
     color_range: str
     audio: bool
+    auto_decoder: str
+    """Where `video.decoder: auto` begins. Always on the CPU: GPU decoders notice less damage, and round colours."""
     nvdec_hopper: bool
     """Whether NVDEC of H100 and H200 decodes it."""
+    nvdec_refusal: str | None
+    """Why `video.decoder: nvdec` leaves it to the CPU all the same; None where NVDEC is given it."""
+    dali_refusal: str | None
+    """Likewise for `dali` on such a GPU."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,19 @@ def _facts(container: InputContainer, stream: VideoStream, timeline: Timeline, p
         open_gop=_leads(packets, context.name) if tells else None,
         color_primaries=_tag(context.color_primaries, _PRIMARIES), color_transfer=_tag(context.color_trc, _TRANSFER),
         color_matrix=_tag(context.colorspace, _MATRIX), color_range=_tag(context.color_range, _RANGE, unknown=0),
-        audio=bool(container.streams.audio), nvdec_hopper=nvdec_refuses(timeline.stream) is None)
+        audio=bool(container.streams.audio), auto_decoder=first_decoder(timeline, "auto"),
+        nvdec_hopper=nvdec_refuses(timeline.stream) is None,
+        nvdec_refusal=gpu_refusal("nvdec", timeline), dali_refusal=gpu_refusal("dali", timeline))
+
+
+def gpu_refusal(decoder: str, timeline: Timeline) -> str | None:
+    """Why a decoder of a Hopper GPU, `nvdec` or `dali`, is not given a file; None where it is."""
+    if not timeline.has_stamps:
+        return "its packets carry no time stamps, so every frame is decoded from the start"
+    reason = refuses(decoder, timeline)
+    if reason is None and decoder == "dali":
+        reason = dali.refusal(timeline, torch.device("cuda"))
+    return reason
 
 
 def _leads(packets: list[PacketFacts], codec: str) -> bool:

@@ -1,4 +1,4 @@
-"""Repair of the interpreter of Triton 3.6 and 3.7, which keeps bfloat16 as 16-bit integers and computes with those.
+"""Repair of the interpreter of Triton 3.6 to 3.9, which keeps bfloat16 as 16-bit integers and computes with those.
 
 Also repaired: libdevice functions (return None), `range` over a kernel argument with numpy >= 2.4 (raises), and float
 arguments (stay Python floats, so that `.to()` fails and they never round to float32). tests/conftest.py installs it.
@@ -41,9 +41,12 @@ def encode(values: Array) -> Array:
 
 def install() -> None:
     """Patches the interpreter of this process, once."""
-    if hasattr(Builder, "get_bf16"):
+    if hasattr(Builder, "veripo_repaired"):
         return
+    Builder.veripo_repaired = True
     Builder.binary_op = _in_float32(Builder.binary_op)
+    if hasattr(Builder, "create_fneg"):  # before 3.9 a negation is a subtraction from 0
+        Builder.create_fneg = _negation(Builder.create_fneg)
     Builder.create_fma = _fma(Builder.create_fma)
     Builder.create_dot = _dot(Builder.create_dot)
     Builder.cast_impl = _cast(Builder.cast_impl)
@@ -73,6 +76,13 @@ def _in_float32(original: Callable[..., Any]) -> Callable[..., Any]:
         return TensorHandle(result, tl.int1) if result.dtype == bool else TensorHandle(encode(result), tl.bfloat16)
 
     return binary_op
+
+
+def _negation(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_fneg(self: Any, value: Any) -> Any:
+        return TensorHandle(value.data ^ np.uint16(0x8000), tl.bfloat16) if _is_bf16(value) else original(self, value)
+
+    return create_fneg
 
 
 def _fma(original: Callable[..., Any]) -> Callable[..., Any]:
