@@ -168,6 +168,9 @@ class Config:
                 or self.distributed.zero_stage < 3,
                 "rollout.engine torch cannot sample from weights that distributed.zero_stage 3 has sharded: ranks "
                 "would wait for each other in every token; take rollout.engine vllm, zero_stage 2, or backend fsdp")
+        require(self.verifier.judge != "llm" or self.rollout.tensor_parallel == 1,
+                "verifier.judge llm runs an engine of its own on each rank, which rollout.tensor_parallel "
+                f"{self.rollout.tensor_parallel} does not leave room for in vLLM; take verifier.judge endpoint")
         object.__setattr__(self, "stages", _named(self.stages))
 
 

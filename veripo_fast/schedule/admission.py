@@ -82,7 +82,9 @@ def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str
     if owner in _OF_ROLLOUT:
         return (f"lower grpo.prompts_per_step (now {config.grpo.prompts_per_step}), rollout.group_size (now "
                 f"{rollout.group_size}) or data.max_prompt_tokens, or take rollout.engine vllm")
-    if owner in ("key/value cache", "engine activations"):
+    if owner == "judge key/value cache" and rollout.engine == "torch":
+        return "take a smaller judge (verifier.llm_path), or verifier.judge endpoint"
+    if owner in ("key/value cache", "engine activations", "judge key/value cache"):
         asked = f"now {rollout.kv_cache_gb:g}" if rollout.kv_cache_gb else "0, which is a quarter of a GPU or 1 GiB"
         return f"lower rollout.kv_cache_gb ({asked}) or data.max_prompt_tokens"
     if owner == "engine weights":
@@ -101,6 +103,8 @@ _BY_NAME = {
     "tower output": "lower cache.host_bytes, or cache.gpu_bytes on a GPU",
     "vision cache": "lower cache.host_bytes",
     "frames ahead": "lower cache.prefetch_bytes or cache.prefetch_prompts",
+    "judge weights": "take a smaller judge (verifier.llm_path), or verifier.judge endpoint, which takes no memory here",
+    "judge activations": "take a smaller judge (verifier.llm_path), or verifier.judge endpoint",
     "reference policy": "set grpo.kl_coef to 0, which needs no reference, or share it out over more ranks",
     "whole weights": "take rollout.engine vllm, which needs no rank to hold every weight",
     "checkpoint": "set checkpoint.asynchronous to false, or take a machine with more memory",

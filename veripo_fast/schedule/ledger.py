@@ -24,6 +24,7 @@ from veripo_fast.schedule.activations import (
     tower_working_bytes,
     working_bytes,
 )
+from veripo_fast.schedule.judge import JudgeShape, judging_owners
 from veripo_fast.schedule.placement import Held, Owners, Placement, frozen_bytes, held_by
 from veripo_fast.schedule.shapes import ModelShape
 from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, itemsize_of, workload_of
@@ -68,21 +69,28 @@ class Phase:
         return max(self.device, key=lambda owner: self.device[owner])
 
 
-def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int = 0) -> dict[str, list[Phase]]:
+def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int = 0,
+            judges: Mapping[str, JudgeShape] | None = None) -> dict[str, list[Phase]]:
     """The phases of every stage of a run, by the stage's name.
 
     Args:
         gpu_bytes: all memory of a rank's GPU; 0: it is a CPU.
+        judges: of the stages with a judge `llm`, by its folder.
     """
     stages = {}
     for stage in config.stages:
-        stages[stage.name] = stage_phases(shape, apply_overrides(config, stage.set), stage, ranks, gpu_bytes)
+        stages[stage.name] = stage_phases(shape, apply_overrides(config, stage.set), stage, ranks, gpu_bytes, judges)
     return stages
 
 
-def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, gpu_bytes: int) -> list[Phase]:
+def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, gpu_bytes: int,
+                 judges: Mapping[str, JudgeShape] | None = None) -> list[Phase]:
     """The phases of one stage, whose overrides are in `config`."""
-    return Ledger(shape, config, ranks, gpu_bytes, workload_of(config, shape, ranks)).phases(stage.kind)
+    ledger = Ledger(shape, config, ranks, gpu_bytes, workload_of(config, shape, ranks))
+    phases = ledger.phases(stage.kind)
+    if stage.kind == "dpo" and config.verifier.judge == "llm" and judges is not None:
+        phases.insert(1, ledger.verify(judges[config.verifier.llm_path]))
+    return phases
 
 
 class Ledger:
@@ -164,6 +172,16 @@ class Ledger:
         rollout, vocabulary = self.config.rollout, self.shape.vocabulary
         truncated = rollout.top_k > 0 or rollout.top_p < 1
         return max(min(rows * vocabulary, MOST_LOGITS), vocabulary) * (TRUNCATING_BYTES if truncated else DRAWING_BYTES)
+
+    def verify(self, judge: JudgeShape) -> Phase:
+        """A judge `llm` in this process, while the policy's engine sleeps; on a CPU an engine cannot."""
+        asleep: Owners = {}
+        cache = 0
+        if self.config.rollout.engine == "vllm":
+            cache = self._engine_cache()["key/value cache"]
+            asleep = {} if self.on_gpu else {**self._engine_weights(starting=False), "key/value cache": cache}
+        return self._phase("verify", {**self._resident(stepped=False), **asleep,
+                                      **judging_owners(judge, self.itemsize, cache)}, self._host())
 
     def _reference(self, row: Row) -> Phase:
         return self._phase("reference", {**self._resident(stepped=False), **self._features(self.work.pairs),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.text import hidden, printable
 from veripo_fast.verifier.endpoint_client import EndpointClient, read_key
-from veripo_fast.verifier.judge_reading import Item, NoReply, ReadingJudge, messages_of, reply_schema
+from veripo_fast.verifier.judge_reading import Item, NoReply, ReadingJudge, Replies, messages_of, reply_schema
 from veripo_fast.verifier.judges import Progress
 
 _WAKE_SECONDS = 0.5
@@ -24,7 +23,9 @@ class EndpointJudge(ReadingJudge):
         self._config = config
         self._backoff_seconds = backoff_seconds
 
-    def _replies(self, items: list[Item], progress: Progress) -> Iterator[tuple[Item, str | NoReply]]:
+    def _replies(self, items: list[Item], progress: Progress) -> Replies:
+        if not items:
+            return
         client = EndpointClient(self._config, self._backoff_seconds)
         pool = ThreadPoolExecutor(self._config.endpoint_concurrency, thread_name_prefix="judge")
         try:

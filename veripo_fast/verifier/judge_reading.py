@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +29,7 @@ MAX_REPLY_TOKENS = 512
 
 Item: TypeAlias = tuple[Prompt, str]
 """A prompt and a think span."""
+Replies: TypeAlias = Generator[tuple[Item, "str | NoReply"], None, None]
 
 _REFUSED_IN_A_ROW = 32
 _LONGEST_REPLY = 32_768
@@ -157,7 +158,7 @@ class ReadingJudge:
         self._cache = VerdictCache(cache_path)
         self._max_failures = max_failures
 
-    def _replies(self, items: list[Item], progress: Progress) -> Iterator[tuple[Item, str | NoReply]]:
+    def _replies(self, items: list[Item], progress: Progress) -> Replies:
         """Replies as they come; calls `progress(0)` while none does, so that a caller can stop the waiting."""
         raise NotImplementedError
 
@@ -194,8 +195,6 @@ class ReadingJudge:
         known = {item: self._cache[key] for item, key in keys.items() if key in self._cache}
         progress(sum(items[item] for item in known))
         new = [item for item in items if item not in known]
-        if not new:
-            return known
         failures = _Failures(self, self._max_failures, len(items))
         with closing(self._replies(new, progress)) as replies:
             for item, reply in replies:
