@@ -31,8 +31,8 @@ from veripo_fast.model.policy import Policy
 from veripo_fast.model.scorer import answer_scorer
 from veripo_fast.model.step import PairLossInputs
 from veripo_fast.reward.math_answers import math_budget
+from veripo_fast.rollout.local_texts import LocalTexts
 from veripo_fast.rollout.store import write_table
-from veripo_fast.rollout.texts import LocalTexts
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session

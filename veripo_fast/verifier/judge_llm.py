@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import CheckpointError
 from veripo_fast.model.checkpoint_files import UNUSABLE
-from veripo_fast.rollout.texts import LocalTexts
+from veripo_fast.rollout.local_texts import LocalTexts
 from veripo_fast.run.inputs import file_fingerprint, model_files
 from veripo_fast.run.weight_files import read_json
 from veripo_fast.text import plural, printable

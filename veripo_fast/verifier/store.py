@@ -87,8 +87,8 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
     """
     from veripo_fast.model.checkpoint_files import resolve_path
     from veripo_fast.model.encoding import PromptEncoder
+    from veripo_fast.rollout.local_texts import LocalTexts
     from veripo_fast.rollout.store import read_groups
-    from veripo_fast.rollout.texts import LocalTexts
 
     with ExitStack() as stack:
         world = stack.enter_context(joined(config.distributed.timeout_seconds, config.model.device))

@@ -25,7 +25,7 @@ from veripo_fast.verifier.judges import Judge, Judgement, judge_distinct
 from veripo_fast.verifier.pairs import Encode, build_pairs
 
 if TYPE_CHECKING:
-    from veripo_fast.rollout.texts import LocalTexts
+    from veripo_fast.rollout.local_texts import LocalTexts
 
 _PAUSE_SECONDS = 0.2
 
