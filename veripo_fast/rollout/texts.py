@@ -7,7 +7,6 @@ is made and ended instead of put to sleep.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -15,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from veripo_fast.model.checkpoint_files import load_weights
-from veripo_fast.run.memory import return_freed_memory
+from veripo_fast.run.memory import return_all_freed_memory
 from veripo_fast.schedule.judge import BATCH_TOKENS
 
 Tokens: TypeAlias = list[int]
@@ -68,7 +67,7 @@ class TorchTexts:
     def close(self) -> None:
         """See `TextEngine`."""
         self.model = None
-        give_back(self.device)
+        return_all_freed_memory(self.device)
 
 
 def batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
@@ -86,11 +85,3 @@ def until_end(tokens: Sequence[int], end_ids: Sequence[int]) -> Tokens:
     """The tokens before the first end token."""
     ends = [place for place, token in enumerate(tokens) if token in end_ids]
     return list(tokens[:ends[0]] if ends else tokens)
-
-
-def give_back(device: torch.device) -> None:
-    """Let the system have the memory of a model that was dropped."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return_freed_memory()

@@ -10,8 +10,9 @@ import torch
 
 from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.rollout import vllm_library as library
-from veripo_fast.rollout.texts import Tokens, give_back, until_end
+from veripo_fast.rollout.texts import Tokens, until_end
 from veripo_fast.rollout.vllm_hooks import EngineFailure, guarded
+from veripo_fast.run.memory import return_all_freed_memory
 
 
 class VllmTexts:
@@ -66,4 +67,4 @@ class VllmTexts:
         if self.engine is not None:
             library.shut_down_texts(self.engine)
         self.engine = None
-        give_back(self.device)
+        return_all_freed_memory(self.device)

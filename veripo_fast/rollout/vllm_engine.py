@@ -106,7 +106,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """See `RolloutEngine`. Shared weights stay; a CPU frees nothing."""
-        if self._asleep:
+        if self._asleep or self.engine is None:
             return
         if self.weights == "copy":
             self.engine.sleep(level=2)

@@ -108,6 +108,9 @@ class Ledger:
         self.trained_tower = not config.model.freeze_vision
         self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, self.on_gpu)
         self.masked = not self.on_gpu or config.model.attention == "sdpa"
+        offloads = config.optimizer.offload and self.placement.backend in ("none", "fsdp")
+        self.away = {name: self.held.resident[name] for name in ("masters", "AdamW's moments") if offloads}
+        """In host memory from a rollout to the step behind it."""
         self.reference: Owners = {}
         """The policy of a KL term, which is there for all of a stage."""
 
@@ -146,13 +149,13 @@ class Ledger:
 
     def _rollout(self) -> Phase:
         if self.config.rollout.engine == "vllm":
-            return self._phase("rollout", {**self._resident(), **self._features(self.work.prompts),
+            return self._phase("rollout", {**self._resident(away=True), **self._features(self.work.prompts),
                                            **self._engine_weights(starting=False), **self._engine_cache()},
                                self._host(self.work.prompts))
         work, shape, b = self.work, self.shape, self.itemsize
         tokens, rows = work.prompts * work.prompt_tokens, work.prompts * work.group_size
         token_cache = 2 * shape.keys * shape.layers * b
-        always = {**self._resident(), **self._features(work.prompts), "whole weights": self.held.whole}
+        always = {**self._resident(away=True), **self._features(work.prompts), "whole weights": self.held.whole}
         together = max(min(PREFILL_TOKENS // work.prompt_tokens, work.prompts), 1) * work.prompt_tokens
         working = working_bytes(shape, together, b)
         in_heap = not self.on_gpu and together * shape.intermediate * b < HEAP_BLOCK
@@ -189,7 +192,7 @@ class Ledger:
 
     def _update(self, row: Row, groups: int, prompts: int) -> Phase:
         shape, b, held = self.shape, self.itemsize, self.held
-        always = {**self._resident(), **self._features(prompts), "gathered layers": held.gathered}
+        always = {**self._resident(away=True), **self._features(prompts), "gathered layers": held.gathered}
         several = groups > row.groups
         saved = {"activations": saved_bytes(shape, row, b, self.masked, self.config.model.gradient_checkpointing)}
         if self.trained_tower:
@@ -201,7 +204,8 @@ class Ledger:
         splintered = {} if self.on_gpu else {"allocator": round(SPLINTERED * sum(saved.values()))}
         moments = [{**always, **saved, **loss, **earlier, **splintered},
                    {**always, **saved, **earlier, **backward, **splintered},
-                   {**always, "gradients": held.gradients, "AdamW's step": held.stepping}]
+                   {**always, **self._resident(), "offloaded AdamW": 0, "gradients": held.gradients,
+                    "AdamW's step": held.stepping}]
         return max((self._phase("update", owners, self._host(prompts)) for owners in moments),
                    key=lambda phase: phase.device_bytes)
 
@@ -221,8 +225,12 @@ class Ledger:
         device, host = ({owner: count for owner, count in part.items() if count} for part in (device, host))
         return Phase(name, device, host) if self.on_gpu else Phase(name, {**device, **host})
 
-    def _resident(self, stepped: bool = True) -> Owners:
+    def _resident(self, stepped: bool = True, away: bool = False) -> Owners:
         resident = {**self.held.resident, **self.reference}
+        if away:
+            resident |= dict.fromkeys(self.away, 0)
+            if not self.on_gpu:
+                resident["offloaded AdamW"] = sum(self.away.values())
         return resident if stepped else {name: resident[name] for name in ("weights", "tower")}
 
     def _features(self, prompts: int) -> Owners:
@@ -252,6 +260,8 @@ class Ledger:
         ahead = min(self.config.cache.prefetch_prompts, work.prompts) * 3 * work.pixels
         host = {**self.held.host, **self._process(), "free buffers": buffers,
                 "frames ahead": min(ahead, self.config.cache.prefetch_bytes)}
+        if self.on_gpu and self.away:
+            host["offloaded AdamW"] = host.get("offloaded AdamW", 0) + sum(self.away.values())
         if self.on_gpu and not self.trained_tower:
             entry = work.features * self.shape.tower.out_hidden * (1 + self.shape.tower.deepstack) * self.itemsize
             host["vision cache"] = min(work.media * entry, self.config.cache.host_bytes)

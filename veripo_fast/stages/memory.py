@@ -53,6 +53,9 @@ def check_memory(config: Config, world: World) -> Plan:
             raise ConfigError(refusal(excess, apply_overrides(config, stage.set), shape, world.size))
 
     world.agreed(check)
+    if world.main and device.type == "cpu" and any(
+            apply_overrides(config, stage.set).optimizer.offload for stage in config.stages):
+        log.warning("optimizer.offload frees nothing on a CPU: AdamW's state is copied within host memory")
     if world.main:
         for line in summary(stages, world.size):
             log.info("%s", line)
