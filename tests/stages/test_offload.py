@@ -18,6 +18,7 @@ from veripo_fast.distributed.backend import LocalBackend
 from veripo_fast.distributed.offload import HostCopies
 from veripo_fast.errors import ConfigError
 from veripo_fast.run.folder import RunDir
+from veripo_fast.schedule.admission import Excess, remedy
 from veripo_fast.schedule.ledger import predict
 from veripo_fast.schedule.shapes import read_shape
 from veripo_fast.stages.optimizer import Optimizer
@@ -131,6 +132,22 @@ def test_the_ledger_moves_it(tmp_path: Path) -> None:
             assert two.device_bytes <= one.device_bytes
     on_cpu = [phase.device_bytes for phase in predict(shape, moved)["grpo-1"]]
     assert on_cpu == [phase.device_bytes for phase in predict(shape, config)["grpo-1"]]
+
+
+def test_a_rollout_without_room_is_told_of_it(tmp_path: Path) -> None:
+    shape = read_shape(runs.model())
+    config = runs.config(tmp_path)
+    phase = next(one for one in predict(shape, config, gpu_bytes=80 * GIB)["grpo-1"] if one.name == "rollout")
+
+    def told(place: str, **changes: object) -> str:
+        moments = phase.device["AdamW's moments"]
+        excess = Excess("grpo-1", phase, place, phase.device_bytes, 1, "AdamW's moments", moments)
+        return remedy(excess, apply_overrides(config, changes), shape, 1)
+
+    assert "set optimizer.offload" in told("cuda:0")
+    assert "optimizer.offload" not in told("cpu")
+    assert "optimizer.offload" not in told("cuda:0", **{"optimizer.offload": True})
+    assert "optimizer.offload" not in told("cuda:0", **{"distributed.backend": "deepspeed"})
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:

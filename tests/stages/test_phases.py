@@ -97,6 +97,7 @@ def test_an_update_that_finds_no_memory(tmp_path: Path) -> None:
         failing.assert_gone()
         assert all(parameter.grad is None for _, parameter in session.policy.parameters())
         assert graphs() == before and caught.value.__traceback__ is not None
+        assert "in _fail" in caught.value.__notes__[0], "where it failed is still said"
 
 
 def test_a_rollout_that_dies(tmp_path: Path) -> None:
@@ -196,3 +197,7 @@ def test_errors_behind_an_error_are_forgotten_too() -> None:
     forget(caught.value)
     assert all(reference() is None for reference in alive)
     assert caught.value.__traceback__ is not None and caught.value.__cause__ is not None
+    for error in (caught.value, caught.value.__cause__):
+        assert error.__notes__[0].startswith("It was raised in:\n") and "in fails" in error.__notes__[0]
+    forget(caught.value)
+    assert len(caught.value.__notes__) == 1, "nothing is left to cut"

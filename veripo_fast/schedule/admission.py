@@ -93,6 +93,8 @@ def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str
         frames = "video.num_frames" if video.num_frames else "video.max_frames"
         return (f"lower {frames} (now {video.num_frames or video.max_frames}) or video.max_pixels (now "
                 f"{video.max_pixels})" + ("" if config.model.freeze_vision else ", or set model.freeze_vision"))
+    if owner in ("AdamW's moments", "masters") and _can_move_adamw(excess, config):
+        return "set optimizer.offload, which keeps it in host memory while completions are sampled"
     if owner in _BY_NAME:
         return _BY_NAME[owner]
     return _smaller_share(config, ranks)
@@ -111,6 +113,12 @@ _BY_NAME = {
     "checkpoint files": "take a smaller model or a machine with more memory: every rank loads the whole model",
     "process": "take a machine with more memory, or fewer ranks on this one",
 }
+
+
+def _can_move_adamw(excess: Excess, config: Config) -> bool:
+    """Whether optimizer.offload would make room where it lacks."""
+    return (excess.phase.name == "rollout" and excess.place not in ("cpu", "the host") and not config.optimizer.offload
+            and config.distributed.backend != "deepspeed")
 
 
 def _smaller_rows(config: Config, shape: ModelShape, ranks: int, group_size: int | None) -> str:

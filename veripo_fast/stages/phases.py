@@ -2,7 +2,7 @@
 
 An exception holds the frames that it came through, and they hold their tensors: activations of half a forward pass, a
 batch of key/value caches. Whoever keeps the exception keeps them (a notebook keeps the last one). So a phase that fails
-clears these frames, and what a debugger could have read in them is gone.
+lets go of these frames: they stand as text behind the error's message, and a debugger can read no variables in them.
 """
 
 from __future__ import annotations
