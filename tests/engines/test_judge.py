@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tests.support.verifier_groups import written as answered
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.errors import ConfigError
+from veripo_fast.rollout import vllm_library
 from veripo_fast.rollout.local_texts import LocalTexts, make_texts
 from veripo_fast.rollout.vllm_engine import VllmEngine
 from veripo_fast.run.folder import RunDir
@@ -40,9 +43,18 @@ def config() -> Config:
         "rollout.engine": "vllm", "rollout.max_sequences": 4})
 
 
-def test_two_engines_in_one_process(engine_of: Callable[..., VllmEngine]) -> None:
+def test_two_engines_in_one_process(engine_of: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge starts, works and ends beside the policy's engine, whose completions stay bitwise the same; then again,
-    and alone when the policy's engine is gone."""
+    and alone when the policy's engine is gone. Of each judge's model nothing is left."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+    build = vllm_library.build_texts
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        made = build(*arguments, **options)
+        models.append(weakref.ref(vllm_library.runner_of(made).model))
+        return made
+
+    monkeypatch.setattr(vllm_library, "build_texts", noting)
     policy = policy_of(policies.checkpoint("qwen3_vl"))
     engine = engine_of(policy)
     prompts = prompts_of(policy)
@@ -57,6 +69,7 @@ def test_two_engines_in_one_process(engine_of: Callable[..., VllmEngine]) -> Non
     for _ in range(2):
         assert judged(config(), texts) == EXPECTED
         assert completions(engine.generate(prompts, SAMPLED)) == before
+    assert [model() for model in models] == [None, None]
     assert len(slept) == 2 and torch.distributed.is_initialized()
     engine.close()
     assert judged(config(), LocalTexts(config())) == EXPECTED

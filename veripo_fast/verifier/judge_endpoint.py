@@ -43,7 +43,7 @@ class EndpointJudge(ReadingJudge):
     def _shown(self, text: str) -> str:
         return printable(hidden(text, read_key(self._config.endpoint_key_env)))
 
-    def _too_many(self, failed: str, last: NoReply) -> str:
+    def too_many(self, failed: str, last: NoReply) -> str:
         config = self._config
         return (f"the judge endpoint {config.endpoint_url} gave no verdict for {failed} (endpoint_max_failures is "
                 f"{config.endpoint_max_failures:g}); the last problem was: {last}; where the server is slow, lower "

@@ -62,7 +62,7 @@ class LlmJudge(ReadingJudge):
     def _shown(self, text: str) -> str:
         return printable(text)
 
-    def _too_many(self, failed: str, last: NoReply) -> str:
+    def too_many(self, failed: str, last: NoReply) -> str:
         return (f"the judge {self.folder} gave no verdict for {failed} (llm_max_failures is "
                 f"{self._config.llm_max_failures:g}); the last problem was: {last}; take a model that follows "
                 "instructions better (verifier.llm_path), or another verifier.judge")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -144,7 +145,7 @@ class VerdictCache:
             append_objects(self._path, [{"key": key, "supported_answer": supported}])
 
 
-class ReadingJudge:
+class ReadingJudge(ABC):
     """Consistent iff the answer equals the one that a model reads out of the reasoning.
 
     Args:
@@ -158,17 +159,17 @@ class ReadingJudge:
         self._cache = VerdictCache(cache_path)
         self._max_failures = max_failures
 
+    @abstractmethod
     def _replies(self, items: list[Item], progress: Progress) -> Replies:
         """Replies as they come; calls `progress(0)` while none does, so that a caller can stop the waiting."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _shown(self, text: str) -> str:
         """A model's text as it may be shown and kept."""
-        return text
 
-    def _too_many(self, failed: str, last: NoReply) -> str:
+    @abstractmethod
+    def too_many(self, failed: str, last: NoReply) -> str:
         """The sentence that ends the judging; `failed` says how many items have no verdict."""
-        raise NotImplementedError
 
     def judge(self, groups: list[RolloutGroup], progress: Progress) -> list[list[Judgement]]:
         """Raises JudgeError when the model cannot be used, or when too many items stay without a usable reply."""
@@ -234,4 +235,4 @@ class _Failures:
         self._failed += 1
         self._refused_in_a_row = self._refused_in_a_row + 1 if answer.refused else 0
         if self._failed > self._limit * self._items or self._refused_in_a_row >= _REFUSED_IN_A_ROW:
-            raise JudgeError(self._judge._too_many(f"{self._failed} of {self._items} items so far", answer))
+            raise JudgeError(self._judge.too_many(f"{self._failed} of {self._items} items so far", answer))
