@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import judges, policies, runs
+from tests.support import judges, policies, ranks, runs
 from tests.support.engine_runs import SAMPLED, completions, prompts_of
 from tests.support.run_compare import records, written
 from tests.support.verifier_groups import group
@@ -97,3 +97,16 @@ def test_the_loop(tmp_path: Path) -> None:
     assert sum(account["no_verdict"].values()) == account["verdicts"]["unknown"] < 32
     steps = [step for step in records(folder.metrics) if step["stage"] == "grpo-2"]
     assert len(steps) == 2 and all(step["engine_parity_max"] < 5e-5 for step in steps)
+
+
+def test_a_judge_on_each_of_two_ranks(tmp_path: Path) -> None:
+    """Beside an engine on each; they judge their shares, and go on to align."""
+    run = runs.config(tmp_path / "run", rollout__engine="vllm", data__max_prompt_tokens=512, verifier__judge="llm",
+                      verifier__llm_path=str(judges.judge_folder()), verifier__llm_max_failures=1.0, grpo__steps=1,
+                      stages=[{"kind": "grpo"}, {"kind": "dpo"}], eval__at="never")
+    ended = ranks.train(2, written(run, tmp_path))
+    assert ranks.codes(ended) == [0, 0], ended
+    folder = RunDir(tmp_path / "run").verifier("dpo-1")
+    account = json.loads((folder / "account.json").read_text())
+    assert sum(account["verdicts"].values()) == account["completions"] == 16
+    assert {path.name for path in folder.glob("judge_cache*")} == {"judge_cache.jsonl", "judge_cache_1.jsonl"}

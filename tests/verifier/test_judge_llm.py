@@ -73,6 +73,15 @@ def test_verdicts_are_those_of_the_reasoning(tmp_path: Path) -> None:
     assert judged(again, *texts) == expected, "kept verdicts are not asked for again"
 
 
+def test_ranks_make_their_engines_together() -> None:
+    """Also the one that has nothing to ask: vLLM's engines of a process group wait for each other while they start."""
+    made: list[bool] = []
+    for together in (False, True):
+        judge = LlmJudge(config().verifier, LocalTexts(config(), together, lambda: made.append(True)))
+        assert judge.judge([group("no tags")], no_progress)[0][0].why == "not judged"
+    assert made == [True]
+
+
 def test_batches_do_not_change_the_verdict() -> None:
     texts = [written(think, "B") for think in judges.THINKS.values()]
     judge = judge_of()
