@@ -21,6 +21,7 @@ from veripo_fast.config.schema import Config
 from veripo_fast.distributed.world import joined
 from veripo_fast.evaluation.evaluate import evaluate, summary
 from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.run.failure import forget
 from veripo_fast.run.interrupt import StopRequests
 from veripo_fast.run.jsonlines import dump_objects
 from veripo_fast.run.metrics import MetricsLog, read_records
@@ -44,6 +45,14 @@ def train(config: Config, resume: bool = False, allow_changes: Collection[str] =
         Interrupted: after Ctrl-C, SIGTERM, SIGHUP or train.max_hours, with the state saved; of several ranks on the
             first, PeerFailed on others.
     """
+    try:
+        _train(config, resume, allow_changes)
+    except BaseException as error:
+        forget(error)  # else who keeps the error, as a notebook does, keeps the policy
+        raise
+
+
+def _train(config: Config, resume: bool, allow_changes: Collection[str]) -> None:
     with joined(config.distributed.timeout_seconds, config.model.device) as world, ExitStack() as folder:
         run = world.on_main(lambda: check_run(config, resume, allow_changes))
         inputs = check_ranks(config, world)

@@ -15,8 +15,9 @@ from tests.support.verifier_groups import group, prompt, written
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
 from veripo_fast.verifier import endpoint_client
-from veripo_fast.verifier.endpoint_client import NoReply, pause_seconds
-from veripo_fast.verifier.judge_endpoint import EndpointJudge, VerdictCache, judge_text, read_reply
+from veripo_fast.verifier.endpoint_client import pause_seconds
+from veripo_fast.verifier.judge_endpoint import EndpointJudge
+from veripo_fast.verifier.judge_reading import NoReply, VerdictCache, judge_text, read_reply
 from veripo_fast.verifier.judges import no_progress
 
 RIGHT, SLIP = written("I see it go right", "B"), written("I see it go right too", "A")

@@ -17,8 +17,9 @@ from tests.support.children import PATIENCE_SECONDS
 from tests.support.verifier_groups import group, prompt, written
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import ConfigError, JudgeError
-from veripo_fast.verifier.endpoint_client import MAX_REPLY_BYTES, EndpointClient, NoReply
-from veripo_fast.verifier.judge_endpoint import EndpointJudge, judge_text, read_reply
+from veripo_fast.verifier.endpoint_client import MAX_REPLY_BYTES, EndpointClient
+from veripo_fast.verifier.judge_endpoint import EndpointJudge
+from veripo_fast.verifier.judge_reading import NoReply, judge_text, read_reply
 from veripo_fast.verifier.judges import no_progress
 
 KEY = "sk-very/secret+0123456789"

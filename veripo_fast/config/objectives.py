@@ -170,7 +170,7 @@ class GrpoConfig:
 class VerifierConfig:
     """The Rollout-Aware Verifier: checks, judge, and how pairs are built; a stage may override any field."""
 
-    judge: Literal["rules", "likelihood", "endpoint"] = "rules"
+    judge: Literal["rules", "likelihood", "endpoint", "llm"] = "rules"
     """Who decides which answer a reasoning supports."""
     max_repetition: float = 0.3
     """A think span with a larger share of repeated n-grams is repetitive."""
@@ -201,11 +201,16 @@ class VerifierConfig:
     """Attempts after the first, with exponential back-off."""
     endpoint_max_failures: float = 0.2
     """Share of items without a verdict above which the stage stops instead of going on with what it has."""
+    llm_path: str = ""
+    """llm: folder of a causal language model with a chat template. It judges in this process, in model.dtype, by
+    vLLM where rollout.engine is vllm and else by transformers, while the policy's engine sleeps."""
+    llm_max_failures: float = 0.2
+    """The same as endpoint_max_failures, of the judge llm."""
     likelihood_margin: float = 0.0
     """likelihood: the answer given must beat every other candidate by this many nats to be consistent."""
 
     def __post_init__(self) -> None:
-        unit_interval(self, "max_repetition", "endpoint_max_failures", "min_length_ratio")
+        unit_interval(self, "max_repetition", "endpoint_max_failures", "llm_max_failures", "min_length_ratio")
         positive(self, "repetition_ngram", "max_pairs_per_prompt", "endpoint_concurrency", "endpoint_timeout_seconds")
         require(self.max_length_ratio >= 1, f"max_length_ratio must be at least 1, got {self.max_length_ratio}")
         require(self.length_match >= 1, f"length_match must be at least 1, got {self.length_match}")
@@ -214,6 +219,9 @@ class VerifierConfig:
         require(not re.search(r"[@?#]", self.endpoint_url),
                 "endpoint_url must be a plain address without user, password or ?query, because config.yaml and the "
                 "report show it; put the key into the environment variable that endpoint_key_env names")
+        require(not (self.endpoint_url and self.llm_path),
+                "endpoint_url and llm_path are two places for one judge; give the one that verifier.judge names")
+        require(self.judge != "llm" or bool(self.llm_path), "judge `llm` needs llm_path, a language model's folder")
         if self.judge == "endpoint":
             require(bool(self.endpoint_url) and bool(self.endpoint_model),
                      "judge `endpoint` needs endpoint_url and endpoint_model")

@@ -37,6 +37,9 @@ class OptimizerConfig:
     """Learning rate after warm-up; cosine ends at a tenth of the peak."""
     max_bad_steps: int = 5
     """Steps in a row with NaN or infinity in loss or gradient that are skipped before the run stops."""
+    offload: bool = False
+    """AdamW's state lies in host memory from the start of a rollout to the next step, which leaves its room on the GPU
+    to the engine and to activations. Of deepspeed see distributed.offload."""
     max_tokens: int = 16384
     """Packed tokens per forward-backward; a larger group still runs, alone."""
 
@@ -177,6 +180,12 @@ class Config:
                 or self.distributed.zero_stage < 3,
                 "rollout.engine torch cannot sample from weights that distributed.zero_stage 3 has sharded: ranks "
                 "would wait for each other in every token; take rollout.engine vllm, zero_stage 2, or backend fsdp")
+        require(not self.optimizer.offload or self.distributed.backend != "deepspeed",
+                "optimizer.offload cannot move AdamW's state of deepspeed, which lies in its own flat partitions; take "
+                "distributed.offload cpu, or distributed.backend fsdp")
+        require(self.verifier.judge != "llm" or self.rollout.tensor_parallel == 1,
+                "verifier.judge llm runs an engine of its own on each rank, which rollout.tensor_parallel "
+                f"{self.rollout.tensor_parallel} does not leave room for in vLLM; take verifier.judge endpoint")
         object.__setattr__(self, "stages", _named(self.stages))
 
 

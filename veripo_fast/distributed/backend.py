@@ -34,6 +34,15 @@ class Backend(Protocol):
         """Start AdamW anew, as each stage does."""
         ...
 
+    def end(self) -> None:
+        """Forget AdamW's state, as far as it can be forgotten: the stage is over. DeepSpeed's stays until `begin`."""
+        ...
+
+    def movable(self) -> list[torch.Tensor]:
+        """What may lie in host memory between two steps: this rank's moments, if there are any, and masters that are
+        not the weights. Each has its storage for itself. DeepSpeed has a way of its own, and gives nothing."""
+        ...
+
     def forward(self, *inputs: Any) -> Any:
         """`PolicyStep.forward` with whole weights."""
         ...
@@ -77,6 +86,17 @@ class Backend(Protocol):
         ...
 
 
+class KeepsState:
+    """Of a backend whose AdamW can be neither forgotten nor moved: DeepSpeed's."""
+
+    def end(self) -> None:
+        """See `Backend`."""
+
+    def movable(self) -> list[torch.Tensor]:
+        """See `Backend`."""
+        return []
+
+
 class LocalBackend:
     """One process: everything is whole."""
 
@@ -102,6 +122,19 @@ class LocalBackend:
         self.masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
                         for p in self.parameters]
         self.adamw = adamw(self.masters, config, peak)
+
+    def end(self) -> None:
+        """See `Backend`."""
+        self.discard()
+        self.names, self.parameters, self.masters = [], [], []
+        self.adamw.state.clear()
+        self.adamw.param_groups.clear()
+
+    def movable(self) -> list[torch.Tensor]:
+        """See `Backend`."""
+        apart = [master for parameter, master in zip(self.parameters, self.masters, strict=True)
+                 if master is not parameter]
+        return [*known_moments(self.adamw), *apart]
 
     def forward(self, *inputs: Any) -> Any:
         """See `Backend`."""
@@ -171,6 +204,11 @@ def step_adamw(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
+
+
+def known_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """AdamW's moments as far as a step has made them; not its step counts, which lie in host memory anyway."""
+    return [state[kind] for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq") if kind in state]
 
 
 def moments(optimizer: torch.optim.Optimizer, names: Sequence[str], masters: Sequence[torch.nn.Parameter]

@@ -48,6 +48,14 @@ class FsdpBackend:
         trained = [(name, parameter) for name, parameter in self._named() if parameter.requires_grad]
         self.rows.begin(trained, config, peak)
 
+    def end(self) -> None:
+        """See `Backend`."""
+        self.rows.end()
+
+    def movable(self) -> list[torch.Tensor]:
+        """See `Backend`."""
+        return self.rows.movable()
+
     def forward(self, *inputs: Any) -> Any:
         """See `Backend`."""
         return self._step(*inputs)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from veripo_fast.config.schema import OptimizerConfig
-from veripo_fast.distributed.backend import Named, adamw, moments, step_adamw
+from veripo_fast.distributed.backend import Named, adamw, known_moments, moments, step_adamw
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """Its name since torch 2.13, and the one before."""
@@ -72,6 +72,18 @@ class RowOptimizer:
         """Start anew over `parameters`."""
         self.owned = [self._owned(name, parameter) for name, parameter in parameters]
         self.adamw = adamw([owned.master for owned in self.owned], config, peak) if self.owned else None
+
+    def end(self) -> None:
+        """Forget the state and the masters."""
+        self.discard()
+        self.owned, self.adamw = [], None
+
+    def movable(self) -> list[torch.Tensor]:
+        """See `Backend.movable`."""
+        if self.adamw is None:
+            return []
+        apart = [owned.master for owned in self.owned if owned.parameter.dtype != torch.float32]
+        return [*known_moments(self.adamw), *apart]
 
     def reduce(self) -> None:
         """Average the gradients of whole parameters over the ranks; one that no rank has stays None."""

@@ -26,7 +26,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from veripo_fast.config.schema import OptimizerConfig
-from veripo_fast.distributed.backend import Held, Named, moments
+from veripo_fast.distributed.backend import Held, KeepsState, Named, moments
 from veripo_fast.distributed.rows import RowOptimizer, all_ranks, by_rows, rows_of
 from veripo_fast.distributed.zero_config import ZeroOptions, deepspeed_config
 from veripo_fast.errors import ConfigError
@@ -40,7 +40,7 @@ _HOOKED = {
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroBackend:
+class ZeroBackend(KeepsState):
     """See `Backend`. Re-points (ZeRO 1 and 2) or shards (3) the parameters of `step`, for good.
 
     Below ZeRO-3 a forward pass of one rank waits for nobody, so `sharded` is False there; every rank still has to call

@@ -19,6 +19,7 @@ from veripo_fast.run.metrics import read_records
 from veripo_fast.schedule.admission import Excess, remedy
 from veripo_fast.schedule.costs import Lengths, Rates, Work, grpo_work
 from veripo_fast.schedule.hardware import A100_80GB, B200, H100_SXM, H200, Hardware
+from veripo_fast.schedule.judge import judge_shapes
 from veripo_fast.schedule.planner import RunPlan, StagePlan, plan, search
 from veripo_fast.schedule.shapes import ModelShape, read_shape
 from veripo_fast.text import duration, memory, number, plural
@@ -60,13 +61,14 @@ def plan_command(config: Config, gpus: int, hardware: str, run: Path | None, pro
         rates, lengths = Rates.assumed(device), {}
     else:
         rates, lengths = measured.rates, {"grpo": measured.lengths, "dpo": measured.lengths}
-    made = plan(shape, config, gpus, device, rates, lengths)
+    judges = judge_shapes(config)
+    made = plan(shape, config, gpus, device, rates, lengths, judges)
     text = as_text(made, shape, measured)
     if not proposals:
         return text
     if device is None:
         raise ConfigError("--search weighs the memory of GPUs; name them by --hardware")
-    return f"{text}\n\n{proposed(search(shape, config, gpus, device, rates, lengths), made)}"
+    return f"{text}\n\n{proposed(search(shape, config, gpus, device, rates, lengths, judges), made)}"
 
 
 def hardware_named(name: str) -> Hardware | None:

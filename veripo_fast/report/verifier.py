@@ -25,7 +25,8 @@ _PAIR_FIELDS = tuple(pair_field.name for pair_field in fields(PreferencePair))
 
 
 _TITLES = {"flags": "Checks failed, completions", "verdicts": "Think/answer, completions",
-           "unused": "Completions in no pair", "groups_without": "Groups without a candidate",
+           "no_verdict": "Completions without a verdict", "unused": "Completions in no pair",
+           "groups_without": "Groups without a candidate",
            "dropped": "Candidates not kept", "kept_without_verdict": "Pairs kept whose chosen side has no verdict"}
 """Titles of the account's tables, in order; other tables follow under their own name."""
 _NOUNS = {"used": "completions in a pair"}

@@ -60,7 +60,7 @@ def limits_of(config: Config, policy: Policy) -> EngineLimits:
     context = min(config.data.max_prompt_tokens + longest, positions)
     least = kv_bytes_per_token(policy) * (-(-context // _BLOCK) + 1) * _BLOCK
     asked = config.rollout.kv_cache_gb
-    wanted = int(asked * 2 ** 30) if asked else max(_default_bytes(policy.device), least)
+    wanted = int(asked * 2 ** 30) if asked else max(default_cache_bytes(policy.device), least)
     if wanted < least:
         raise ConfigError(
             f"rollout.kv_cache_gb {asked:g} is too small: one prompt of {context} tokens "
@@ -89,7 +89,7 @@ def engine_weight_bytes(policy: Policy) -> int:
     return sum(math.prod(whole_shape(parameter)) * parameter.element_size() for parameter in policy.model.parameters())
 
 
-def _default_bytes(device: torch.device) -> int:
+def default_cache_bytes(device: torch.device) -> int:
     """A quarter of a GPU's memory, which sleep gives back while the trainer works; 1 GiB on a CPU."""
     if device.type == "cuda":
         return total_bytes(device) // 4

@@ -22,7 +22,7 @@ from veripo_fast.rollout import vllm_library as library
 from veripo_fast.rollout.engine_input import Vision, media_of
 from veripo_fast.rollout.limits import EngineLimits
 from veripo_fast.rollout.protocol import OnGroup, Sampling
-from veripo_fast.rollout.vllm_hooks import EngineFailure, Hooks, call, guarded
+from veripo_fast.rollout.vllm_hooks import EngineFailure, Hooks, TowerStub, call, guarded, let_seeds_work_on_cpu
 from veripo_fast.rollout.vllm_output import group_of
 from veripo_fast.rollout.vllm_weights import sync_of
 from veripo_fast.rollout.watchdog import Watchdog
@@ -106,7 +106,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """See `RolloutEngine`. Shared weights stay; a CPU frees nothing."""
-        if self._asleep:
+        if self._asleep or self.engine is None:
             return
         if self.weights == "copy":
             self.engine.sleep(level=2)
@@ -221,9 +221,9 @@ class VllmEngine:
         runner = library.runner_of(self.engine)
         self.model = runner.model
         if not self._gpu:
-            library.let_seeds_work_on_cpu(runner)
+            let_seeds_work_on_cpu(runner)
         if self.vision == "output":
-            self.model.visual = library.TowerStub(self.model.visual)
+            self.model.visual = TowerStub(self.model.visual)
         self.hooks.install(self.model)
         self._sync = sync_of(self.policy, self.model, self.weights, tower=self.vision == "pixels",
                              tensor_parallel=self.tensor_parallel)

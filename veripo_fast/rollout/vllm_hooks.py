@@ -80,3 +80,33 @@ class Hooks:
         if found is None:
             raise EngineFailure(f"it asks for positions of {len(input_tokens)} tokens that it was not given")
         return found
+
+
+def let_seeds_work_on_cpu(runner: Any) -> None:
+    """Let a prompt with a seed be prefilled in several steps.
+
+    Each step draws a token that is thrown away, and the V1 runner then moves the generator back by its offset, which a
+    generator of a CPU does not have. It looks generators up with `get` for that alone. The draws stay in the sequence;
+    how many there are depends on prompts and limits only.
+    """
+    runner.input_batch.generators = _Generators()
+
+
+class _Generators(dict[int, torch.Generator]):
+    def get(self, key: Any, default: Any = None) -> Any:
+        return None
+
+
+class TowerStub(torch.nn.Module):
+    """In place of a tower whose output is given: what the model asks it for, without its weights."""
+
+    def __init__(self, tower: torch.nn.Module) -> None:
+        super().__init__()
+        parameter = next(tower.parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
+        for name, value in vars(tower).items():
+            if isinstance(value, (int, float, str)) and not name.startswith("_"):
+                setattr(self, name, value)
+
+    def forward(self, *arguments: object, **named: object) -> torch.Tensor:
+        raise RuntimeError("the engine was asked to run a vision tower that it does not have")

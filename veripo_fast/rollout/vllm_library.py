@@ -35,6 +35,8 @@ BAN = -100.0
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _MEDIA_PER_PROMPT = 1000
+_BESIDE = "veripo_beside"
+"""Attribute of an engine: whether another one had made the process groups before it."""
 
 
 def check_version() -> str:
@@ -121,21 +123,6 @@ def check_same_requests(*requests: object) -> None:
                             "prompts or another seed; ranks of one engine must be given the same")
 
 
-def let_seeds_work_on_cpu(runner: Any) -> None:
-    """Let a prompt with a seed be prefilled in several steps.
-
-    Each step draws a token that is thrown away, and the V1 runner then moves the generator back by its offset, which a
-    generator of a CPU does not have. It looks generators up with `get` for that alone. The draws stay in the sequence;
-    how many there are depends on prompts and limits only.
-    """
-    runner.input_batch.generators = _Generators()
-
-
-class _Generators(dict[int, torch.Generator]):
-    def get(self, key: Any, default: Any = None) -> Any:
-        return None
-
-
 def rendered(token_ids: list[int], media: Sequence[MediumInput]) -> Any:
     """A prompt as the engine takes it when nothing is left to tokenise, to expand or to process."""
     from vllm.inputs.engine import mm_input, tokens_input
@@ -192,19 +179,66 @@ def sampling_parameters(*, completions: int, greedy: bool, top_p: float, top_k: 
         output_kind=RequestOutputKind.FINAL_ONLY, **drawn)
 
 
-class TowerStub(torch.nn.Module):
-    """In place of a tower whose output is given: what the model asks it for, without its weights."""
+def build_texts(folder: str, dtype: torch.dtype, context_tokens: int, sequences: int, cache_bytes: int, *, gpu: bool
+                ) -> Any:
+    """An engine of a language model with its own weights, beside another engine of this process or alone.
 
-    def __init__(self, tower: torch.nn.Module) -> None:
-        super().__init__()
-        parameter = next(tower.parameters())
-        self.dtype, self.device = parameter.dtype, parameter.device
-        for name, value in vars(tower).items():
-            if isinstance(value, (int, float, str)) and not name.startswith("_"):
-                setattr(self, name, value)
+    It compiles and captures nothing, because it lives for one job. It has no sleep mode, which vLLM gives to one engine
+    of a process. `gpu_memory_utilization` is what must be free at the start, where the trainer holds most of the
+    memory; the cache gets its own size.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in (_ENVIRONMENT if gpu else _ENVIRONMENT | _CPU_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
+    before = os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # of the policy's engine; whole GiB
+    try:
+        with _process_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning))
+            from vllm import EngineArgs
+            from vllm.distributed.parallel_state import model_parallel_is_initialized
+            from vllm.v1.engine.llm_engine import LLMEngine
 
-    def forward(self, *arguments: object, **named: object) -> torch.Tensor:
-        raise RuntimeError("the engine was asked to run a vision tower that it does not have")
+            ranks: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if has_ranks() else {}
+            if gpu:
+                ranks["gpu_memory_utilization"] = 0.01
+            else:
+                torch._dynamo.config.disable = True
+            beside = model_parallel_is_initialized()
+            engine = LLMEngine.from_engine_args(EngineArgs(
+                model=folder, dtype=str(dtype).removeprefix("torch."), skip_tokenizer_init=True,
+                generation_config="vllm", seed=0, enforce_eager=True, max_model_len=context_tokens,
+                max_num_batched_tokens=max(8192, context_tokens), max_num_seqs=sequences,
+                kv_cache_memory_bytes=cache_bytes, enable_prefix_caching=True, disable_log_stats=True, **ranks))
+    finally:
+        if before is not None:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = before
+    setattr(engine, _BESIDE, beside)
+    return engine
+
+
+def greedy_parameters(max_tokens: int, end_ids: Sequence[int]) -> Any:
+    """vLLM's sampling parameters of the most likely completion."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, stop_token_ids=list(end_ids), ignore_eos=True,
+                          detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def shut_down_texts(engine: Any) -> None:
+    """End an engine of `build_texts`; process groups that were there before it stay."""
+    if not getattr(engine, _BESIDE):
+        shut_down(engine)
+        return
+    from vllm.v1.engine import core
+
+    clean = core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = lambda *_, **__: None
+    try:
+        engine.engine_core.shutdown()
+    finally:
+        core.cleanup_dist_env_and_memory = clean
+    gc.collect()
 
 
 def shut_down(engine: Any) -> None:

@@ -10,6 +10,7 @@ Letters: T packed tokens, P prompt, R completion tokens, G group, M predicted to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from veripo_fast.schedule.blocks import blocks_of
 from veripo_fast.schedule.shapes import ModelShape, TowerShape
@@ -99,7 +100,20 @@ def saved_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool, checkp
     return last + shape.layers * layer
 
 
-def working_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
+class Widths(Protocol):
+    """How wide the layers of a language model are."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def queries(self) -> int: ...
+    @property
+    def keys(self) -> int: ...
+
+
+def working_bytes(shape: Widths, tokens: int, itemsize: int) -> int:
     """Tensors that a layer holds at once besides what it saves: the gated MLP with the residual stream around it."""
     mlp = 3 * shape.intermediate + 3 * shape.hidden
     attention = 4 * shape.queries + 4 * shape.keys + 3 * shape.hidden

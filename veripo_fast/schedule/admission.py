@@ -82,7 +82,9 @@ def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str
     if owner in _OF_ROLLOUT:
         return (f"lower grpo.prompts_per_step (now {config.grpo.prompts_per_step}), rollout.group_size (now "
                 f"{rollout.group_size}) or data.max_prompt_tokens, or take rollout.engine vllm")
-    if owner in ("key/value cache", "engine activations"):
+    if owner == "judge key/value cache" and rollout.engine == "torch":
+        return "take a smaller judge (verifier.llm_path), or verifier.judge endpoint"
+    if owner in ("key/value cache", "engine activations", "judge key/value cache"):
         asked = f"now {rollout.kv_cache_gb:g}" if rollout.kv_cache_gb else "0, which is a quarter of a GPU or 1 GiB"
         return f"lower rollout.kv_cache_gb ({asked}) or data.max_prompt_tokens"
     if owner == "engine weights":
@@ -91,6 +93,8 @@ def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str
         frames = "video.num_frames" if video.num_frames else "video.max_frames"
         return (f"lower {frames} (now {video.num_frames or video.max_frames}) or video.max_pixels (now "
                 f"{video.max_pixels})" + ("" if config.model.freeze_vision else ", or set model.freeze_vision"))
+    if owner in ("AdamW's moments", "masters") and _can_move_adamw(excess, config):
+        return "set optimizer.offload, which keeps it in host memory while completions are sampled"
     if owner in _BY_NAME:
         return _BY_NAME[owner]
     return _smaller_share(config, ranks)
@@ -101,12 +105,20 @@ _BY_NAME = {
     "tower output": "lower cache.host_bytes, or cache.gpu_bytes on a GPU",
     "vision cache": "lower cache.host_bytes",
     "frames ahead": "lower cache.prefetch_bytes or cache.prefetch_prompts",
+    "judge weights": "take a smaller judge (verifier.llm_path), or verifier.judge endpoint, which takes no memory here",
+    "judge activations": "take a smaller judge (verifier.llm_path), or verifier.judge endpoint",
     "reference policy": "set grpo.kl_coef to 0, which needs no reference, or share it out over more ranks",
     "whole weights": "take rollout.engine vllm, which needs no rank to hold every weight",
     "checkpoint": "set checkpoint.asynchronous to false, or take a machine with more memory",
     "checkpoint files": "take a smaller model or a machine with more memory: every rank loads the whole model",
     "process": "take a machine with more memory, or fewer ranks on this one",
 }
+
+
+def _can_move_adamw(excess: Excess, config: Config) -> bool:
+    """Whether optimizer.offload would make room where it lacks."""
+    return (excess.phase.name == "rollout" and excess.place not in ("cpu", "the host") and not config.optimizer.offload
+            and config.distributed.backend != "deepspeed")
 
 
 def _smaller_rows(config: Config, shape: ModelShape, ranks: int, kind: str) -> str:

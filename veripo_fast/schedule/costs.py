@@ -2,7 +2,7 @@
 
 A cost model, not a simulation: each phase takes the longer of its arithmetic and its traffic, as in a roofline
 (Williams et al. 2009). What no formula knows (decoding of videos that training does not hide, rewards, a verifier's
-judge) is 0 until a finished run has measured it.
+judge, AdamW's way to host memory and back) is 0 until a finished run has measured it.
 
 Letters: P prompt tokens, R completion tokens, G group size, N weights, b bytes of a weight, K ranks, E engines.
 """

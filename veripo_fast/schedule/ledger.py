@@ -24,6 +24,7 @@ from veripo_fast.schedule.activations import (
     tower_working_bytes,
     working_bytes,
 )
+from veripo_fast.schedule.judge import JudgeShape, judging_owners
 from veripo_fast.schedule.placement import Held, Owners, Placement, frozen_bytes, held_by
 from veripo_fast.schedule.shapes import ModelShape
 from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, itemsize_of, workload_of
@@ -68,21 +69,28 @@ class Phase:
         return max(self.device, key=lambda owner: self.device[owner])
 
 
-def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int = 0) -> dict[str, list[Phase]]:
+def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int = 0,
+            judges: Mapping[str, JudgeShape] | None = None) -> dict[str, list[Phase]]:
     """The phases of every stage of a run, by the stage's name.
 
     Args:
         gpu_bytes: all memory of a rank's GPU; 0: it is a CPU.
+        judges: of the stages with a judge `llm`, by its folder.
     """
     stages = {}
     for stage in config.stages:
-        stages[stage.name] = stage_phases(shape, apply_overrides(config, stage.set), stage, ranks, gpu_bytes)
+        stages[stage.name] = stage_phases(shape, apply_overrides(config, stage.set), stage, ranks, gpu_bytes, judges)
     return stages
 
 
-def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, gpu_bytes: int) -> list[Phase]:
+def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, gpu_bytes: int,
+                 judges: Mapping[str, JudgeShape] | None = None) -> list[Phase]:
     """The phases of one stage, whose overrides are in `config`."""
-    return Ledger(shape, config, ranks, gpu_bytes, workload_of(config, shape, ranks)).phases(stage.kind)
+    ledger = Ledger(shape, config, ranks, gpu_bytes, workload_of(config, shape, ranks))
+    phases = ledger.phases(stage.kind)
+    if stage.kind == "dpo" and config.verifier.judge == "llm" and judges is not None:
+        phases.insert(1, ledger.verify(judges[config.verifier.llm_path]))
+    return phases
 
 
 class Ledger:
@@ -100,6 +108,9 @@ class Ledger:
         self.trained_tower = not config.model.freeze_vision
         self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, self.on_gpu)
         self.masked = not self.on_gpu or config.model.attention == "sdpa"
+        offloads = config.optimizer.offload and self.placement.backend in ("none", "fsdp")
+        self.away = {name: self.held.resident[name] for name in ("masters", "AdamW's moments") if offloads}
+        """In host memory from a rollout to the step behind it."""
         self.reference: Owners = {}
         """The policy of a KL term, which is there for all of a stage."""
 
@@ -143,13 +154,13 @@ class Ledger:
 
     def _rollout(self) -> Phase:
         if self.config.rollout.engine == "vllm":
-            return self._phase("rollout", {**self._resident(), **self._features(self.work.prompts),
+            return self._phase("rollout", {**self._resident(away=True), **self._features(self.work.prompts),
                                            **self._engine_weights(starting=False), **self._engine_cache()},
                                self._host(self.work.prompts))
         work, shape, b = self.work, self.shape, self.itemsize
         tokens, rows = work.prompts * work.prompt_tokens, work.prompts * work.group_size
         token_cache = 2 * shape.keys * shape.layers * b
-        always = {**self._resident(), **self._features(work.prompts), "whole weights": self.held.whole}
+        always = {**self._resident(away=True), **self._features(work.prompts), "whole weights": self.held.whole}
         together = max(min(PREFILL_TOKENS // work.prompt_tokens, work.prompts), 1) * work.prompt_tokens
         working = working_bytes(shape, together, b)
         in_heap = not self.on_gpu and together * shape.intermediate * b < HEAP_BLOCK
@@ -170,13 +181,23 @@ class Ledger:
         truncated = rollout.top_k > 0 or rollout.top_p < 1
         return max(min(rows * vocabulary, MOST_LOGITS), vocabulary) * (TRUNCATING_BYTES if truncated else DRAWING_BYTES)
 
+    def verify(self, judge: JudgeShape) -> Phase:
+        """A judge `llm` in this process, while the policy's engine sleeps; on a CPU an engine cannot."""
+        asleep: Owners = {}
+        cache = 0
+        if self.config.rollout.engine == "vllm":
+            cache = self._engine_cache()["key/value cache"]
+            asleep = {} if self.on_gpu else {**self._engine_weights(starting=False), "key/value cache": cache}
+        return self._phase("verify", {**self._resident(stepped=False), **asleep,
+                                      **judging_owners(judge, self.itemsize, cache)}, self._host())
+
     def _reference(self, row: Row) -> Phase:
         return self._phase("reference", {**self._resident(stepped=False), **self._features(self.work.pairs),
                                          **self._forward(row)}, self._host(self.work.pairs))
 
     def _update(self, row: Row, groups: int, prompts: int) -> Phase:
         shape, b, held = self.shape, self.itemsize, self.held
-        always = {**self._resident(), **self._features(prompts), "gathered layers": held.gathered}
+        always = {**self._resident(away=True), **self._features(prompts), "gathered layers": held.gathered}
         several = groups > row.groups
         saved = {"activations": saved_bytes(shape, row, b, self.masked, self.config.model.gradient_checkpointing)}
         if self.trained_tower:
@@ -188,7 +209,8 @@ class Ledger:
         splintered = {} if self.on_gpu else {"allocator": round(SPLINTERED * sum(saved.values()))}
         moments = [{**always, **saved, **loss, **earlier, **splintered},
                    {**always, **saved, **earlier, **backward, **splintered},
-                   {**always, "gradients": held.gradients, "AdamW's step": held.stepping}]
+                   {**always, **self._resident(), "offloaded AdamW": 0, "gradients": held.gradients,
+                    "AdamW's step": held.stepping}]
         return max((self._phase("update", owners, self._host(prompts)) for owners in moments),
                    key=lambda phase: phase.device_bytes)
 
@@ -208,8 +230,12 @@ class Ledger:
         device, host = ({owner: count for owner, count in part.items() if count} for part in (device, host))
         return Phase(name, device, host) if self.on_gpu else Phase(name, {**device, **host})
 
-    def _resident(self, stepped: bool = True) -> Owners:
+    def _resident(self, stepped: bool = True, away: bool = False) -> Owners:
         resident = {**self.held.resident, **self.reference}
+        if away:
+            resident |= dict.fromkeys(self.away, 0)
+            if not self.on_gpu:
+                resident["offloaded AdamW"] = sum(self.away.values())
         return resident if stepped else {name: resident[name] for name in ("weights", "tower")}
 
     def _features(self, prompts: int) -> Owners:
@@ -239,6 +265,8 @@ class Ledger:
         ahead = min(self.config.cache.prefetch_prompts, work.prompts) * 3 * work.pixels
         host = {**self.held.host, **self._process(), "free buffers": buffers,
                 "frames ahead": min(ahead, self.config.cache.prefetch_bytes)}
+        if self.on_gpu and self.away:
+            host["offloaded AdamW"] = host.get("offloaded AdamW", 0) + sum(self.away.values())
         if self.on_gpu and not self.trained_tower:
             entry = work.features * self.shape.tower.out_hidden * (1 + self.shape.tower.deepstack) * self.itemsize
             host["vision cache"] = min(work.media * entry, self.config.cache.host_bytes)

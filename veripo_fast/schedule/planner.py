@@ -16,6 +16,7 @@ from veripo_fast.errors import ConfigError
 from veripo_fast.schedule.admission import Excess, Room, worst_excess
 from veripo_fast.schedule.costs import Lengths, Rates, Work, dpo_work, grpo_work, seconds, sft_work
 from veripo_fast.schedule.hardware import Hardware
+from veripo_fast.schedule.judge import JudgeShape
 from veripo_fast.schedule.ledger import Phase, stage_phases
 from veripo_fast.schedule.shapes import ModelShape
 from veripo_fast.schedule.workload import workload_of
@@ -73,12 +74,13 @@ class RunPlan:
 
 
 def plan(shape: ModelShape, config: Config, gpus: int, hardware: Hardware | None, rates: Rates,
-         lengths: Mapping[str, Lengths]) -> RunPlan:
+         lengths: Mapping[str, Lengths], judges: Mapping[str, JudgeShape] | None = None) -> RunPlan:
     """Plan every stage.
 
     Args:
         hardware: None: CPUs, whose memory is not looked at.
         lengths: by kind of stage, as a run has seen them; for a kind that is not there, as the configuration bounds it.
+        judges: of the stages with a judge `llm`, by its folder.
 
     Raises:
         ConfigError: the ranks fit neither the batch nor the engines.
@@ -87,16 +89,17 @@ def plan(shape: ModelShape, config: Config, gpus: int, hardware: Hardware | None
         raise ConfigError(f"{gpus} GPUs cannot be shared out to engines of rollout.tensor_parallel "
                           f"{config.rollout.tensor_parallel}")
     return RunPlan(config, gpus, hardware, rates, tuple(
-        _stage(shape, apply_overrides(config, stage.set), stage, gpus, hardware, rates, lengths.get(stage.kind))
+        _stage(shape, apply_overrides(config, stage.set), stage, gpus, hardware, rates, lengths.get(stage.kind),
+               judges)
         for stage in config.stages))
 
 
 def _stage(shape: ModelShape, config: Config, stage: StageConfig, gpus: int, hardware: Hardware | None, rates: Rates,
-           lengths: Lengths | None) -> StagePlan:
+           lengths: Lengths | None, judges: Mapping[str, JudgeShape] | None) -> StagePlan:
     bound = Lengths.demonstrated if stage.kind == "sft" else Lengths.bound
     lengths = lengths or bound(workload_of(config, shape, gpus))
     work = WORK[stage.kind](shape, config, gpus, lengths)
-    phases = tuple(stage_phases(shape, config, stage, gpus, hardware.memory_bytes if hardware else 0))
+    phases = tuple(stage_phases(shape, config, stage, gpus, hardware.memory_bytes if hardware else 0, judges))
     excess = None
     if hardware is not None:
         excess = worst_excess({stage.name: phases}, Room(hardware.name, int(hardware.memory_bytes * USABLE), None))
@@ -105,13 +108,14 @@ def _stage(shape: ModelShape, config: Config, stage: StageConfig, gpus: int, har
 
 
 def search(shape: ModelShape, config: Config, gpus: int, hardware: Hardware, rates: Rates,
-           lengths: Mapping[str, Lengths]) -> list[tuple[dict[str, object], RunPlan]]:
+           lengths: Mapping[str, Lengths], judges: Mapping[str, JudgeShape] | None = None
+           ) -> list[tuple[dict[str, object], RunPlan]]:
     """Plans with other options that fit, the quickest first, each with what it changes."""
     found = []
     for options in _choices(config, gpus):
         try:
             changed = apply_overrides(config, options)
-            made = plan(shape, changed, gpus, hardware, rates, lengths)
+            made = plan(shape, changed, gpus, hardware, rates, lengths, judges)
         except ConfigError:  # options that do not go together
             continue
         if made.fits:

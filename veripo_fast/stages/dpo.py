@@ -31,13 +31,14 @@ from veripo_fast.model.policy import Policy
 from veripo_fast.model.scorer import answer_scorer
 from veripo_fast.model.step import PairLossInputs
 from veripo_fast.reward.math_answers import math_budget
+from veripo_fast.rollout.local_texts import LocalTexts
 from veripo_fast.rollout.store import write_table
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.step_work import repeated_flops
 from veripo_fast.types import LoadedPrompt, PreferencePair, Prompt, RolloutGroup
-from veripo_fast.verifier.store import read_pairs, write_result
+from veripo_fast.verifier.store import judge_cache, read_pairs, write_result
 from veripo_fast.verifier.verify import judged_by_all, make_judge, verify
 
 log = logging.getLogger(__name__)
@@ -127,8 +128,9 @@ def verified_pairs(session: Session, stage: StageConfig, config: Config, groups:
     if not session.world.on_main((folder / "pairs.parquet").is_file):
         session.world.on_main(lambda: (folder / "ref_logprobs.parquet").unlink(missing_ok=True))  # of other pairs
         encoder, world = session.policy.encoder, session.world
-        judge = make_judge(config.verifier, folder / "judge_cache.jsonl",
-                           lambda: answer_scorer(session.policy, session.loader.load_one))
+        judge = make_judge(config.verifier, judge_cache(folder, world),
+                           lambda: answer_scorer(session.policy, session.loader.load_one),
+                           LocalTexts(config, world.size > 1, session.engine.sleep))
         runs_the_policy = config.verifier.judge == "likelihood"
         weights = session.policy.backend.whole() if runs_the_policy else nullcontext()
         with math_budget(config.reward.math_seconds_per_batch), weights:

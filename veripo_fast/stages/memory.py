@@ -19,6 +19,7 @@ from veripo_fast.model.checkpoint_files import resolve_device, resolve_path
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.memory import HighWater, free_bytes, free_host_bytes, status_bytes, total_bytes
 from veripo_fast.schedule.admission import Room, as_tree, refusal, summary, worst_excess
+from veripo_fast.schedule.judge import judge_shapes
 from veripo_fast.schedule.ledger import predict
 from veripo_fast.schedule.shapes import ModelShape, read_shape
 from veripo_fast.stages.optimizer import Optimizer
@@ -41,7 +42,8 @@ def check_memory(config: Config, world: World) -> Plan:
     """
     device = resolve_device(config.model.device)
     shape = _shape_of(config)
-    stages = predict(shape, config, world.size, gpu_bytes=total_bytes(device)) if shape else {}
+    judges = judge_shapes(config)
+    stages = predict(shape, config, world.size, gpu_bytes=total_bytes(device), judges=judges) if shape else {}
 
     def check() -> None:
         room = room_of(device)
@@ -51,6 +53,9 @@ def check_memory(config: Config, world: World) -> Plan:
             raise ConfigError(refusal(excess, apply_overrides(config, stage.set), shape, world.size))
 
     world.agreed(check)
+    if world.main and device.type == "cpu" and any(
+            apply_overrides(config, stage.set).optimizer.offload for stage in config.stages):
+        log.warning("optimizer.offload frees nothing on a CPU: AdamW's state is copied within host memory")
     if world.main:
         for line in summary(stages, world.size):
             log.info("%s", line)

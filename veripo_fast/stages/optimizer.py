@@ -16,10 +16,12 @@ import torch
 
 from veripo_fast.config.schema import OptimizerConfig
 from veripo_fast.distributed.backend import Backend
+from veripo_fast.distributed.offload import HostCopies
 from veripo_fast.distributed.state_files import read_state
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import TrainingError
 from veripo_fast.model.policy import Policy
+from veripo_fast.schedule.timeline import span
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Optimizer:
         self.steps = self.bad_steps = 0
         self.loss = 0.0
         """Sum of the losses given to `backward` since the last step, on this rank."""
+        self._away = HostCopies()
         backend.begin(config, peak)
 
     def learning_rate(self) -> float:
@@ -80,6 +83,7 @@ class Optimizer:
         Raises:
             TrainingError: `max_bad_steps` steps in a row were skipped.
         """
+        self.onload()
         [loss] = self.world.total([self.loss])
         self.loss = 0.0
         norm = self.backend.step(loss, self.learning_rate(), self.config.max_grad_norm)
@@ -90,8 +94,19 @@ class Optimizer:
         self.bad_steps = 0
         return norm
 
+    def offload(self) -> int:
+        """Move AdamW's state of this rank to host memory until the next step; returns the bytes."""
+        return 0 if self._away else self._away.take(self.backend.movable())
+
+    def onload(self) -> None:
+        """Bring it back, if it is away."""
+        if self._away:
+            with span("onload"):
+                self._away.bring_back()
+
     def state(self) -> dict[str, Any]:
         """What `load` needs, of this rank. Collective."""
+        self.onload()
         return self.backend.optimizer_state() | {"steps": torch.tensor(self.steps)}
 
     def load(self, folder: Path) -> None:

@@ -6,9 +6,8 @@ A stage asks the session for its steps, puts each piece of work into a `phase`, 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,12 @@ from veripo_fast.run.folder import RunDir
 from veripo_fast.run.interrupt import Request, StopRequests
 from veripo_fast.run.memory import HighWater
 from veripo_fast.run.metrics import MetricsLog
-from veripo_fast.schedule.timeline import count, span
+from veripo_fast.schedule.timeline import span
 from veripo_fast.stages.books import Books
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.memory import MemoryBooks
 from veripo_fast.stages.optimizer import Optimizer
+from veripo_fast.stages.phases import Phases
 from veripo_fast.stages.rollouts import stage_rollouts, stored_groups
 from veripo_fast.stages.saves import Saves, State, read_state
 from veripo_fast.stages.step_work import StepWork
@@ -83,6 +83,7 @@ class Session:
                                    config.cache)
         self.saves = Saves(run.checkpoints, self.policy, config.checkpoint, world)
         self.work = StepWork(self.policy, config.rollout, world)
+        self._phases = Phases(self.loader, self.work, self.high_water, world, self._let_go)
         self._stage: StageConfig
         self._optimizer: Optimizer | None = None
         self._bar: Any = None
@@ -112,27 +113,21 @@ class Session:
                 self.books.times.begin_step(stage.name, self.state.step)
                 yield self.state.step
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure a block: its wall time goes into the metrics of the step that runs or comes next.
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Measure a block: its wall time goes into the metrics of the step that runs or comes next. A block that fails
+        gives its memory back.
 
         Of `vision`, the wait for videos is told apart as `decode`, and what was loaded is counted.
         """
-        work = self.loader.work
-        started = time.perf_counter()
-        self.world.doing(f"in {name} of step {self.state.global_step}")
-        try:
-            with span(name), self.high_water.phase(name):
-                yield
-        finally:
-            seconds = time.perf_counter() - started
-            if name == "vision":
-                done = self.loader.work - work
-                seconds -= done.wait_seconds
-                self.work.add_seconds("decode", done.wait_seconds)
-                self.work.loaded(done)
-            self.work.add_seconds(name, seconds)
-            count("prefetched bytes", self.loader.held_bytes)
+        return self._phases.phase(name, self.state.global_step)
+
+    def _let_go(self) -> None:
+        """Drop what a failed phase has left behind: gradients, and an engine's key/value cache. Ranks that hold a
+        policy together end together."""
+        if not self.policy.backend.distributed:
+            self.policy.backend.discard()
+        with suppress(RuntimeError):  # an engine or a GPU that is broken: the first error says why
+            self.engine.sleep()
 
     def generate(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, on_group: OnGroup
                  ) -> dict[int, RolloutGroup]:
@@ -145,6 +140,9 @@ class Session:
         prompts = list(loaded.values())
         groups, sampled = self._stored(loaded, sampling), False
         if groups is None:
+            if self._optimizer is not None and self._optimizer.config.offload:
+                with self.phase("offload"):
+                    self.work.counts["offloaded_bytes"] = float(self._optimizer.offload())
             with self.phase("sync"):
                 self.work.counts |= self.engine.sync()
             with self.phase("rollout"):
@@ -237,6 +235,8 @@ class Session:
         with span("checkpoint"), self.high_water.phase("checkpoint"):
             self.save(None)
         self.memory.stage_done(stage.name, self._optimizer)
+        if self._optimizer is not None:
+            self._optimizer.backend.end()
         self._optimizer = None
         self.books.write(stage.name, self.state.global_step)
 

@@ -24,6 +24,9 @@ class Account:
     """Completions that failed each check; one may fail several."""
     verdicts: Counter[str] = field(default_factory=Counter)
     """Completions found consistent and inconsistent, and those without a verdict (unknown)."""
+    no_verdict: Counter[str] = field(default_factory=Counter)
+    """Completions without a verdict, by the reason: no conclusion, no reply (a judge was asked, and its reply was
+    missing or could not be read), no answer, unreadable answer, small margin, not judged."""
     candidates: Counter[str] = field(default_factory=Counter)
     """Possible pairs by family."""
     kept: Counter[str] = field(default_factory=Counter)
@@ -68,6 +71,7 @@ class Account:
         total = max(1, self.completions)
         return {"groups": self.groups, "completions": self.completions, "pairs": self.kept.total(), "used": self.used,
                 "flags": dict(self.flags), "flag_rates": {flag: n / total for flag, n in self.flags.items()},
-                "verdicts": dict(self.verdicts), "candidates": dict(self.candidates), "kept": dict(self.kept),
+                "verdicts": dict(self.verdicts), "no_verdict": dict(self.no_verdict),
+                "candidates": dict(self.candidates), "kept": dict(self.kept),
                 "kept_without_verdict": dict(self.kept_without_verdict), "groups_without": dict(self.groups_without),
                 "dropped": dict(self.dropped), "unused": dict(self.unused)}

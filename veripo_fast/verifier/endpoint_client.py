@@ -27,12 +27,12 @@ import httpx
 from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.errors import JudgeError
 from veripo_fast.text import hidden, printable
+from veripo_fast.verifier.judge_reading import MAX_REPLY_TOKENS, NoReply
 
 log = logging.getLogger(__name__)
 
 MAX_REPLY_BYTES = 1 << 20
 """Of one body, as sent and decompressed; a verdict of 512 tokens has a few kilobytes."""
-_MAX_REPLY_TOKENS = 512
 _LONGEST_BACKOFF_SECONDS = 30.0
 _LONGEST_RETRY_AFTER_SECONDS = 300.0
 _RETRIED = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 529))
@@ -40,14 +40,6 @@ _HOPELESS = frozenset((401, 403, 404, 405))
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """What zlib is told of each encoding that is read; none is asked for, but a proxy may compress all the same."""
 Result = TypeVar("Result")
-
-
-class NoReply(Exception):
-    """The server gave no usable reply to one request; `refused` when it could not even be reached."""
-
-    def __init__(self, problem: str, refused: bool = False) -> None:
-        super().__init__(problem)
-        self.refused = refused
 
 
 @dataclass(frozen=True)
@@ -151,7 +143,7 @@ class EndpointClient:
 
     def _send(self, messages: list[dict[str, str]], schema: dict[str, Any]) -> Reply:
         """One request; when structured output is rejected (HTTP 400), the same one without it."""
-        body = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": _MAX_REPLY_TOKENS}
+        body = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": MAX_REPLY_TOKENS}
         structured = body | {"response_format": {"type": "json_schema", "json_schema": {
             "name": "verdict", "strict": True, "schema": schema}}}
         reply = self._post(structured if self._structured else body)

@@ -63,7 +63,9 @@ class LikelihoodJudge:
         if any(math.isnan(value) for value in logprobs.values()):
             return NO_JUDGEMENT
         if given is None:
-            return Judgement(None, best, None)
+            return Judgement(None, best, None, "unreadable answer")
         margin = logprobs[given] - max(value for candidate, value in logprobs.items() if candidate != given)
         decided = abs(margin) >= self._margin and margin != 0
-        return Judgement(margin > 0 if decided else None, best if decided else None, margin)
+        if not decided:
+            return Judgement(None, None, margin, "small margin")
+        return Judgement(margin > 0, best, margin)

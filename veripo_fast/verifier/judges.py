@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from veripo_fast.reward.choice_answers import letters, read_choice
@@ -25,9 +25,14 @@ class Judgement:
     """The answer that the reasoning supports: a letter for choices, else as written; None when there is none."""
     score: float | None
     """The judge's own number, if it has one."""
+    why: str = field(default="", compare=False)
+    """Why there is no verdict, in two words; empty when there is one."""
 
 
-NO_JUDGEMENT = Judgement(None, None, None)
+NO_JUDGEMENT = Judgement(None, None, None, "not judged")
+"""Of a completion without a reasoning or an answer that could be compared."""
+NO_REPLY = Judgement(None, None, None, "no reply")
+"""The judge was asked, and its reply was missing or could not be read."""
 
 
 class Judge(Protocol):
@@ -45,11 +50,12 @@ def no_progress(completions: int) -> None:
 def compare(supported: str | None, answer: str | None, prompt: Prompt, score: float | None = None) -> Judgement:
     """The judgement that follows from the supported answer; an answer that cannot be read contradicts nothing."""
     if supported is None or answer is None:
-        return Judgement(None, supported, score)
+        return Judgement(None, supported, score, "no conclusion" if supported is None else "no answer")
     if answers_equal(supported, answer, prompt):
         return Judgement(True, supported, score)
-    readable = answers_equal(answer, answer, prompt)
-    return Judgement(False if readable else None, supported, score)
+    if answers_equal(answer, answer, prompt):
+        return Judgement(False, supported, score)
+    return Judgement(None, supported, score, "unreadable answer")
 
 
 def given_answers(group: RolloutGroup) -> list[str]:

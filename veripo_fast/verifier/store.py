@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from veripo_fast.config.schema import Config
-from veripo_fast.distributed.world import joined
+from veripo_fast.distributed.world import World, joined
 from veripo_fast.errors import DataError
 from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.run.atomic import atomic_write_text
@@ -52,6 +52,11 @@ def write_result(folder: Path, result: VerifierResult) -> None:
     write_table(pa.Table.from_pylist([asdict(pair) for pair in result.pairs], _PAIRS), folder / "pairs.parquet")
 
 
+def judge_cache(folder: Path, world: World) -> Path:
+    """Where a rank keeps the verdicts of a judge that reads; each has its own, because no file takes appends of two."""
+    return folder / (f"judge_cache_{world.rank}.jsonl" if world.rank else "judge_cache.jsonl")
+
+
 def read_pairs(path: Path) -> list[PreferencePair]:
     """The pairs of a pairs.parquet, in the order they were written.
 
@@ -82,6 +87,7 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
     """
     from veripo_fast.model.checkpoint_files import resolve_path
     from veripo_fast.model.encoding import PromptEncoder
+    from veripo_fast.rollout.local_texts import LocalTexts
     from veripo_fast.rollout.store import read_groups
 
     with ExitStack() as stack:
@@ -91,7 +97,8 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
         config = replace(config, model=replace(config.model, path=model_path or config.model.path))
         encoder = world.agreed(lambda: PromptEncoder(resolve_path(config.model.path)))
         groups = world.on_main(lambda: [group for file in files for group in read_groups(file)])
-        judge = make_judge(config.verifier, out / "judge_cache.jsonl", lambda: _scorer(config, stack))
+        judge = make_judge(config.verifier, judge_cache(out, world), lambda: _scorer(config, stack),
+                           LocalTexts(config, world.size > 1))
         with math_budget(config.reward.math_seconds_per_batch):
             result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
                             encoder.encode_completion, encoder.eos_id, config.seed,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from tqdm import tqdm
 
@@ -22,6 +23,9 @@ from veripo_fast.verifier.judge_likelihood import AnswerLogprobs, LikelihoodJudg
 from veripo_fast.verifier.judge_rules import RulesJudge
 from veripo_fast.verifier.judges import Judge, Judgement, judge_distinct
 from veripo_fast.verifier.pairs import Encode, build_pairs
+
+if TYPE_CHECKING:
+    from veripo_fast.rollout.local_texts import LocalTexts
 
 _PAUSE_SECONDS = 0.2
 
@@ -61,13 +65,20 @@ def _judged_on_main(world: World, groups: list[RolloutGroup], judge: Judging) ->
 
 
 def make_judge(config: VerifierConfig, cache_path: Path | None = None,
-               scorer: Callable[[], AnswerLogprobs] | None = None) -> Judge:
+               scorer: Callable[[], AnswerLogprobs] | None = None, texts: LocalTexts | None = None) -> Judge:
     """The judge that the configuration names.
 
     Args:
-        cache_path: JSONL file in which the endpoint judge keeps its verdicts.
+        cache_path: JSONL file in which the judges that read keep their verdicts.
         scorer: makes the frozen model's scorer; called for the likelihood judge alone.
+        texts: makes the engine of the judge `llm`.
     """
+    if config.judge == "llm":
+        from veripo_fast.verifier.judge_llm import LlmJudge
+
+        if texts is None:
+            raise JudgeError("judge `llm` needs an engine to run its model")
+        return LlmJudge(config, texts, cache_path)
     if config.judge == "endpoint":
         from veripo_fast.verifier.judge_endpoint import EndpointJudge
 
@@ -105,6 +116,8 @@ def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, cou
             return judge_distinct(judge, some, advance)
 
         judgements = judged(groups) if share is None else share(groups, judged)
+    reasons = Counter(judgement.why for row in judgements for judgement in row if judgement.consistent is None)
     verdicts = [check_group(group, row, config, count_tokens) for group, row in zip(groups, judgements, strict=True)]
     pairs, account = build_pairs(groups, verdicts, config, encode, eos_id, seed)
+    account.no_verdict.update(reasons)
     return VerifierResult(verdicts, pairs, account)
