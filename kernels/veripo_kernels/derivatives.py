@@ -24,7 +24,7 @@ def refuse_transforms(op: str, *tensors: torch.Tensor | None) -> None:
 
 
 def refuse_wrapped(op: str, *tensors: torch.Tensor) -> None:
-    """NotImplementedError where a tensor is one of torch.func's wrappers, which have no memory that could be written."""
+    """NotImplementedError where a tensor is one of torch.func's wrappers, which have no memory to write into."""
     if any(functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
         raise NotImplementedError(f"{op} writes into memory: it takes no part in torch.func's transforms")
 

@@ -151,8 +151,8 @@ def _(logits: torch.Tensor, token_ids: torch.Tensor, normalizer: torch.Tensor, e
 
 
 @torch.library.custom_op("veripo::gather_logprobs_fused", mutates_args=())
-def _fused(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: torch.Tensor, impl: str
-           ) -> tuple[torch.Tensor, torch.Tensor]:
+def _fused(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: torch.Tensor,
+           impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _implementation(impl, logits).fused(logits, token_ids.contiguous(),
                                                coefficient.to(_wide(logits)).contiguous(), temperature.item())
 
@@ -193,7 +193,8 @@ class _Cpp:
         from veripo_kernels import cpp
 
         logprobs, entropies, lse = cpp.forward(logits, token_ids, temperature)
-        return logprobs, entropies if entropy else entropies.new_empty(0), torch.stack((lse, *torch.zeros(2, len(lse), device=lse.device)))
+        normalizer = torch.stack((lse, *lse.new_zeros(2, len(lse))))
+        return logprobs, entropies if entropy else entropies.new_empty(0), normalizer
 
     @staticmethod
     def backward(logits: torch.Tensor, token_ids: torch.Tensor, normalizer: torch.Tensor, entropy: torch.Tensor,
@@ -225,7 +226,7 @@ class _Torch:
             scaled = _scaled(logits[part], temperature)
             peak, place = scaled.max(-1, keepdim=True)
             gaps = scaled.sub_(peak)
-            others = gaps.exp().scatter_(-1, place, gaps.gather(-1, place))  # 0 for the peak, NaN where that is no number
+            others = gaps.exp().scatter_(-1, place, gaps.gather(-1, place))  # the peak: 0, or NaN
             log_total = others.sum(-1, keepdim=True).log1p()  # beside the peak's 1 a small sum would be lost
             log_p = gaps.sub_(log_total)
             normalizer[:2, part] = torch.cat((peak, log_total), 1).T

@@ -6,6 +6,7 @@ can hold the op; nothing is changed in place, so that backward may run twice.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -211,13 +212,13 @@ def check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
     """cu_seqlens rises from 0 to M. Only where it can be seen at once: a GPU would have to be waited for."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if (first, last) != (0, tokens):
-        raise ValueError(f"cu_seqlens must run from 0 to {tokens}, the number of tokens, got {first} to {last}")
-    falls = (cu_seqlens.diff() < 0).nonzero()[:1, 0].tolist()
-    if falls:
-        before, after = cu_seqlens[falls[0]:falls[0] + 2].tolist()
-        raise ValueError(f"cu_seqlens must not decrease, got {after} after {before}")
+    bounds = cu_seqlens.tolist()
+    if (bounds[0], bounds[-1]) != (0, tokens):
+        raise ValueError(f"cu_seqlens must run from 0 to {tokens}, the number of tokens, got {bounds[0]} to "
+                         f"{bounds[-1]}")
+    for before, after in pairwise(bounds):
+        if after < before:
+            raise ValueError(f"cu_seqlens must not decrease, got {after} after {before}")
 
 
 def check_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:

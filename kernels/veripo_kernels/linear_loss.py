@@ -183,8 +183,8 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
 
 @torch.library.custom_op("veripo::linear_dpo_loss", mutates_args=())
 def _dpo(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, ref_logprobs: torch.Tensor,
-         cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, num_pairs: int, temperature: torch.Tensor, words: str,
-         numbers: torch.Tensor, workspace_bytes: int, needs: list[bool], impl: str,
+         cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, num_pairs: int, temperature: torch.Tensor,
+         words: str, numbers: torch.Tensor, workspace_bytes: int, needs: list[bool], impl: str,
          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [], metrics [5], logprobs [M], dhidden [M, D], dweight [V, D] (the last two empty where not needed)."""
     loss = _decoded(PreferenceLoss, words, numbers)

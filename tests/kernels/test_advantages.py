@@ -85,7 +85,8 @@ def test_in_a_compiled_graph(impl: Any) -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.veripo.group_advantages.default, (rand(9).float(), interleaved(9, 2), "std", as_tensor(1e-6)))
+    arguments = (rand(9).float(), interleaved(9, 2), "std", as_tensor(1e-6))
+    torch.library.opcheck(torch.ops.veripo.group_advantages.default, arguments)
 
 
 @pytest.mark.parametrize(("change", "message"), [

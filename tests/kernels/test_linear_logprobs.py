@@ -293,7 +293,8 @@ def test_strides_and_starts(impl: str) -> None:
 def test_opcheck(impl: str, direction: bool) -> None:
     data = rows(3, 5, 20, bias=True)
     leaves = [data.hidden.requires_grad_(), data.head.requires_grad_(not direction)]
-    arguments = [*leaves, data.token_ids, None if direction else data.bias, as_tensor(0.7, None), not direction, direction, impl]
+    arguments = [*leaves, data.token_ids, None if direction else data.bias, as_tensor(0.7, None), not direction,
+                 direction, impl]
     torch.library.opcheck(torch.ops.veripo.linear_logprobs.default, arguments)
 
 

@@ -177,8 +177,8 @@ def launches(rows, temperature, softcap, scale):
 weight = torch.empty(512, 64, dtype=torch.bfloat16)
 bodies = [linear.logit_tile, linear.own_logit, linear.combine, linear.settle, advantages.advantages_kernel]
 count = lambda cases: len(launch_keys(bodies, lambda: [launches(*case) for case in cases]))
-plain = [(16, 1.0, None, 1e-6), (17, 0.7, None, 1), (1, 2, None, 16.0), (160, 1 / 3, None, 0.0)]
-capped = [(16, 1.0, 30.0, 1e-6), (33, 0.7, 1, 1e-6), (1, 16, 16, 1e-6)]
+plain = [(16, 1.0, None, 1e-6), (17, 0.7, None, 1.0), (1, 2.0, None, 16.0), (160, 1 / 3, None, 0.0)]
+capped = [(16, 1.0, 30.0, 1e-6), (33, 0.7, 1.0, 1e-6), (1, 16.0, 16.0, 1e-6)]
 print(json.dumps([count(plain[:1]), count(plain), count(capped[:1]), count(capped)]))
 """
 

@@ -204,5 +204,5 @@ def test_copies_take_no_part(impl: Any) -> None:
 
     for transform in (grad(copied), torch.func.vmap(copied), lambda x: torch.func.jvp(copied, (x,), (x,)),
                       lambda x: dual(copied, x)):
-        with pytest.raises(NotImplementedError, match="copy_slices (writes into memory|has no forward-mode)"):
+        with pytest.raises(NotImplementedError, match=r"copy_slices (writes into memory|has no forward-mode)"):
             transform(HIDDEN)

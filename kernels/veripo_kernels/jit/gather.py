@@ -78,7 +78,7 @@ def _read_row(row, V, token, logit, scale, BLOCK: tl.constexpr, ENTROPY: tl.cons
 
 @triton.jit
 def _log_total(others, own):
-    """Natural logarithm of their sum; where the token is the maximum, its own is 1 and a small rest keeps its digits."""
+    """Natural logarithm of their sum; where the token is the maximum, its own is 1 and a small rest is not lost."""
     return tl.where(own == 1.0, _log1p(others), tl.log(others + own))
 
 
