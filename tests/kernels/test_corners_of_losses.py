@@ -85,7 +85,7 @@ def test_the_engine_gap_counts_by_the_mask(name: str, importance: Any, monkeypat
     """The engine gap without its fractional mask, per token and in the sum of a completion."""
     monkeypatch.setattr(bodies, "BLOCK", 4)
     inputs = batch((3, 2, 6), rollout=True)
-    inputs.named["loss_mask"] = torch.tensor([0.5, 0.25, 1, 0.75, 0.5, 0.25, 1, 0.5, 0.75, 0.25, 1], dtype=torch.float64)
+    inputs.named["loss_mask"] = torch.tensor([0.5, 0.25, 1, 0.75, 0.5, 0.25, 1, 0.5, 0.75, 0.25, 1]).double()
     loss = policy(name, importance=importance, importance_floor=0.8, importance_cap=1.25)
     assert_as_exact_as_torch(lambda dtype, impl: inputs.run(loss, dtype, impl))
 
