@@ -10,8 +10,10 @@ from typing import get_args
 import torch
 
 from veripo_kernels import reference
+from veripo_kernels.derivatives import refuse_transforms
 from veripo_kernels.dispatch import Impl, choose
 from veripo_kernels.reference import AdvantageKind
+from veripo_kernels.scalars import as_tensor
 
 
 def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, kind: AdvantageKind = "std",
@@ -37,23 +39,26 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, kind: Ad
                          f"{list(group_ids.shape)}")
     if group_ids.device != rewards.device:
         raise ValueError(f"group_ids must be on {rewards.device}, got {group_ids.device}")
+    if group_ids.device.type == "cpu" and not torch.compiler.is_compiling() and (group_ids < 0).any():
+        raise ValueError(f"group_ids must be 0 or larger, got {int(group_ids.min())}")
     if kind not in get_args(AdvantageKind):
         raise ValueError(f"kind must be one of {', '.join(get_args(AdvantageKind))}, got {kind!r}")
+    refuse_transforms("group_advantages", rewards)
     rewards = rewards.detach()
     if rewards.dtype != torch.float64:
         rewards = rewards.float()
     if choose("group_advantages", impl, rewards.device) == "torch":
         return reference.group_advantages(rewards, group_ids, kind=kind, eps=eps)
-    return _forward(rewards, group_ids, kind, eps)
+    return _forward(rewards, group_ids, kind, as_tensor(eps))
 
 
 @torch.library.custom_op("veripo::group_advantages", mutates_args=())
-def _forward(rewards: torch.Tensor, group_ids: torch.Tensor, kind: str, eps: float) -> torch.Tensor:
+def _forward(rewards: torch.Tensor, group_ids: torch.Tensor, kind: str, eps: torch.Tensor) -> torch.Tensor:
     from veripo_kernels.jit import advantages as bodies
 
-    return bodies.forward(rewards.contiguous(), group_ids.contiguous(), kind, eps)
+    return bodies.forward(rewards.contiguous(), group_ids.contiguous(), kind, eps.item())
 
 
 @_forward.register_fake
-def _(rewards: torch.Tensor, group_ids: torch.Tensor, kind: str, eps: float) -> torch.Tensor:
+def _(rewards: torch.Tensor, group_ids: torch.Tensor, kind: str, eps: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(rewards, memory_format=torch.contiguous_format)

@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 
-def refuse_forward_mode(op: str, *tensors: torch.Tensor | None) -> None:
-    """NotImplementedError where a tensor carries a tangent (torch.func.jvp, jacfwd, forward_ad.make_dual)."""
-    if forward_ad._current_level < 0:
+def refuse_transforms(op: str, *tensors: torch.Tensor | None) -> None:
+    """NotImplementedError where a tensor carries a tangent (torch.func.jvp, jacfwd, forward_ad.make_dual), or is
+    followed by torch.func.grad, vjp or jacrev."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        raise NotImplementedError(f"{op} has no forward-mode derivative: use reverse mode (backward, "
+                                  "torch.autograd.grad), or its definition in veripo_kernels.reference")
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
         return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(f"{op} has no forward-mode derivative: use reverse mode (backward, "
-                                      "torch.func.vjp), or its definition in veripo_kernels.reference")
+    if any(functorch.is_gradtrackingtensor(layer) for tensor in given for layer in _layers(tensor)):
+        raise NotImplementedError(f"{op} is not differentiated by torch.func.grad, vjp or jacrev: use backward or "
+                                  "torch.autograd.grad, or its definition in veripo_kernels.reference")
 
 
-def once(op: str, gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    """Gradients by what an op saved, as its backward returns them; differentiating them (create_graph) is an error."""
-    if not torch.is_grad_enabled():
-        return gradients
-    return tuple(None if part is None else _Once.apply(op, part.detach().requires_grad_()) for part in gradients)
+def refuse_wrapped(op: str, *tensors: torch.Tensor) -> None:
+    """NotImplementedError where a tensor is one of torch.func's wrappers, which have no memory to write into."""
+    if any(functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        raise NotImplementedError(f"{op} writes into memory: it takes no part in torch.func's transforms")
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, op: str, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.op = op
-        return gradient.view_as(gradient)
+def wants_gradient(tensor: torch.Tensor) -> bool:
+    """Whether backward reaches a tensor, also where torch.func.vmap has wrapped it."""
+    if torch.compiler.is_compiling():
+        return tensor.requires_grad
+    return any(layer.requires_grad for layer in _layers(tensor))
 
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, None]:
-        raise NotImplementedError(f"{ctx.op} has no second derivative: use its definition in veripo_kernels.reference")
+
+def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor, and what torch.func's transforms wrapped in it."""
+    yield tensor
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+        yield tensor
+
+
+def refuse_second(op: str) -> None:
+    """NotImplementedError in a backward that is itself to be differentiated (create_graph).
+
+    Refused at once: a gradient by what an op saved is a constant to autograd, and a term that it should have had would
+    be missing without a word.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(f"{op} has no second derivative: call backward without create_graph, or use its "
+                                  "definition in veripo_kernels.reference")

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from veripo_kernels import reference
-from veripo_kernels.derivatives import refuse_forward_mode
+from veripo_kernels.derivatives import refuse_second, refuse_transforms
 from veripo_kernels.dispatch import Impl
 from veripo_kernels.grpo import check_device, check_packed, implementation, readable, scale_slopes, widen
 from veripo_kernels.options import PreferenceLoss, as_preference_loss, check_counts
+from veripo_kernels.scalars import as_tensor
 
 _METRICS = ("preference_accuracy", "margin", "chosen_logprobs_mean", "rejected_logprobs_mean", "chosen_drift")
 
@@ -42,9 +43,9 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
     loss = as_preference_loss(loss)
     check_packed(policy_logprobs, cu_seqlens, {"loss_mask": loss_mask})
     check_counts(num_pairs=num_pairs)
-    pairs, odd = divmod(len(cu_seqlens) - 1, 2)
-    if odd:
-        raise ValueError(f"cu_seqlens must bound an even number of completions, got {2 * pairs + 1}")
+    pairs = (len(cu_seqlens) - 1) // 2
+    if len(cu_seqlens) % 2 == 0:
+        raise ValueError(f"cu_seqlens must bound an even number of completions, got {len(cu_seqlens) - 1}")
     if ref_logprobs.shape not in (policy_logprobs.shape, (pairs, 2)):
         raise ValueError(f"ref_logprobs must have shape [{len(policy_logprobs)}] or [{pairs}, 2], "
                          f"got {list(ref_logprobs.shape)}")
@@ -53,8 +54,8 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
     if implementation("dpo_loss", impl, policy_logprobs) == "torch":
         policy, ref = widen(policy_logprobs, ref_logprobs)
         return reference.dpo_loss(policy, ref, cu_seqlens, loss=loss, loss_mask=loss_mask, num_pairs=num_pairs)
-    refuse_forward_mode("dpo_loss", policy_logprobs)
-    numbers = [loss.dpo_beta, loss.label_smoothing, loss.tail_weight, loss.nll_coef]
+    refuse_transforms("dpo_loss", policy_logprobs)
+    numbers = as_tensor(loss.dpo_beta, loss.label_smoothing, loss.tail_weight, loss.nll_coef)
     value, totals, _ = _forward(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, loss.loss, numbers,
                                 loss.length_normalize, num_pairs or pairs)
     return value, dict(zip(_METRICS, totals.detach()[1:6].unbind(), strict=True))
@@ -62,19 +63,19 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
 
 @torch.library.custom_op("veripo::dpo_loss", mutates_args=())
 def _forward(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlens: torch.Tensor,
-             loss_mask: torch.Tensor | None, kind: str, numbers: list[float], normalize: bool, divisor: int
+             loss_mask: torch.Tensor | None, kind: str, numbers: torch.Tensor, normalize: bool, divisor: int
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [], totals [8] and slopes [M], all float32."""
     from veripo_kernels.jit import dpo as bodies
 
     policy, ref, bounds, mask = map(readable, (policy_logprobs, ref_logprobs, cu_seqlens, loss_mask))
     assert policy is not None and ref is not None and bounds is not None
-    return bodies.forward(policy, ref, bounds, mask, kind, numbers, normalize, 1 / max(divisor, 1))
+    return bodies.forward(policy, ref, bounds, mask, kind, numbers.tolist(), normalize, 1 / max(divisor, 1))
 
 
 @_forward.register_fake
 def _(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlens: torch.Tensor,
-      loss_mask: torch.Tensor | None, kind: str, numbers: list[float], normalize: bool, divisor: int
+      loss_mask: torch.Tensor | None, kind: str, numbers: torch.Tensor, normalize: bool, divisor: int
       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     new = policy_logprobs.new_empty
     return (new((), dtype=torch.float32), new(8, dtype=torch.float32),
@@ -89,6 +90,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 def _backward(ctx: Any, upstream: torch.Tensor | None, *_unused: torch.Tensor | None
               ) -> tuple[torch.Tensor | None, ...]:
+    refuse_second("dpo_loss")
     gradient = None
     if upstream is not None:
         totals, slopes = ctx.saved_tensors

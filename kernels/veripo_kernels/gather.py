@@ -12,8 +12,9 @@ from typing import Any, Literal, overload
 
 import torch
 
-from veripo_kernels.derivatives import refuse_forward_mode
+from veripo_kernels.derivatives import refuse_second, refuse_transforms
 from veripo_kernels.dispatch import Impl, choose
+from veripo_kernels.scalars import as_tensor
 
 _CHUNK_BYTES = 256 << 20
 """Bound on the temporaries of the torch implementation, in bytes; one row is computed even where it needs more."""
@@ -50,8 +51,8 @@ def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, temperatur
         ValueError: wrong shape, dtype, device or temperature. RuntimeError: `impl` cannot be used here.
     """
     _check(logits, token_ids, temperature)
-    refuse_forward_mode("gather_logprobs", logits)
-    logprobs, entropies, _ = _forward(_rows(logits), token_ids.reshape(-1), temperature, entropy, impl)
+    refuse_transforms("gather_logprobs", logits)
+    logprobs, entropies, _ = _forward(_rows(logits), token_ids.reshape(-1), as_tensor(temperature), entropy, impl)
     if not entropy:
         return logprobs.view(token_ids.shape)
     return logprobs.view(token_ids.shape), entropies.view(token_ids.shape)
@@ -72,9 +73,9 @@ def gather_logprobs_fused(logits: torch.Tensor, token_ids: torch.Tensor, coeffic
     """
     _check(logits, token_ids, temperature)
     _check_like("coefficient", coefficient, token_ids)
-    refuse_forward_mode("gather_logprobs_fused", logits, coefficient)
+    refuse_transforms("gather_logprobs_fused", logits, coefficient)
     logprobs, dlogits = _fused(_rows(logits).detach(), token_ids.reshape(-1), coefficient.detach().reshape(-1),
-                               temperature, impl)
+                               as_tensor(temperature), impl)
     return logprobs.view(token_ids.shape), dlogits.view(logits.shape)
 
 
@@ -117,61 +118,62 @@ def _implementation(impl: str, logits: torch.Tensor) -> Any:
 
 
 @torch.library.custom_op("veripo::gather_logprobs", mutates_args=())
-def _forward(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float, entropy: bool, impl: str
+def _forward(logits: torch.Tensor, token_ids: torch.Tensor, temperature: torch.Tensor, entropy: bool, impl: str
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logprobs [T], entropy [T] ([0] unless asked for) and normalizer [2, T].
+    """logprobs [T], entropy [T] ([0] unless asked for) and normalizer [3, T].
 
-    The normalizer is the largest of logits / temperature in each row (Triton: of logits), and the logarithm of the sum
-    of exponentials relative to it. Added up they would lose the digits of small probabilities where logits are large;
-    the compiled op gives only the sum, beside which stands 0.
+    The normalizer is the largest of logits / temperature in each row (Triton: of logits), the logarithm of the sum of
+    exponentials relative to it, and for Triton the token's 1 - p. The first two added up would lose the digits of small
+    probabilities where logits are large; the compiled op gives only the sum, beside which stands 0.
     """
-    return _implementation(impl, logits).forward(logits, token_ids.contiguous(), temperature, entropy)
+    return _implementation(impl, logits).forward(logits, token_ids.contiguous(), temperature.item(), entropy)
 
 
 @_forward.register_fake
-def _(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float, entropy: bool, impl: str
+def _(logits: torch.Tensor, token_ids: torch.Tensor, temperature: torch.Tensor, entropy: bool, impl: str
       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, dtype = logits.shape[0], _wide(logits)
     return (logits.new_empty(rows, dtype=dtype), logits.new_empty(rows if entropy else 0, dtype=dtype),
-            logits.new_empty(2, rows, dtype=dtype))
+            logits.new_empty(3, rows, dtype=dtype))
 
 
 @torch.library.custom_op("veripo::gather_logprobs_backward", mutates_args=())
 def _backward(logits: torch.Tensor, token_ids: torch.Tensor, normalizer: torch.Tensor, entropy: torch.Tensor,
-              dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: float, impl: str) -> torch.Tensor:
+              dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: torch.Tensor, impl: str) -> torch.Tensor:
     return _implementation(impl, logits).backward(logits, token_ids.contiguous(), normalizer, entropy,
-                                                  dlogprobs.contiguous(), dentropy.contiguous(), temperature)
+                                                  dlogprobs.contiguous(), dentropy.contiguous(), temperature.item())
 
 
 @_backward.register_fake
 def _(logits: torch.Tensor, token_ids: torch.Tensor, normalizer: torch.Tensor, entropy: torch.Tensor,
-      dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: float, impl: str) -> torch.Tensor:
+      dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: torch.Tensor, impl: str) -> torch.Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("veripo::gather_logprobs_fused", mutates_args=())
-def _fused(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: float, impl: str
-           ) -> tuple[torch.Tensor, torch.Tensor]:
+def _fused(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: torch.Tensor,
+           impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _implementation(impl, logits).fused(logits, token_ids.contiguous(),
-                                               coefficient.to(_wide(logits)).contiguous(), temperature)
+                                               coefficient.to(_wide(logits)).contiguous(), temperature.item())
 
 
 @_fused.register_fake
-def _(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: float, impl: str
+def _(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: torch.Tensor, impl: str
       ) -> tuple[torch.Tensor, torch.Tensor]:
     return (logits.new_empty(logits.shape[0], dtype=_wide(logits)),
             torch.empty_like(logits, memory_format=torch.contiguous_format))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, token_ids, ctx.temperature, _, ctx.impl = inputs
+    logits, token_ids, temperature, _, ctx.impl = inputs
     _, entropy, normalizer = output
-    ctx.save_for_backward(logits, token_ids, normalizer, entropy)
+    ctx.save_for_backward(logits, token_ids, normalizer, entropy, temperature)
 
 
 def _differentiate(ctx: Any, dlogprobs: torch.Tensor, dentropy: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
-    logits, token_ids, normalizer, entropy = ctx.saved_tensors
-    dlogits = _backward(logits, token_ids, normalizer, entropy, dlogprobs, dentropy, ctx.temperature, ctx.impl)
+    refuse_second("gather_logprobs")
+    logits, token_ids, normalizer, entropy, temperature = ctx.saved_tensors
+    dlogits = _backward(logits, token_ids, normalizer, entropy, dlogprobs, dentropy, temperature, ctx.impl)
     return dlogits, None, None, None, None
 
 
@@ -191,7 +193,8 @@ class _Cpp:
         from veripo_kernels import cpp
 
         logprobs, entropies, lse = cpp.forward(logits, token_ids, temperature)
-        return logprobs, entropies if entropy else entropies.new_empty(0), torch.stack((lse, torch.zeros_like(lse)))
+        normalizer = torch.stack((lse, *lse.new_zeros(2, len(lse))))
+        return logprobs, entropies if entropy else entropies.new_empty(0), normalizer
 
     @staticmethod
     def backward(logits: torch.Tensor, token_ids: torch.Tensor, normalizer: torch.Tensor, entropy: torch.Tensor,
@@ -217,14 +220,16 @@ class _Torch:
     def forward(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float, entropy: bool
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows, dtype = logits.shape[0], _wide(logits)
-        logprobs, normalizer = logits.new_empty(rows, dtype=dtype), logits.new_empty(2, rows, dtype=dtype)
+        logprobs, normalizer = logits.new_empty(rows, dtype=dtype), logits.new_zeros(3, rows, dtype=dtype)
         entropies = logits.new_empty(rows if entropy else 0, dtype=dtype)
         for part in _chunks(logits):
             scaled = _scaled(logits[part], temperature)
-            peak = scaled.amax(-1)
-            log_total = scaled.sub_(peak[:, None]).exp().sum(-1).log()
-            log_p = scaled.sub_(log_total[:, None])
-            normalizer[:, part] = torch.stack((peak, log_total))
+            peak, place = scaled.max(-1, keepdim=True)
+            gaps = scaled.sub_(peak)
+            others = gaps.exp().scatter_(-1, place, gaps.gather(-1, place))  # the peak: 0, or NaN
+            log_total = others.sum(-1, keepdim=True).log1p()  # beside the peak's 1 a small sum would be lost
+            log_p = gaps.sub_(log_total)
+            normalizer[:2, part] = torch.cat((peak, log_total), 1).T
             logprobs[part] = _chosen(log_p, token_ids[part])
             if entropy:
                 entropies[part] = -(log_p.exp() * _finite(log_p)).sum(-1)
@@ -237,10 +242,12 @@ class _Torch:
         for part in _chunks(logits):
             log_p = _scaled(logits[part], temperature)
             log_p.sub_(normalizer[0, part, None]).sub_(normalizer[1, part, None])
-            weight = -dlogprobs[part, None]
+            weight, own = -dlogprobs[part, None], _chosen(log_p, token_ids[part])
+            own_slopes = -dlogprobs[part] * own.expm1()  # with all digits of 1 - p
             if entropy.numel():
                 weight = weight - dentropy[part, None] * (entropy[part, None] + _finite(log_p))
-            dlogits[part] = _add_chosen(log_p.exp_().mul_(weight), token_ids[part], dlogprobs[part]).div_(temperature)
+                own_slopes -= dentropy[part] * own.exp() * (entropy[part] + _finite(own))
+            dlogits[part] = _put_chosen(log_p.exp_().mul_(weight), token_ids[part], own_slopes).div_(temperature)
         return dlogits
 
     @staticmethod
@@ -268,10 +275,10 @@ def _chosen(log_p: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return log_p.gather(-1, token_ids.where(known, 0)[:, None])[:, 0].masked_fill(~known, torch.nan)
 
 
-def _add_chosen(slopes: torch.Tensor, token_ids: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
-    """slopes [T, V] with addend [T] added at token_ids, nothing at ids that are outside."""
+def _put_chosen(slopes: torch.Tensor, token_ids: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """slopes [T, V] with own [T] at token_ids; rows whose id is outside stay as they are."""
     known = (token_ids >= 0) & (token_ids < slopes.shape[-1])
-    return slopes.scatter_add_(-1, token_ids.where(known, 0)[:, None], addend.where(known, 0)[:, None])
+    return slopes.scatter_(-1, token_ids.where(known, 0)[:, None], own.where(known, slopes[:, 0])[:, None])
 
 
 def _finite(log_p: torch.Tensor) -> torch.Tensor:

@@ -6,14 +6,16 @@ can hold the op; nothing is changed in place, so that backward may run twice.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from veripo_kernels import reference
-from veripo_kernels.derivatives import refuse_forward_mode
+from veripo_kernels.derivatives import refuse_second, refuse_transforms, wants_gradient
 from veripo_kernels.dispatch import Impl, choose
-from veripo_kernels.options import AdvantagesPer, PolicyLoss, as_policy_loss, check_counts
+from veripo_kernels.options import AdvantagesPer, PolicyLoss, as_policy_loss, check_counts, log_bounds
+from veripo_kernels.scalars import as_tensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _METRICS = ("clip_low_share", "clip_high_share", "kl", "entropy", "importance", "ratio_max")
@@ -68,8 +70,8 @@ def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, 
                                    rollout_logprobs=rollout, entropy=bonus, num_sequences=num_sequences,
                                    num_tokens=num_tokens,
                                    advantages_per="token" if gains.shape == policy.shape else "sequence")
-    refuse_forward_mode("grpo_loss", policy_logprobs, entropy)
-    slope = entropy is not None and entropy.requires_grad and loss.entropy_coef != 0
+    refuse_transforms("grpo_loss", policy_logprobs, entropy)
+    slope = entropy is not None and wants_gradient(entropy) and loss.entropy_coef != 0
     value, totals, _, _ = _forward(policy_logprobs, old, gains, cu_seqlens, mask, ref, rollout, entropy, _kinds(loss),
                                    _numbers(loss), _divisor(loss, sequences, num_sequences, num_tokens), slope)
     return value, dict(zip(_METRICS, (totals.detach()[row] for row in _METRIC_ROWS), strict=True))
@@ -84,11 +86,11 @@ def _kinds(loss: PolicyLoss) -> str:
     return " ".join((loss.surrogate, loss.weighting, loss.kl_kind, *loss.importance.split("_")))
 
 
-def _numbers(loss: PolicyLoss) -> list[float]:
-    """The constant length, and the numbers of jit.grpo.forward_kernel in its order."""
-    return [float(loss.constant_length or 1), loss.clip_low, loss.clip_high, loss.dual, *loss.log_clip,
-            loss.sapo_temperature_pos, loss.sapo_temperature_neg, loss.kl_coef, loss.importance_floor,
-            loss.importance_cap, loss.entropy_coef]
+def _numbers(loss: PolicyLoss) -> torch.Tensor:
+    """The constant length, and the numbers of jit.grpo.forward_kernel in its order, but for the clip's logarithms."""
+    return as_tensor(loss.constant_length or 1, loss.clip_low, loss.clip_high, loss.dual, loss.sapo_temperature_pos,
+                     loss.sapo_temperature_neg, loss.kl_coef, loss.importance_floor, loss.importance_cap,
+                     loss.entropy_coef)
 
 
 def _divisor(loss: PolicyLoss, sequences: int, num_sequences: int | None, num_tokens: int | None) -> int:
@@ -99,7 +101,7 @@ def _divisor(loss: PolicyLoss, sequences: int, num_sequences: int | None, num_to
 @torch.library.custom_op("veripo::grpo_loss", mutates_args=())
 def _forward(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, advantages: torch.Tensor,
              cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, ref_logprobs: torch.Tensor | None,
-             rollout_logprobs: torch.Tensor | None, entropy: torch.Tensor | None, kinds: str, numbers: list[float],
+             rollout_logprobs: torch.Tensor | None, entropy: torch.Tensor | None, kinds: str, numbers: torch.Tensor,
              divisor: int, entropy_slope: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [], totals [8], slopes [M] and entropy slopes ([M], [0] unless asked for), all float32."""
     from veripo_kernels.jit import grpo as bodies
@@ -107,14 +109,16 @@ def _forward(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, a
     tensors = map(readable, (policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs,
                              rollout_logprobs, entropy))
     names = kinds.split()
-    scale = 1 / (divisor * (numbers[0] if names[1] == "constant" else 1)) if divisor else None
-    return bodies.forward(tuple(tensors), names, numbers[1:], scale, entropy_slope)
+    length, low, high, dual, *others = numbers.tolist()
+    scale = 1 / (divisor * (length if names[1] == "constant" else 1)) if divisor else None
+    return bodies.forward(tuple(tensors), names, [low, high, dual, *log_bounds(low, high), *others], scale,
+                          entropy_slope)
 
 
 @_forward.register_fake
 def _(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, advantages: torch.Tensor,
       cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, ref_logprobs: torch.Tensor | None,
-      rollout_logprobs: torch.Tensor | None, entropy: torch.Tensor | None, kinds: str, numbers: list[float],
+      rollout_logprobs: torch.Tensor | None, entropy: torch.Tensor | None, kinds: str, numbers: torch.Tensor,
       divisor: int, entropy_slope: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens = policy_logprobs.shape[0]
     new = policy_logprobs.new_empty
@@ -146,6 +150,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 def _backward(ctx: Any, upstream: torch.Tensor | None, *_unused: torch.Tensor | None
               ) -> tuple[torch.Tensor | None, ...]:
+    refuse_second("grpo_loss")
     gradients: list[torch.Tensor | None] = [None] * 12
     if upstream is not None:
         totals, slopes, entropy_slopes = ctx.saved_tensors
@@ -185,11 +190,7 @@ def check_packed(policy_logprobs: torch.Tensor, cu_seqlens: torch.Tensor, tokens
     if policy_logprobs.ndim != 1 or policy_logprobs.dtype not in _DTYPES:
         raise ValueError(f"policy_logprobs must be a float tensor of shape [M], got {policy_logprobs.dtype} "
                          f"{list(policy_logprobs.shape)}")
-    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int32 or int64 of shape [S + 1], got {cu_seqlens.dtype} "
-                         f"{list(cu_seqlens.shape)}")
-    check_device("cu_seqlens", cu_seqlens, policy_logprobs)
-    check_bounds(cu_seqlens, len(policy_logprobs))
+    check_cu_seqlens(cu_seqlens, policy_logprobs)
     for name, value in tokens.items():
         if value is None:
             continue
@@ -198,13 +199,26 @@ def check_packed(policy_logprobs: torch.Tensor, cu_seqlens: torch.Tensor, tokens
         check_device(name, value, policy_logprobs)
 
 
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
+    """cu_seqlens [S + 1] bounds the completions of tokens [M, ...]."""
+    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64 of shape [S + 1], got {cu_seqlens.dtype} "
+                         f"{list(cu_seqlens.shape)}")
+    check_device("cu_seqlens", cu_seqlens, tokens)
+    check_bounds(cu_seqlens, len(tokens))
+
+
 def check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
-    """cu_seqlens runs from 0 to M. Only where it can be seen at once: a GPU would have to be waited for."""
+    """cu_seqlens rises from 0 to M. Only where it can be seen at once: a GPU would have to be waited for."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if (first, last) != (0, tokens):
-        raise ValueError(f"cu_seqlens must run from 0 to {tokens}, the number of tokens, got {first} to {last}")
+    bounds = cu_seqlens.tolist()
+    if (bounds[0], bounds[-1]) != (0, tokens):
+        raise ValueError(f"cu_seqlens must run from 0 to {tokens}, the number of tokens, got {bounds[0]} to "
+                         f"{bounds[-1]}")
+    for before, after in pairwise(bounds):
+        if after < before:
+            raise ValueError(f"cu_seqlens must not decrease, got {after} after {before}")
 
 
 def check_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:

@@ -7,15 +7,18 @@ need three: `linear_loss.py`.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 
 from veripo_kernels import linear_torch
-from veripo_kernels.derivatives import once, refuse_forward_mode
+from veripo_kernels.derivatives import refuse_second, refuse_transforms, wants_gradient
 from veripo_kernels.dispatch import Impl, choose
+from veripo_kernels.grpo import check_device
 from veripo_kernels.linear_torch import Head, Statistics
+from veripo_kernels.scalars import as_tensor
 
 
 def engine(impl: str) -> ModuleType:
@@ -27,12 +30,20 @@ def engine(impl: str) -> ModuleType:
     return linear_torch
 
 
+def _head(weight: torch.Tensor, bias: torch.Tensor | None, reading: torch.Tensor) -> Head:
+    temperature, softcap = reading.tolist()
+    return Head(weight, bias, None if math.isnan(softcap) else softcap, temperature)
+
+
 @torch.library.custom_op("veripo::linear_logprobs", mutates_args=())
 def _forward(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor | None,
-             temperature: float, softcap: float | None, entropy: bool, direction: bool, impl: str,
+             reading: torch.Tensor, entropy: bool, direction: bool, impl: str,
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logprobs, entropy, logsumexp [T], and d logprob / d hidden [T, D] (no rows unless `direction`)."""
-    head = Head(weight, bias, softcap, temperature)
+    """logprobs, entropy, logsumexp [T], and d logprob / d hidden [T, D] (no rows unless `direction`).
+
+    `reading`: temperature and softcap (`scalars.as_tensor`).
+    """
+    head = _head(weight, bias, reading)
     if direction:
         found, pull = engine(impl).statistics_and_direction(hidden, head, token_ids)
         return found.logprobs, found.entropy, found.logsumexp, pull
@@ -42,7 +53,7 @@ def _forward(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor
 
 @_forward.register_fake
 def _(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor | None,
-      temperature: float, softcap: float | None, entropy: bool, direction: bool, impl: str) -> tuple[torch.Tensor, ...]:
+      reading: torch.Tensor, entropy: bool, direction: bool, impl: str) -> tuple[torch.Tensor, ...]:
     dtype = linear_torch.product_dtype(hidden)
     rows = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3)]
     return *rows, hidden.new_empty(hidden.shape[0] if direction else 0, hidden.shape[1], dtype=dtype)
@@ -51,12 +62,12 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, bias:
 @torch.library.custom_op("veripo::linear_logprobs_backward", mutates_args=())
 def _backward(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, bias: torch.Tensor | None,
               logprobs: torch.Tensor, entropy: torch.Tensor, logsumexp: torch.Tensor, slopes: torch.Tensor,
-              entropy_slopes: torch.Tensor | None, temperature: float, softcap: float | None, needs: list[bool],
-              impl: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+              entropy_slopes: torch.Tensor | None, reading: torch.Tensor, needs: list[bool], impl: str
+              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients by hidden, weight and bias; empty where `needs` is false."""
     found = Statistics(logprobs, entropy, logsumexp)
-    out = engine(impl).gradients(hidden, Head(weight, bias, softcap, temperature), token_ids, found, slopes,
-                                 entropy_slopes, needs=tuple(needs))
+    out = engine(impl).gradients(hidden, _head(weight, bias, reading), token_ids, found, slopes, entropy_slopes,
+                                 needs=tuple(needs))
 
     def present(part: torch.Tensor | None) -> torch.Tensor:
         return hidden.new_empty(0) if part is None else part
@@ -73,34 +84,35 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, bias:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, token_ids, bias, temperature, softcap, entropy, direction, impl = inputs
+    hidden, weight, token_ids, bias, reading, entropy, direction, impl = inputs
     logprobs, row_entropy, logsumexp, pull = output
     ctx.mark_non_differentiable(logsumexp, pull)
     ctx.set_materialize_grads(False)
-    ctx.options = (temperature, softcap, entropy, direction, impl)
+    ctx.options = (entropy, direction, impl)
     if direction:
         ctx.save_for_backward(pull)
         ctx.hidden_dtype = hidden.dtype
     else:
-        ctx.save_for_backward(hidden, weight, token_ids, bias, logprobs, row_entropy, logsumexp)
+        ctx.save_for_backward(hidden, weight, token_ids, bias, reading, logprobs, row_entropy, logsumexp)
 
 
 def _gradients(ctx: Any, slopes: torch.Tensor | None, entropy_slopes: torch.Tensor | None, *_: object
                ) -> tuple[torch.Tensor | None, ...]:
-    temperature, softcap, entropy, direction, impl = ctx.options
-    unused = (None,) * 5
+    refuse_second("linear_logprobs")
+    entropy, direction, impl = ctx.options
+    unused = (None,) * 4
     if direction:
         pull, = ctx.saved_tensors
         if slopes is None:
             return None, None, None, None, *unused
         kept = torch.where(slopes[:, None] != 0, slopes[:, None] * pull, 0)  # a row of an invalid id pulls with NaN
-        return *once("linear_logprobs", (kept.to(ctx.hidden_dtype),)), None, None, None, *unused
-    hidden, weight, token_ids, bias, logprobs, row_entropy, logsumexp = ctx.saved_tensors
+        return kept.to(ctx.hidden_dtype), None, None, None, *unused
+    hidden, weight, token_ids, bias, reading, logprobs, row_entropy, logsumexp = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if slopes is None:
         slopes = torch.zeros_like(logprobs)
     out = _backward(hidden, weight, token_ids, bias, logprobs, row_entropy, logsumexp, slopes,
-                    entropy_slopes if entropy else None, temperature, softcap, needs, impl)
+                    entropy_slopes if entropy else None, reading, needs, impl)
     dhidden, dweight, dbias = (part if need else None for part, need in zip(out, needs, strict=True))
     return dhidden, dweight, None, dbias, *unused
 
@@ -148,13 +160,13 @@ def linear_logprobs(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.T
         raise ValueError(f"bias must have shape [{head.shape[0]}], got {list(bias.shape)}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be above 0, got {softcap}")
-    refuse_forward_mode("linear_logprobs", hidden, head, bias)
+    refuse_transforms("linear_logprobs", hidden, head, bias)
     chosen = choose("linear_logprobs", impl, hidden.device)
-    frozen = (hidden.requires_grad and not head.requires_grad and not entropy and softcap is None
-              and (bias is None or not bias.requires_grad))
+    frozen = (wants_gradient(hidden) and not wants_gradient(head) and not entropy and softcap is None
+              and (bias is None or not wants_gradient(bias)))
     logprobs, row_entropy, _, _ = _forward(
-        hidden.reshape(-1, hidden.shape[-1]), head, token_ids.reshape(-1), bias, float(temperature), softcap, entropy,
-        frozen and torch.is_grad_enabled(), chosen)
+        hidden.reshape(-1, hidden.shape[-1]), head, token_ids.reshape(-1), bias, as_tensor(temperature, softcap),
+        entropy, frozen and torch.is_grad_enabled(), chosen)
     logprobs = logprobs.view(token_ids.shape)
     return (logprobs, row_entropy.view(token_ids.shape)) if entropy else logprobs
 
@@ -169,5 +181,7 @@ def check_linear(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tens
     if token_ids.shape != hidden.shape[:-1] or token_ids.dtype != torch.int64:
         raise ValueError(f"token_ids must be int64 {list(hidden.shape[:-1])}, got {token_ids.dtype} "
                          f"{list(token_ids.shape)}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_device("head", head, hidden)
+    check_device("token_ids", token_ids, hidden)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")

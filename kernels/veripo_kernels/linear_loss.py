@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 import torch
 
 from veripo_kernels import reference
-from veripo_kernels.derivatives import once, refuse_forward_mode
+from veripo_kernels.derivatives import refuse_second, refuse_transforms, wants_gradient
 from veripo_kernels.dispatch import Impl, choose
+from veripo_kernels.grpo import check_bounds, check_cu_seqlens, check_device
 from veripo_kernels.linear import check_linear, engine
 from veripo_kernels.linear_torch import Gradients, Head
 from veripo_kernels.options import (
@@ -34,6 +35,7 @@ from veripo_kernels.options import (
     as_preference_loss,
     check_counts,
 )
+from veripo_kernels.scalars import as_tensor
 
 Slopes = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """(rows of a run int64 [R], its cu_seqlens, logprobs [R], entropy [R]) -> slopes by logprobs and by entropy [R]."""
@@ -129,25 +131,38 @@ def _formed(out: Gradients, hidden: torch.Tensor, dtype: torch.dtype
             hidden.new_ones(1, dtype=dtype) if out.unit is None else out.unit.clone())
 
 
-def _indices(cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, hidden: torch.Tensor
-             ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequence of every token, and its mask in the type of the log-probs, both [M]."""
+def _indices(cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, hidden: torch.Tensor, token_ids: torch.Tensor,
+             vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence of every token, and its mask in the type of the log-probs, both [M]; values that the door of a compiled
+    graph does not see are checked."""
+    check_bounds(cu_seqlens, len(hidden))
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     mask = (torch.ones(len(hidden), dtype=dtype, device=hidden.device) if loss_mask is None else loss_mask.to(dtype))
+    _check_ids(token_ids, vocabulary, mask)
     return reference.sequence_index(cu_seqlens, len(hidden)), mask
+
+
+def _check_ids(token_ids: torch.Tensor, vocabulary: int, mask: torch.Tensor) -> None:
+    """Tokens that count lie in the vocabulary. On a GPU, which would have to be waited for, they make the loss NaN."""
+    if token_ids.device.type != "cpu":
+        return
+    outside = ((token_ids < 0) | (token_ids >= vocabulary)) & (mask != 0)
+    if outside.any():
+        raise ValueError(f"token_ids must be in [0, {vocabulary}) where loss_mask is not 0, "
+                         f"got {int(token_ids[outside][0])}")
 
 
 @torch.library.custom_op("veripo::linear_policy_loss", mutates_args=())
 def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, old_logprobs: torch.Tensor | None,
             advantages: torch.Tensor, cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None,
             ref_logprobs: torch.Tensor | None, rollout_logprobs: torch.Tensor | None, num_sequences: int,
-            num_tokens: int, temperature: float, words: str, numbers: list[float], workspace_bytes: int,
+            num_tokens: int, temperature: torch.Tensor, words: str, numbers: torch.Tensor, workspace_bytes: int,
             needs: list[bool], impl: str,
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [], metrics [6], logprobs [M], dhidden [M, D] and dweight [V, D] (these two empty where not needed), and the
     unit [1] of dweight. `needs`: gradients by hidden and weight, and the entropy."""
     loss = _decoded(PolicyLoss, words, numbers)
-    owner, mask = _indices(cu_seqlens, loss_mask, hidden)
+    owner, mask = _indices(cu_seqlens, loss_mask, hidden, token_ids, len(weight))
     if advantages.shape != token_ids.shape:
         advantages = advantages[owner]
     advantages = advantages.to(mask.dtype)
@@ -173,7 +188,7 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
         return by_logprob, -loss.entropy_coef * weights[rows] if loss.entropy_coef else None
 
     logprobs, entropy, gradients = _run_all(
-        hidden, Head(weight, temperature=temperature), token_ids, owner, len(cu_seqlens) - 1, mask != 0, live,
+        hidden, Head(weight, temperature=temperature.item()), token_ids, owner, len(cu_seqlens) - 1, mask != 0, live,
         old_logprobs if old_logprobs is not None else rollout_logprobs, slopes, whole=int(loss.couples_tokens),
         entropy=needs[2], workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
     whole = terms(slice(None), cu_seqlens, logprobs, entropy)
@@ -184,13 +199,13 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
 
 @torch.library.custom_op("veripo::linear_dpo_loss", mutates_args=())
 def _dpo(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, ref_logprobs: torch.Tensor,
-         cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, num_pairs: int, temperature: float, words: str,
-         numbers: list[float], workspace_bytes: int, needs: list[bool], impl: str,
+         cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, num_pairs: int, temperature: torch.Tensor,
+         words: str, numbers: torch.Tensor, workspace_bytes: int, needs: list[bool], impl: str,
          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [], metrics [5], logprobs [M], dhidden, dweight and its unit as `_policy`'s."""
     loss = _decoded(PreferenceLoss, words, numbers)
-    owner, mask = _indices(cu_seqlens, loss_mask, hidden)
-    kept, pairs = mask != 0, num_pairs or (len(cu_seqlens) - 1) // 2
+    owner, mask = _indices(cu_seqlens, loss_mask, hidden, token_ids, len(weight))
+    kept, pairs = mask != 0, num_pairs or max((len(cu_seqlens) - 1) // 2, 1)
 
     def slopes(rows: torch.Tensor, cu: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
                ) -> tuple[torch.Tensor, None]:
@@ -198,7 +213,7 @@ def _dpo(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, re
         return reference.pair_terms(logprobs, ref.to(logprobs.dtype), cu, loss, mask[rows]).slope / pairs, None
 
     logprobs, _, gradients = _run_all(
-        hidden, Head(weight, temperature=temperature), token_ids, owner, len(cu_seqlens) - 1, kept, kept,
+        hidden, Head(weight, temperature=temperature.item()), token_ids, owner, len(cu_seqlens) - 1, kept, kept,
         ref_logprobs if ref_logprobs.dim() == 1 else None, slopes, whole=2, entropy=False,
         workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
     value, metrics = reference.dpo_loss(logprobs, ref_logprobs.to(logprobs.dtype), cu_seqlens, loss=loss,
@@ -226,14 +241,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
 
 
 def _scaled(ctx: Any, upstream: torch.Tensor | None, *_: object) -> tuple[torch.Tensor | None, ...]:
+    refuse_second("linear_policy_loss or linear_dpo_loss")
     dhidden, dweight, unit = ctx.saved_tensors
     unused = (None,) * (ctx.arguments - 2)
     if upstream is None:
         return None, None, *unused
-    with torch.no_grad():  # a second derivative is refused by `once`
-        gradients = (_times(dhidden, upstream[None], ctx.dtypes[0]) if ctx.needs[0] else None,
-                     _times(dweight, upstream * unit, ctx.dtypes[1]) if ctx.needs[1] else None)
-    return *once("linear_policy_loss or linear_dpo_loss", gradients), *unused
+    return (_times(dhidden, upstream[None], ctx.dtypes[0]) if ctx.needs[0] else None,
+            _times(dweight, upstream * unit, ctx.dtypes[1]) if ctx.needs[1] else None, *unused)
 
 
 def _times(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -273,16 +287,18 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
     """
     check_linear(hidden, head, token_ids, temperature)
     loss = as_policy_loss(loss)
+    check_cu_seqlens(cu_seqlens, hidden)
+    check_device("advantages", advantages, hidden)
     _check_rows(hidden, {"old_logprobs": old_logprobs, "loss_mask": loss_mask, "ref_logprobs": ref_logprobs,
                          "rollout_logprobs": rollout_logprobs})
     check_counts(num_sequences=num_sequences, num_tokens=num_tokens)
-    refuse_forward_mode("linear_policy_loss", hidden, head)
+    refuse_transforms("linear_policy_loss", hidden, head)
     advantages = reference.told_apart(advantages, cu_seqlens, len(token_ids), advantages_per)
     if loss.kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef {loss.kl_coef} needs ref_logprobs")
     value, metrics, logprobs, *_ = _policy(
         hidden, head, token_ids, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs, rollout_logprobs,
-        num_sequences or 0, num_tokens or 0, float(temperature), *_encoded(loss), workspace_bytes or 0,
+        num_sequences or 0, num_tokens or 0, as_tensor(temperature), *_encoded(loss), workspace_bytes or 0,
         [*_needs(hidden, head), entropy or loss.entropy_coef != 0],
         choose("linear_policy_loss", impl, hidden.device))
     return value, dict(zip(_POLICY_METRICS, metrics.unbind(), strict=True)), logprobs
@@ -301,6 +317,8 @@ def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.T
         scalar loss, its metrics, and the policy's log-probs [M] (0 where loss_mask is), both detached.
     """
     check_linear(hidden, head, token_ids, temperature)
+    check_cu_seqlens(cu_seqlens, hidden)
+    check_device("ref_logprobs", ref_logprobs, hidden)
     pairs = (len(cu_seqlens) - 1) // 2
     if len(cu_seqlens) != 2 * pairs + 1:
         raise ValueError(f"cu_seqlens must have 2 * pairs + 1 entries, got {len(cu_seqlens)}")
@@ -309,33 +327,35 @@ def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.T
                          f"got {list(ref_logprobs.shape)}")
     _check_rows(hidden, {"loss_mask": loss_mask})
     check_counts(num_pairs=num_pairs)
-    refuse_forward_mode("linear_dpo_loss", hidden, head)
+    refuse_transforms("linear_dpo_loss", hidden, head)
     value, metrics, logprobs, *_ = _dpo(
-        hidden, head, token_ids, ref_logprobs, cu_seqlens, loss_mask, num_pairs or 0, float(temperature),
+        hidden, head, token_ids, ref_logprobs, cu_seqlens, loss_mask, num_pairs or 0, as_tensor(temperature),
         *_encoded(as_preference_loss(loss)), workspace_bytes or 0, _needs(hidden, head),
         choose("linear_dpo_loss", impl, hidden.device))
     return value, dict(zip(_PAIR_METRICS, metrics.unbind(), strict=True)), logprobs
 
 
-def _encoded(loss: PolicyLoss | PreferenceLoss) -> tuple[str, list[float]]:
+def _encoded(loss: PolicyLoss | PreferenceLoss) -> tuple[str, torch.Tensor]:
     """The words and the numbers of a loss: ops take no types of ours, and torch.compile may make a float a symbol."""
     values = [getattr(loss, name) for name in _FIELDS[type(loss)]]
     return (",".join([value if isinstance(value, str) else "" for value in values]),
-            [math.nan if value is None or isinstance(value, str) else float(value) for value in values])
+            as_tensor(*(None if isinstance(value, str) else value for value in values)))
 
 
-def _decoded(kind: type[Loss], words: str, numbers: list[float]) -> Loss:
+def _decoded(kind: type[Loss], words: str, numbers: torch.Tensor) -> Loss:
     values = [word or (None if math.isnan(number) else number)
-              for word, number in zip(words.split(","), numbers, strict=True)]
+              for word, number in zip(words.split(","), numbers.tolist(), strict=True)]
     return kind(**dict(zip(_FIELDS[kind], values, strict=True)))  # type: ignore[arg-type]
 
 
 def _needs(hidden: torch.Tensor, head: torch.Tensor) -> list[bool]:
     grad = torch.is_grad_enabled()
-    return [grad and hidden.requires_grad, grad and head.requires_grad]
+    return [grad and wants_gradient(hidden), grad and wants_gradient(head)]
 
 
 def _check_rows(hidden: torch.Tensor, named: dict[str, Any]) -> None:
     for name, values in named.items():
         if values is not None and values.shape != hidden.shape[:1]:
             raise ValueError(f"{name} must have shape [{len(hidden)}], got {list(values.shape)}")
+        if values is not None:
+            check_device(name, values, hidden)

@@ -57,8 +57,10 @@ class _Tiles:
         self.hidden, self.weight, self.head = _aligned(hidden), _aligned(head.weight), head
         self.token_ids = token_ids = token_ids.contiguous()
         self.rows, self.tiles = len(hidden), triton.cdiv(head.vocabulary, self.shape["BV"])
-        self.maximum, self.others, self.moment = hidden.new_empty(3, self.tiles, self.rows, dtype=torch.float32)
-        self.target, self.peak = hidden.new_empty(2, self.rows, dtype=torch.float32)
+        # one by one: parts of one block start wherever rows put them, and each alignment compiles the kernels again
+        self.maximum, self.others, self.moment = (
+            hidden.new_empty(self.tiles, self.rows, dtype=torch.float32) for _ in range(3))
+        self.target, self.peak = (hidden.new_empty(self.rows, dtype=torch.float32) for _ in range(2))
         self.reading = (1 / head.temperature, head.softcap or 1.0)
         self.flags = {"HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None}
         self.bias = self.target if head.bias is None else head.bias.contiguous()

@@ -100,7 +100,7 @@ class PolicyLoss:
     @property
     def log_clip(self) -> tuple[float, float]:
         """The clip as bounds of the log-ratio."""
-        return math.log(1 - self.clip_low) if self.clip_low < 1 else -math.inf, math.log1p(self.clip_high)
+        return log_bounds(self.clip_low, self.clip_high)
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,11 @@ class PreferenceLoss:
     @property
     def tail_weight(self) -> float:
         return 1.0 if self.ld_alpha is None else self.ld_alpha
+
+
+def log_bounds(clip_low: float, clip_high: float) -> tuple[float, float]:
+    """Logarithms of 1 - clip_low and 1 + clip_high."""
+    return math.log(1 - clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
 
 
 def as_policy_loss(loss: PolicyLoss | str) -> PolicyLoss:

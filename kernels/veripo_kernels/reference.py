@@ -74,6 +74,8 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, kind: Ad
     Args:
         rewards: [S]. group_ids: int64 [S], 0 to groups - 1, each present; groups may be ragged and interleaved.
     """
+    if not len(rewards):
+        return torch.zeros_like(rewards)
     groups = int(group_ids.max()) + 1
     count, zeros = torch.zeros(2, groups, dtype=rewards.dtype, device=rewards.device)
     count = count.index_add(0, group_ids, torch.ones_like(rewards))
@@ -279,7 +281,7 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
     """
     check_counts(num_pairs=num_pairs)
     terms = pair_terms(policy_logprobs, ref_logprobs, cu_seqlens, as_preference_loss(loss), loss_mask)
-    pairs = num_pairs or len(terms.loss)
+    pairs = num_pairs or max(len(terms.loss), 1)  # the loss of no pairs is 0, as that of no tokens
     return terms.loss.sum() / pairs, {name: value.sum() / pairs for name, value in terms.metrics.items()}
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from veripo_kernels import cpp, slices_torch
+from veripo_kernels.derivatives import refuse_transforms, refuse_wrapped
 from veripo_kernels.dispatch import Impl, choose
 
 _STAY = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,8 +38,11 @@ def copy_slices(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
 
     Raises:
         ValueError: another number of tensors, a shape, dtype, device or stride that does not fit, or shared memory;
-            names the tensor. RuntimeError: `impl` cannot be used here.
+            names the tensor. RuntimeError: `impl` cannot be used here. NotImplementedError: tensors of torch.func's
+            transforms, or with a tangent.
     """
+    refuse_wrapped("copy_slices", *sources, *targets)
+    refuse_transforms("copy_slices", *sources, *targets)
     _check(sources, targets)
     if not targets:
         return torch.zeros(2, dtype=torch.int64)

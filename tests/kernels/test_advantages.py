@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from veripo_kernels import group_advantages, reference
+from veripo_kernels.scalars import as_tensor
 
 from tests.support.loss_cases import on_device, rand  # noqa: F401 (a fixture)
 
@@ -84,7 +85,8 @@ def test_in_a_compiled_graph(impl: Any) -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.veripo.group_advantages.default, (rand(9).float(), interleaved(9, 2), "std", 1e-6))
+    arguments = (rand(9).float(), interleaved(9, 2), "std", as_tensor(1e-6))
+    torch.library.opcheck(torch.ops.veripo.group_advantages.default, arguments)
 
 
 @pytest.mark.parametrize(("change", "message"), [

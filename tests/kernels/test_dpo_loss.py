@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from veripo_kernels import dpo_loss, reference
 from veripo_kernels.jit import dpo as bodies
+from veripo_kernels.scalars import as_tensor
 
 from tests.support.loss_cases import (
     PREFERENCE_LOSSES,
@@ -177,7 +178,7 @@ def test_in_a_compiled_graph(impl: Any) -> None:
 def test_opcheck() -> None:
     policy, ref, bounds = pairs((3, 0, 2, 4))
     torch.library.opcheck(torch.ops.veripo.dpo_loss.default, (
-        policy.float().requires_grad_(), ref.float(), bounds, None, "sigmoid", [0.1, 0.0, 0.5, 0.2], True, 2))
+        policy.float().requires_grad_(), ref.float(), bounds, None, "sigmoid", as_tensor(0.1, 0.0, 0.5, 0.2), True, 2))
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -22,6 +22,7 @@ from veripo_kernels import gather, reference
 from veripo_kernels.dispatch import interpreted, refusal
 from veripo_kernels.gather import gather_logprobs, gather_logprobs_fused
 from veripo_kernels.jit import gather as kernels
+from veripo_kernels.scalars import as_tensor
 
 from bench.kernels import rounding
 from bench.kernels.rounding import Case
@@ -235,9 +236,10 @@ def test_rows_are_on_the_axis_of_the_grid_that_has_no_limit(monkeypatch: pytest.
 @pytest.mark.parametrize("entropy", [False, True])
 def test_opcheck(impl: str, entropy: bool) -> None:
     data = case(rand(4, 70))
-    wanted = [data.logits.clone().requires_grad_(), data.token_ids, 0.7, entropy, impl]
+    temperature = as_tensor(0.7)
+    wanted = [data.logits.clone().requires_grad_(), data.token_ids, temperature, entropy, impl]
     torch.library.opcheck(torch.ops.veripo.gather_logprobs.default, wanted)
-    torch.library.opcheck(torch.ops.veripo.gather_logprobs_fused.default, [*data[:3], 0.7, impl])
+    torch.library.opcheck(torch.ops.veripo.gather_logprobs_fused.default, [*data[:3], temperature, impl])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -420,15 +422,19 @@ MUTANTS = {
     "columns beyond V count": ('< V, other=float("-inf")', "< V, other=0.0"),
     "ragged end left out": ("if whole < V:", "if whole < 0:"),
     "impossible tokens poison the entropy": ("power * tl.maximum(z, _NOTHING)", "power * z"),
-    "entropy in bits": ("moment / total * _LN_2", "moment / total"),
+    "entropy in bits": ("moment / (others + own) * _LN_2", "moment / (others + own)"),
     "next token": ("token = tl.load(token_ids + number)", "token = tl.load(token_ids + number) + 1"),
-    "temperature ignored forward": ("peak, total, moment = _read_row(row, V, inverse_temperature * _LOG2_E",
-                                    "peak, total, moment = _read_row(row, V, _LOG2_E"),
-    "no 1/temperature in backward": ("pull = tl.load(dlogprobs + number) * inverse_temperature",
-                                     "pull = tl.load(dlogprobs + number)"),
+    "temperature ignored forward": ("_read_row(row, V, token, logit, inverse_temperature * _LOG2_E",
+                                    "_read_row(row, V, token, logit, _LOG2_E"),
+    "no 1/temperature in backward": ("push = tl.load(dlogprobs + number) * inverse_temperature",
+                                     "push = tl.load(dlogprobs + number)"),
     "entropy gradient without the entropy": ("push += tilt * tl.load(entropy + number)", "push += 0.0"),
-    "entropy gradient of the wrong sign": ("tilt * _LN_2, BLOCK", "-tilt * _LN_2, BLOCK"),
-    "no gradient at the token": ("tl.where(columns == token, pull, 0.0)", "0.0"),
+    "entropy gradient of the wrong sign": ("push, tilt * _LN_2", "push, -tilt * _LN_2"),
+    "no gradient at the token": ("tl.where(columns == token, mine, -tl.exp2(log2_p) * weight)",
+                                 "-tl.exp2(log2_p) * weight"),
+    "token counted twice": ("x = tl.where(whole + columns == token, float(\"-inf\"), x)", "pass"),
+    "entropy without the token": ("all_moments += ", "lost = "),
+    "entropy's slope left out at the token": ("mine -= ", "lost = "),
 }
 HIGHER_LATER = rand(4, 8200) + 2.0 * (torch.arange(8200, device=DEVICE) >= 4096)  # both blocks have weight
 DISTINGUISHING = [case(rand(4, 4097, scale=4.0), 0.6), case(HIGHER_LATER), case(extremes("rising to 6e4", 8200), 0.7),

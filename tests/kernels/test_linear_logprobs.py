@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from veripo_kernels import linear_torch, linear_triton
 from veripo_kernels.jit import linear as kernels
 from veripo_kernels.linear import linear_logprobs
+from veripo_kernels.scalars import as_tensor
 
 from tests.support.linear_cases import (
     Rows,
@@ -292,7 +293,8 @@ def test_strides_and_starts(impl: str) -> None:
 def test_opcheck(impl: str, direction: bool) -> None:
     data = rows(3, 5, 20, bias=True)
     leaves = [data.hidden.requires_grad_(), data.head.requires_grad_(not direction)]
-    arguments = [*leaves, data.token_ids, None if direction else data.bias, 0.7, None, not direction, direction, impl]
+    arguments = [*leaves, data.token_ids, None if direction else data.bias, as_tensor(0.7, None), not direction,
+                 direction, impl]
     torch.library.opcheck(torch.ops.veripo.linear_logprobs.default, arguments)
 
 

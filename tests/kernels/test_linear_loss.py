@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from veripo_kernels import linear_loss, linear_policy_loss, linear_torch, reference
 from veripo_kernels.jit import linear as kernels
+from veripo_kernels.scalars import as_tensor
 
 from tests.support.linear_cases import (
     Packed,
@@ -339,7 +340,7 @@ def test_opcheck(impl: str, loss: str, frozen: str) -> None:
     data = ops(loss)
     leaves = [data.hidden.requires_grad_(), data.head.requires_grad_(frozen != "head")]
     needs = [True, frozen != "head"] + ([True] if loss == "policy" else [])
-    rest = [0.7, *linear_loss._encoded(data.loss), 1 << 20, needs, impl]
+    rest = [as_tensor(0.7), *linear_loss._encoded(data.loss), 1 << 20, needs, impl]
     if loss == "policy":
         torch.library.opcheck(torch.ops.veripo.linear_policy_loss.default, [
             *leaves, data.token_ids, data.old, data.advantages, data.cu_seqlens, None, data.ref, None, 0, 0, *rest])

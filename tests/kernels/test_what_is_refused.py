@@ -12,11 +12,8 @@ from veripo_kernels import (
     PolicyLoss,
     dispatch,
     dpo_loss,
-    gather_logprobs,
-    gather_logprobs_fused,
     grpo_loss,
     linear_dpo_loss,
-    linear_logprobs,
     linear_policy_loss,
     reference,
 )
@@ -33,7 +30,7 @@ BOUNDS = torch.tensor([0, 2, 2, 3, 4], device=DEVICE)
 """Four completions of four tokens, one of them empty: the shape of the advantages does not say what they are."""
 GAINS = torch.tensor([1.0, -3.0, 0.5, 2.0], device=DEVICE)
 IDS = torch.arange(4, device=DEVICE)
-HIDDEN, HEAD, REF = rand(4, 6, seed=1), rand(9, 6, seed=2), rand(4, seed=3)
+HIDDEN, HEAD = rand(4, 6, seed=1), rand(9, 6, seed=2)
 
 
 def linear_policy(gains: torch.Tensor, impl: str, **options: Any) -> Any:
@@ -113,50 +110,7 @@ def test_shapes_that_say_it_need_no_word() -> None:
         grpo_loss(rand(4), None, GAINS, bounds, advantages_per="sequence")
 
 
-# -- derivatives -----------------------------------------------------------------------------------------------------
-
-FORWARD: dict[str, Callable[[torch.Tensor, Any], Any]] = {
-    "linear_logprobs": lambda x, impl: linear_logprobs(x, HEAD, IDS, impl=impl),
-    "linear_logprobs of the head": lambda x, impl: linear_logprobs(HIDDEN, HEAD + x[0], IDS, impl=impl),
-    "linear_logprobs of the bias": lambda x, impl: linear_logprobs(HIDDEN, HEAD, IDS, bias=x.flatten()[:9], impl=impl),
-    "linear_policy_loss": lambda x, impl: linear_policy_loss(
-        x, HEAD, IDS, None, GAINS, BOUNDS, advantages_per="token", impl=impl)[0],
-    "linear_dpo_loss": lambda x, impl: linear_dpo_loss(x, HEAD, IDS, REF, BOUNDS, impl=impl)[0],
-    "gather_logprobs": lambda x, impl: gather_logprobs(x, IDS, impl=impl),
-    "gather_logprobs_fused": lambda x, impl: gather_logprobs_fused(x, IDS, GAINS, impl=impl)[0],
-    "grpo_loss": lambda x, impl: grpo_loss(x[:, 0], None, GAINS, BOUNDS, advantages_per="token", impl=impl)[0],
-    "dpo_loss": lambda x, impl: dpo_loss(x[:, 0], REF, BOUNDS, impl=impl)[0],
-}
-PLAIN = ("grpo_loss", "dpo_loss")
-"""Their torch implementation is the definition, which torch differentiates."""
-
-
-@pytest.mark.parametrize("impl", [*IMPLS, "cpp"])
-@pytest.mark.parametrize("name", FORWARD)
-def test_forward_mode_is_refused_or_right(name: str, impl: Any) -> None:
-    op = name.partition(" ")[0]
-    if impl not in dispatch.OPS.get(op.removesuffix("_fused"), ()) or dispatch.refusal(impl, DEVICE) is not None:
-        pytest.skip(f"{op} has no {impl} here")
-    function = lambda x: FORWARD[name](x, impl)
-    if impl == "torch" and op in PLAIN:
-        _, tangent = torch.func.jvp(function, (HIDDEN,), (rand(4, 6, seed=7),))
-        leaf = HIDDEN.clone().requires_grad_()
-        gradient, = torch.autograd.grad(function(leaf), leaf)
-        torch.testing.assert_close(tangent, (gradient * rand(4, 6, seed=7)).sum())
-        return
-    for transform in (lambda: torch.func.jvp(function, (HIDDEN,), (torch.ones_like(HIDDEN),)),
-                      lambda: torch.func.jacfwd(function)(HIDDEN)):
-        with pytest.raises(NotImplementedError, match=f"{op} has no forward-mode derivative"):
-            transform()
-    with (forward_ad.dual_level(),
-          pytest.raises(NotImplementedError, match=f"{op} has no forward-mode derivative")):
-        function(forward_ad.make_dual(HIDDEN, torch.ones_like(HIDDEN)))
-
-
-def test_forward_mode_of_something_else_does_not_disturb() -> None:
-    with forward_ad.dual_level():
-        forward_ad.make_dual(rand(3), rand(3))
-        assert linear_logprobs(HIDDEN, HEAD, IDS).isfinite().all()
+# -- derivatives of others (those of the ops: test_transforms.py) ------------------------------------------------------
 
 
 def test_forward_mode_through_the_copied_keys_is_refused() -> None:
@@ -167,18 +121,3 @@ def test_forward_mode_through_the_copied_keys_is_refused() -> None:
     keys = torch.randn(4, 1, 2)
     with pytest.raises(NotImplementedError, match="forward mode"), forward_ad.dual_level():
         copy_keys(forward_ad.make_dual(keys, keys), plan)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ["linear_logprobs", "linear_policy_loss", "linear_dpo_loss", "gather_logprobs",
-                                  "grpo_loss", "dpo_loss"])
-def test_a_second_derivative_is_refused_or_right(name: str, impl: Any) -> None:
-    """With a frozen head the first gradient was a constant to autograd: the second one lacked a term."""
-    if impl == "torch" and name in PLAIN:
-        pytest.skip("the definition, which torch differentiates")
-    leaf = HIDDEN.clone().requires_grad_()
-    value = FORWARD[name](leaf, impl).square().sum()
-    first, = torch.autograd.grad(value, leaf, create_graph=True)
-    assert first.isfinite().all()
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"no second derivative|no autograd formula"):
-        (value + first.square().sum()).backward()

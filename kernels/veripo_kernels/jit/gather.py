@@ -2,7 +2,8 @@
 
 Letters: T rows, V vocabulary. Powers are of 2, so that one factor holds log2(e) and 1/temperature. Whole blocks carry
 no mask and only the last one is checked against V: loads stay 16 bytes wide for every V whose rows are aligned, and V
-is never compiled in. Sums are kept per lane and added up once per row; a block costs one reduction, its maximum.
+is never compiled in. Sums are kept per lane and added up once per row; a block costs one reduction, its maximum. The
+row's token is kept out of the sums, so that 1 - p keeps its digits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _NOTHING = tl.constexpr(-256.0)  # exponent whose power is 0 in float32: stands for -inf where 0 * -inf would be NaN
 
-_VECTORS = ("token_ids", "logprobs", "entropy", "peak_logits", "log_totals", "dlogprobs", "dentropy", "coefficient")
+_VECTORS = ("token_ids", "logprobs", "entropy", "peak_logits", "log_totals", "doubts", "dlogprobs", "dentropy",
+            "coefficient")
 """Read and written one number at a time: a slice that is not 16-byte aligned must not compile another kernel."""
 
 
@@ -38,8 +40,16 @@ def _fold(x, peak, total, moment, scale, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def _read_row(row, V, scale, BLOCK: tl.constexpr, ENTROPY: tl.constexpr, KEEP: tl.constexpr):
-    """Finite maximum, sum 2^z and sum 2^z * z of a row [V]; KEEP asks the L2 cache to hold it for a second read."""
+def _log1p(x):
+    """Kahan's: right to the last bits also where 1 + x rounds to 1."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _read_row(row, V, token, logit, scale, BLOCK: tl.constexpr, ENTROPY: tl.constexpr, KEEP: tl.constexpr):
+    """Of a row [V], all relative to its finite maximum: that maximum, sum 2^z of the others, 2^z of the token (0 for an
+    unknown one), and sum 2^z * z of all. KEEP asks the L2 cache to hold the row for a second read."""
     columns = tl.arange(0, BLOCK)
     peak = float("-inf")
     total = tl.zeros([BLOCK], tl.float32)
@@ -47,25 +57,43 @@ def _read_row(row, V, scale, BLOCK: tl.constexpr, ENTROPY: tl.constexpr, KEEP: t
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         x = tl.load(row + start + columns, eviction_policy="evict_last" if KEEP else "evict_first").to(tl.float32)
+        x = tl.where(start + columns == token, float("-inf"), x)
         peak, total, moment = _fold(x, peak, total, moment, scale, ENTROPY)
     if whole < V:
         x = tl.load(row + whole + columns, mask=whole + columns < V, other=float("-inf")).to(tl.float32)
+        x = tl.where(whole + columns == token, float("-inf"), x)
         peak, total, moment = _fold(x, peak, total, moment, scale, ENTROPY)
-    return tl.where(peak == float("-inf"), 0.0, peak), tl.sum(total, 0), tl.sum(moment, 0)
+    highest = tl.where(token < 0, peak, tl.maximum(peak, logit))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    step = tl.maximum((peak - base) * scale, _NOTHING)
+    others = tl.exp2(step) * tl.sum(total, 0)
+    z = (logit - base) * scale
+    own = tl.where(token < 0, 0.0, tl.exp2(z))
+    all_moments = others
+    if ENTROPY:
+        all_moments = tl.exp2(step) * tl.sum(moment, 0) + step * others
+        all_moments += tl.where(token < 0, 0.0, own * tl.maximum(z, _NOTHING))
+    return base, others, own, all_moments
 
 
 @triton.jit
-def _slope(x, columns, token, peak, log2_total, scale, pull, push, tilt, ENTROPY: tl.constexpr):
-    """pull * [column = token] - p * (push + tilt * log2 p), with log2 p = (x - peak) * scale - log2_total."""
+def _log_total(others, own):
+    """Natural logarithm of their sum; where the token is the maximum, its own is 1 and a small rest is not lost."""
+    return tl.where(own == 1.0, _log1p(others), tl.log(others + own))
+
+
+@triton.jit
+def _slope(x, columns, token, peak, log2_total, scale, mine, push, tilt, ENTROPY: tl.constexpr):
+    """-p * (push + tilt * log2 p), with log2 p = (x - peak) * scale - log2_total; at the token `mine`."""
     log2_p = (x - peak) * scale - log2_total
     weight = push
     if ENTROPY:
         weight = push + tilt * tl.maximum(log2_p, _NOTHING)
-    return tl.where(columns == token, pull, 0.0) - tl.exp2(log2_p) * weight
+    return tl.where(columns == token, mine, -tl.exp2(log2_p) * weight)
 
 
 @triton.jit
-def _write_slopes(row, out, V, token, peak, log2_total, scale, pull, push, tilt, BLOCK: tl.constexpr,
+def _write_slopes(row, out, V, token, peak, log2_total, scale, mine, push, tilt, BLOCK: tl.constexpr,
                   ENTROPY: tl.constexpr):
     """`_slope` of every logit of a row [V], last block first: it is the one most likely still in cache."""
     columns = tl.arange(0, BLOCK)
@@ -74,12 +102,12 @@ def _write_slopes(row, out, V, token, peak, log2_total, scale, pull, push, tilt,
     if whole < V:
         inside = whole + columns < V
         x = tl.load(row + whole + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        slope = _slope(x, whole + columns, token, peak, log2_total, scale, pull, push, tilt, ENTROPY)
+        slope = _slope(x, whole + columns, token, peak, log2_total, scale, mine, push, tilt, ENTROPY)
         tl.store(out + whole + columns, slope.to(out.dtype.element_ty), mask=inside)
     for number in range(0, blocks):
         start = (blocks - 1 - number) * BLOCK
         x = tl.load(row + start + columns, eviction_policy="evict_first").to(tl.float32)
-        slope = _slope(x, start + columns, token, peak, log2_total, scale, pull, push, tilt, ENTROPY)
+        slope = _slope(x, start + columns, token, peak, log2_total, scale, mine, push, tilt, ENTROPY)
         tl.store(out + start + columns, slope.to(out.dtype.element_ty), cache_modifier=".cs")
 
 
@@ -93,37 +121,44 @@ def _read_token(row, token_ids, number, V):
 
 
 @triton.jit(do_not_specialize=["V"], do_not_specialize_on_alignment=_VECTORS)
-def forward_kernel(logits, token_ids, logprobs, entropy, peak_logits, log_totals, V, row_stride, inverse_temperature,
-                   BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
-    """log p(token) [T], with ENTROPY the entropy in nats [T]; largest logit [T], log sum of exponentials below it."""
+def forward_kernel(logits, token_ids, logprobs, entropy, peak_logits, log_totals, doubts, V, row_stride,
+                   inverse_temperature, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
+    """log p(token) [T], with ENTROPY the entropy in nats [T]; largest logit [T], log sum of exponentials below it, and
+    1 - p(token) [T]."""
     number = tl.program_id(0).to(tl.int64)
     row = logits + number * row_stride
-    peak, total, moment = _read_row(row, V, inverse_temperature * _LOG2_E, BLOCK, ENTROPY, False)
-    _, logit = _read_token(row, token_ids, number, V)
-    log_total = tl.log(total)
+    token, logit = _read_token(row, token_ids, number, V)
+    peak, others, own, moment = _read_row(row, V, token, logit, inverse_temperature * _LOG2_E, BLOCK, ENTROPY, False)
+    log_total = _log_total(others, own)
     tl.store(logprobs + number, (logit - peak) * inverse_temperature - log_total)
     tl.store(peak_logits + number, peak)
     tl.store(log_totals + number, log_total)
+    tl.store(doubts + number, others / (others + own))
     if ENTROPY:
-        tl.store(entropy + number, log_total - moment / total * _LN_2)
+        tl.store(entropy + number, log_total - moment / (others + own) * _LN_2)
 
 
 @triton.jit(do_not_specialize=["V"], do_not_specialize_on_alignment=_VECTORS)
-def backward_kernel(logits, token_ids, peak_logits, log_totals, entropy, dlogprobs, dentropy, dlogits, V, row_stride,
-                    out_stride, inverse_temperature, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
+def backward_kernel(logits, token_ids, peak_logits, log_totals, doubts, entropy, dlogprobs, dentropy, dlogits, V,
+                    row_stride, out_stride, inverse_temperature, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
     """(dlogprobs * [column = token] - p * (dlogprobs + dentropy * (log p + entropy))) / temperature, for [T, V]."""
     number = tl.program_id(0).to(tl.int64)
     row = logits + number * row_stride
-    token, _ = _read_token(row, token_ids, number, V)
-    pull = tl.load(dlogprobs + number) * inverse_temperature
-    push = pull
+    token, logit = _read_token(row, token_ids, number, V)
+    scale = inverse_temperature * _LOG2_E
+    peak = tl.load(peak_logits + number)
+    log2_total = tl.load(log_totals + number) * _LOG2_E
+    push = tl.load(dlogprobs + number) * inverse_temperature
+    mine = push * tl.load(doubts + number)
     tilt = 0.0
     if ENTROPY:
         tilt = tl.load(dentropy + number) * inverse_temperature
         push += tilt * tl.load(entropy + number)
-    log2_total = tl.load(log_totals + number) * _LOG2_E
-    _write_slopes(row, dlogits + number * out_stride, V, token, tl.load(peak_logits + number), log2_total,
-                  inverse_temperature * _LOG2_E, pull, push, tilt * _LN_2, BLOCK, ENTROPY)
+        log2_p = (logit - peak) * scale - log2_total
+        spread = tl.load(entropy + number) + tl.maximum(log2_p, _NOTHING) * _LN_2
+        mine -= tl.exp2(log2_p) * tilt * spread
+    _write_slopes(row, dlogits + number * out_stride, V, token, peak, log2_total, scale, mine, push, tilt * _LN_2,
+                  BLOCK, ENTROPY)
 
 
 @triton.jit(do_not_specialize=["V"], do_not_specialize_on_alignment=_VECTORS)
@@ -136,12 +171,14 @@ def fused_kernel(logits, token_ids, coefficient, logprobs, dlogits, V, row_strid
     number = tl.program_id(0).to(tl.int64)
     row = logits + number * row_stride
     scale = inverse_temperature * _LOG2_E
-    peak, total, _ = _read_row(row, V, scale, BLOCK, False, True)
     token, logit = _read_token(row, token_ids, number, V)
-    tl.store(logprobs + number, (logit - peak) * inverse_temperature - tl.log(total))
-    pull = tl.load(coefficient + number) * inverse_temperature
-    _write_slopes(row, dlogits + number * out_stride, V, token, peak, tl.log2(total), scale, pull, pull, 0.0, BLOCK,
-                  False)
+    peak, others, own, _ = _read_row(row, V, token, logit, scale, BLOCK, False, True)
+    log_total = _log_total(others, own)
+    tl.store(logprobs + number, (logit - peak) * inverse_temperature - log_total)
+    push = tl.load(coefficient + number) * inverse_temperature
+    mine = push * (others / (others + own))
+    _write_slopes(row, dlogits + number * out_stride, V, token, peak, log_total * _LOG2_E, scale, mine, push, 0.0,
+                  BLOCK, False)
 
 
 class Launch(NamedTuple):
@@ -163,9 +200,9 @@ def launch_of(vocabulary: int, *, second_read: bool = False) -> Launch:
 
 def forward(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float, entropy: bool
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float32 logprobs [T], entropy [T] ([0] unless asked for), normalizer [2, T]; columns of logits have stride 1."""
+    """float32 logprobs [T], entropy [T] ([0] unless asked for), normalizer [3, T]; columns of logits have stride 1."""
     rows, vocabulary = logits.shape
-    logprobs, normalizer = logits.new_empty(rows, dtype=torch.float32), logits.new_empty(2, rows, dtype=torch.float32)
+    logprobs, normalizer = logits.new_empty(rows, dtype=torch.float32), logits.new_empty(3, rows, dtype=torch.float32)
     entropies = logits.new_empty(rows if entropy else 0, dtype=torch.float32)
     block, num_warps = launch_of(vocabulary)
     with torch.cuda.device_of(logits):

@@ -1,0 +1,21 @@
+"""Numbers of ours (temperature, clip range, beta) as an argument of an op: a small tensor that stays on the CPU.
+
+torch.compile holds a float that an op takes as a constant, and compiles again for each value. A number that became a
+tensor by arithmetic stays an input of the graph (torch 2.13; a factory with the number as its value does not).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def as_tensor(*numbers: float | None) -> torch.Tensor:
+    """float64 [n] on the CPU; NaN stands for None. `tolist` inside the op gives the numbers back and waits for nobody.
+    """
+    values = [math.nan if number is None else number for number in numbers]
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * value for value in values])
