@@ -76,7 +76,7 @@ def spread_rows(product, scale, rows, gradient, width, BD: tl.constexpr):
 
 
 _SHARED: Any = {"num_warps": 4, "num_stages": 3, "wgmma": False}
-SM90_CASES: list[Sm90Case] = [
+_CASES: list[Any] = [
     *({"name": f"choose_unit{'_first' if first else ''}", "kernel": choose_unit,
        "signature": {"scale": "*fp32", "peak": "*fp32", "unit": "*fp32", "rows": "i32"},
        "constexprs": {"FIRST": first, "BR": 1024}, "divisible_by_16": ("scale", "peak", "unit"), **_SHARED}
@@ -93,3 +93,4 @@ SM90_CASES: list[Sm90Case] = [
      "signature": {"product": "*fp32", "scale": "*fp32", "rows": "*i64", "gradient": "*bf16", "width": "i32"},
      "constexprs": {"BD": 1024}, "divisible_by_16": ("product", "scale", "rows", "gradient", "width"), **_SHARED},
 ]
+SM90_CASES: list[Sm90Case] = _CASES
