@@ -265,7 +265,7 @@ class Workspace:
     """Logits of one run of rows, kept between `open` (their statistics) and `close` (both gradients): three products.
 
     Between the two the caller computes the slopes, which may depend on every log-prob of the run. `every_row`: the runs
-    leave no row of `hidden` out.
+    leave no row of `hidden` out, so that a GPU need not clear their gradients first.
     """
 
     step = 0
@@ -275,8 +275,7 @@ class Workspace:
                  every_row: bool) -> None:
         self.head, self.dtype = head, product_dtype(hidden)
         self.logits = torch.empty(rows, head.vocabulary, dtype=self.dtype, device=hidden.device)
-        fresh = torch.empty_like if every_row else torch.zeros_like
-        self.dhidden = fresh(hidden) if needs_hidden else None
+        self.dhidden = torch.zeros_like(hidden) if needs_hidden else None  # `close` leaves rows without a slope out
         self.dweight = torch.zeros(head.weight.shape, dtype=self.dtype, device=hidden.device) if needs_weight else None
 
     @staticmethod

@@ -19,6 +19,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from veripo_kernels.jit import linear as jit
+from veripo_kernels.jit import linear_sums as sums
 from veripo_kernels.linear_torch import Gradients, Head, Statistics, joined, live_rows
 
 _ROWS = 8192
@@ -253,16 +254,16 @@ class Workspace:
             product = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
             for start in range(0, self.head.vocabulary, _SLAB):
                 add_product(product, kept[:, start:start + _SLAB], self.factor[start:start + _SLAB], add=start > 0)
-            jit.spread_rows[(len(rows),)](product, scale, rows, self.dhidden, width, BD=1024)
+            sums.spread_rows[(len(rows),)](product, scale, rows, self.dhidden, width, BD=1024)
         if self.dweight is None:
             return
         if self.dtype == torch.float16:
-            jit.choose_unit[(1,)](scale, self.tiles.peak, self.unit, len(rows), FIRST=not self.begun, BR=1024)
+            sums.choose_unit[(1,)](scale, self.tiles.peak, self.unit, len(rows), FIRST=not self.begun, BR=1024)
             if self.begun:
                 count = self.dweight.numel()
-                jit.change_unit[(triton.cdiv(count, 4096),)](self.dweight, self.unit, count, BLOCK=4096)
+                sums.change_unit[(triton.cdiv(count, 4096),)](self.dweight, self.unit, count, BLOCK=4096)
         scaled = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)
-        jit.scale_rows[(len(rows),)](hidden, scale, self.unit, scaled, width, hidden.stride(0), BD=1024)
+        sums.scale_rows[(len(rows),)](hidden, scale, self.unit, scaled, width, hidden.stride(0), BD=1024)
         add_product(self.dweight, kept.t(), scaled, add=self.begun)
         self.begun = True
 

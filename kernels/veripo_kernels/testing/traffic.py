@@ -39,6 +39,7 @@ from veripo_kernels import dpo, grpo, linear, linear_loss, linear_triton
 from veripo_kernels.jit import dpo as jit_dpo
 from veripo_kernels.jit import grpo as jit_grpo
 from veripo_kernels.jit import linear as jit
+from veripo_kernels.jit import linear_sums as jit_sums
 
 _EXECUTED_BYTES = 1 << 26
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "scalar_tensor"}
@@ -263,5 +264,5 @@ _KERNELS: dict[str, Callable[[dict[str, Any]], tuple[float, float]]] = {
     "logit_tile": _logit_tile, "own_logit": _own_logit, "combine": _combine, "settle": _settle,
     "choose_unit": lambda given: (8 * given["rows"] + 4, 12), "change_unit": lambda given: (4, 0),
     "scale_rows": _scale_rows, "spread_rows": _spread_rows}
-_LAUNCHED = [*((jit, name) for name in _KERNELS), (jit_dpo, "forward_kernel"),
+_LAUNCHED = [*((jit if hasattr(jit, name) else jit_sums, name) for name in _KERNELS), (jit_dpo, "forward_kernel"),
              *((jit_grpo, name) for name in ("forward_kernel", "reduce_kernel", "backward_kernel"))]
