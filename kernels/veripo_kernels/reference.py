@@ -208,7 +208,8 @@ def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | Non
         scope, kind = loss.importance.split("_")
         gap = torch.nan_to_num(old_logprobs - rollout_logprobs.to(old_logprobs.dtype)) * mask
         gap = sequence_sums(gap, cu_seqlens)[owner] if scope == "sequence" else gap
-        importance = formulas.importance_weight(gap, *traced(mask, loss.importance_floor, loss.importance_cap), kind)
+        floor, cap = traced(mask, loss.importance_floor, loss.importance_cap)
+        importance = formulas.importance_weight(gap, floor, cap, kind)
     if ref_logprobs is not None:
         kl, kl_slope = formulas.kl_penalty(policy_logprobs, kept(ref_logprobs), loss.kl_kind)
     bonus = torch.zeros_like(mask) if entropy is None else kept(entropy)
