@@ -9,6 +9,7 @@ Packed lengths: completion i owns tokens cu_seqlens[i] to cu_seqlens[i + 1]. Log
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from veripo_kernels.options import (
     as_preference_loss,
     check_counts,
 )
+from veripo_kernels.scalars import traced
 
 
 def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
@@ -182,13 +184,13 @@ def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | Non
     def sequence_mean(values: torch.Tensor) -> torch.Tensor:
         return (sequence_sums(values * mask, cu_seqlens) / counts)[owner]
 
-    clip = (loss.clip_low, loss.clip_high, loss.dual)
+    clip = traced(mask, loss.clip_low, loss.clip_high, loss.dual)
     if loss.surrogate == "cispo":
         surrogate, slope, low, high = formulas.cispo_surrogate(
-            policy_logprobs, log_ratio.detach(), advantages, loss.clip_high)
+            policy_logprobs, log_ratio.detach(), advantages, clip[1])
     elif loss.surrogate == "sapo":
         surrogate, slope, low, high = formulas.sapo_surrogate(
-            log_ratio, advantages, loss.sapo_temperature_pos, loss.sapo_temperature_neg)
+            log_ratio, advantages, *traced(mask, loss.sapo_temperature_pos, loss.sapo_temperature_neg))
     elif loss.surrogate == "gspo":
         surrogate, slope, low, high = formulas.clip_surrogate(sequence_mean(log_ratio), advantages, *clip)
         coupling = mask / counts[owner]
@@ -196,7 +198,7 @@ def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | Non
         level = sequence_mean(log_ratio.detach()) + log_ratio - log_ratio.detach()
         surrogate, slope, low, high = formulas.clip_surrogate(level, advantages, *clip)
     elif loss.surrogate == "gmpo":
-        cut, low, high = formulas.gmpo_log_ratio(log_ratio, advantages, *loss.log_clip)
+        cut, low, high = formulas.gmpo_log_ratio(log_ratio, advantages, *_log_clip(loss, mask))
         surrogate = slope = -sequence_mean(cut).exp() * advantages
         coupling = torch.where(low | high, 0, mask / counts[owner])
     else:
@@ -206,7 +208,8 @@ def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | Non
         scope, kind = loss.importance.split("_")
         gap = torch.nan_to_num(old_logprobs - rollout_logprobs.to(old_logprobs.dtype)) * mask
         gap = sequence_sums(gap, cu_seqlens)[owner] if scope == "sequence" else gap
-        importance = formulas.importance_weight(gap, loss.importance_floor, loss.importance_cap, kind)
+        floor, cap = traced(mask, loss.importance_floor, loss.importance_cap)
+        importance = formulas.importance_weight(gap, floor, cap, kind)
     if ref_logprobs is not None:
         kl, kl_slope = formulas.kl_penalty(policy_logprobs, kept(ref_logprobs), loss.kl_kind)
     bonus = torch.zeros_like(mask) if entropy is None else kept(entropy)
@@ -214,6 +217,14 @@ def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | Non
                "importance": importance, "ratio_max": log_ratio.detach()}
     return PolicyTerms(surrogate * importance + loss.kl_coef * kl - loss.entropy_coef * bonus, slope * importance,
                        loss.kl_coef * kl_slope, coupling, metrics)
+
+
+def _log_clip(loss: PolicyLoss, like: torch.Tensor) -> tuple[Any, ...]:
+    """`loss.log_clip`; a graph that is being compiled has no logarithm of a number that may change."""
+    if not torch.compiler.is_compiling():
+        return loss.log_clip
+    low, high = traced(like, 1 - loss.clip_low, loss.clip_high)
+    return low.log(), high.log1p()
 
 
 def grpo_loss(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, advantages: torch.Tensor,
@@ -329,7 +340,8 @@ def pair_weights(cu_seqlens: torch.Tensor, mask: torch.Tensor, loss: PreferenceL
     owner, lengths = sequence_index(cu_seqlens, len(mask)), sequence_sums(mask, cu_seqlens)
     shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
     place = mask.cumsum(0) - (lengths.cumsum(0) - lengths)[owner]  # 1 for the first kept token of a completion
-    return mask * torch.where(place > shorter[owner], loss.ld_alpha, 1.0)
+    tail, whole = traced(mask, loss.ld_alpha, 1.0)
+    return mask * torch.where(place > shorter[owner], tail, whole)
 
 
 def pair_sums(logprobs: torch.Tensor, cu_seqlens: torch.Tensor, *, loss: PreferenceLoss | str = "sigmoid",

@@ -7,6 +7,7 @@ tensor by arithmetic stays an input of the graph (torch 2.13; a factory with the
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -19,3 +20,14 @@ def as_tensor(*numbers: float | None) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device="cpu")
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * value for value in values])
+
+
+def traced(like: torch.Tensor, *numbers: float) -> tuple[Any, ...]:
+    """The numbers as they are; in a graph that is being compiled, tensors [] of the dtype of `like`, on the CPU.
+
+    For plain torch: a bound of `clamp` or a choice of `where` is a constant to the graph, a factor is not.
+    """
+    if not torch.compiler.is_compiling():
+        return numbers
+    one = torch.ones((), dtype=like.dtype, device="cpu")
+    return tuple(one * number for number in numbers)

@@ -93,9 +93,9 @@ NUMBERS: dict[str, Numbers] = {
     **{f"{name} of {op.__name__}": (lambda impl, loss, op=op: op(impl, loss=loss),
                                     [policy(**{name: share}) for share in SHARES])
        for op in (grpo, linear) for name in ("clip_low", "clip_high", "kl_coef", "importance_floor")},
-    **{f"clip_high of gmpo in {op.__name__}": (lambda impl, loss, op=op: op(impl, loss=loss),
-                                               [policy(loss="gmpo", clip_high=share) for share in SHARES])
-       for op in (grpo, linear)},
+    **{f"{name} of gmpo in {op.__name__}": (lambda impl, loss, op=op: op(impl, loss=loss),
+                                            [policy(loss="gmpo", **{name: share}) for share in SHARES])
+       for op in (grpo, linear) for name in ("clip_low", "clip_high")},
     "dual_clip": (lambda impl, loss: grpo(impl, loss=loss), [policy(dual_clip=2 + share) for share in SHARES]),
     "sapo's temperature": (lambda impl, loss: grpo(impl, loss=loss),
                            [policy(loss="sapo", sapo_temperature_pos=share) for share in SHARES]),

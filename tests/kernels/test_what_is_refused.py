@@ -100,6 +100,16 @@ def test_advantages_of_another_shape_than_said(op: Callable[..., Any], impl: str
         op(GAINS, impl, advantages_per="completion")
 
 
+def test_two_completions_of_two_tokens() -> None:
+    """The least for which the shape does not say it: one completion owns both tokens."""
+    bounds = torch.tensor([0, 2, 2], device=DEVICE)
+    gains = torch.tensor([1.0, -3.0], device=DEVICE)
+    with pytest.raises(ValueError, match="say advantages_per='sequence' or 'token'"):
+        reference.told_apart(gains, bounds, 2, None)
+    assert reference.told_apart(gains, bounds, 2, "sequence").tolist() == [1.0, 1.0]
+    assert reference.told_apart(gains, bounds, 2, "token").tolist() == [1.0, -3.0]
+
+
 def test_shapes_that_say_it_need_no_word() -> None:
     bounds = torch.tensor([0, 3, 4], device=DEVICE)
     for gains in (GAINS[:2], GAINS):
