@@ -14,7 +14,7 @@ from veripo_kernels.derivatives import refuse_second, refuse_transforms
 from veripo_kernels.dispatch import Impl
 from veripo_kernels.grpo import check_device, check_packed, implementation, readable, scale_slopes, widen
 from veripo_kernels.options import PreferenceLoss, as_preference_loss, check_counts
-from veripo_kernels.scalars import as_tensor
+from veripo_kernels.scalars import as_tensor, numbers_of
 
 _METRICS = ("preference_accuracy", "margin", "chosen_logprobs_mean", "rejected_logprobs_mean", "chosen_drift")
 
@@ -70,7 +70,7 @@ def _forward(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
 
     policy, ref, bounds, mask = map(readable, (policy_logprobs, ref_logprobs, cu_seqlens, loss_mask))
     assert policy is not None and ref is not None and bounds is not None
-    return bodies.forward(policy, ref, bounds, mask, kind, numbers.tolist(), normalize, 1 / max(divisor, 1))
+    return bodies.forward(policy, ref, bounds, mask, kind, numbers_of(numbers), normalize, 1 / max(divisor, 1))
 
 
 @_forward.register_fake

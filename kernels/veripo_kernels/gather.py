@@ -14,7 +14,7 @@ import torch
 
 from veripo_kernels.derivatives import refuse_second, refuse_transforms
 from veripo_kernels.dispatch import Impl, choose
-from veripo_kernels.scalars import as_tensor
+from veripo_kernels.scalars import as_tensor, numbers_of
 
 _CHUNK_BYTES = 256 << 20
 """Bound on the temporaries of the torch implementation, in bytes; one row is computed even where it needs more."""
@@ -126,7 +126,7 @@ def _forward(logits: torch.Tensor, token_ids: torch.Tensor, temperature: torch.T
     exponentials relative to it, and for Triton the token's 1 - p. The first two added up would lose the digits of small
     probabilities where logits are large; the compiled op gives only the sum, beside which stands 0.
     """
-    return _implementation(impl, logits).forward(logits, token_ids.contiguous(), temperature.item(), entropy)
+    return _implementation(impl, logits).forward(logits, token_ids.contiguous(), numbers_of(temperature)[0], entropy)
 
 
 @_forward.register_fake
@@ -141,7 +141,8 @@ def _(logits: torch.Tensor, token_ids: torch.Tensor, temperature: torch.Tensor, 
 def _backward(logits: torch.Tensor, token_ids: torch.Tensor, normalizer: torch.Tensor, entropy: torch.Tensor,
               dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: torch.Tensor, impl: str) -> torch.Tensor:
     return _implementation(impl, logits).backward(logits, token_ids.contiguous(), normalizer, entropy,
-                                                  dlogprobs.contiguous(), dentropy.contiguous(), temperature.item())
+                                                  dlogprobs.contiguous(), dentropy.contiguous(),
+                                                  numbers_of(temperature)[0])
 
 
 @_backward.register_fake
@@ -154,7 +155,7 @@ def _(logits: torch.Tensor, token_ids: torch.Tensor, normalizer: torch.Tensor, e
 def _fused(logits: torch.Tensor, token_ids: torch.Tensor, coefficient: torch.Tensor, temperature: torch.Tensor,
            impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _implementation(impl, logits).fused(logits, token_ids.contiguous(),
-                                               coefficient.to(_wide(logits)).contiguous(), temperature.item())
+                                               coefficient.to(_wide(logits)).contiguous(), numbers_of(temperature)[0])
 
 
 @_fused.register_fake

@@ -15,7 +15,7 @@ from veripo_kernels import reference
 from veripo_kernels.derivatives import refuse_second, refuse_transforms, wants_gradient
 from veripo_kernels.dispatch import Impl, choose
 from veripo_kernels.options import AdvantagesPer, PolicyLoss, as_policy_loss, check_counts, log_bounds
-from veripo_kernels.scalars import as_tensor
+from veripo_kernels.scalars import as_tensor, numbers_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _METRICS = ("clip_low_share", "clip_high_share", "kl", "entropy", "importance", "ratio_max")
@@ -109,7 +109,7 @@ def _forward(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, a
     tensors = map(readable, (policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs,
                              rollout_logprobs, entropy))
     names = kinds.split()
-    length, low, high, dual, *others = numbers.tolist()
+    length, low, high, dual, *others = numbers_of(numbers)
     scale = 1 / (divisor * (length if names[1] == "constant" else 1)) if divisor else None
     return bodies.forward(tuple(tensors), names, [low, high, dual, *log_bounds(low, high), *others], scale,
                           entropy_slope)

@@ -18,7 +18,7 @@ from veripo_kernels.derivatives import refuse_second, refuse_transforms, wants_g
 from veripo_kernels.dispatch import Impl, choose
 from veripo_kernels.grpo import check_device
 from veripo_kernels.linear_torch import Head, Statistics
-from veripo_kernels.scalars import as_tensor
+from veripo_kernels.scalars import as_tensor, numbers_of
 
 
 def engine(impl: str) -> ModuleType:
@@ -31,7 +31,7 @@ def engine(impl: str) -> ModuleType:
 
 
 def _head(weight: torch.Tensor, bias: torch.Tensor | None, reading: torch.Tensor) -> Head:
-    temperature, softcap = reading.tolist()
+    temperature, softcap = numbers_of(reading)
     return Head(weight, bias, None if math.isnan(softcap) else softcap, temperature)
 
 

@@ -35,7 +35,7 @@ from veripo_kernels.options import (
     as_preference_loss,
     check_counts,
 )
-from veripo_kernels.scalars import as_tensor
+from veripo_kernels.scalars import as_tensor, numbers_of
 
 Slopes = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """(rows of a run int64 [R], its cu_seqlens, logprobs [R], entropy [R]) -> slopes by logprobs and by entropy [R]."""
@@ -188,9 +188,10 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
         return by_logprob, -loss.entropy_coef * weights[rows] if loss.entropy_coef else None
 
     logprobs, entropy, gradients = _run_all(
-        hidden, Head(weight, temperature=temperature.item()), token_ids, owner, len(cu_seqlens) - 1, mask != 0, live,
-        old_logprobs if old_logprobs is not None else rollout_logprobs, slopes, whole=int(loss.couples_tokens),
-        entropy=needs[2], workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
+        hidden, Head(weight, temperature=numbers_of(temperature)[0]), token_ids, owner, len(cu_seqlens) - 1,
+        mask != 0, live, old_logprobs if old_logprobs is not None else rollout_logprobs, slopes,
+        whole=int(loss.couples_tokens), entropy=needs[2], workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]),
+        impl=impl)
     whole = terms(slice(None), cu_seqlens, logprobs, entropy)
     metrics = reference.policy_metrics(whole, weights)
     return (reference.weighted_sum(whole.loss, weights), torch.stack([metrics[name] for name in _POLICY_METRICS]),
@@ -213,7 +214,7 @@ def _dpo(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, re
         return reference.pair_terms(logprobs, ref.to(logprobs.dtype), cu, loss, mask[rows]).slope / pairs, None
 
     logprobs, _, gradients = _run_all(
-        hidden, Head(weight, temperature=temperature.item()), token_ids, owner, len(cu_seqlens) - 1, kept, kept,
+        hidden, Head(weight, temperature=numbers_of(temperature)[0]), token_ids, owner, len(cu_seqlens) - 1, kept, kept,
         ref_logprobs if ref_logprobs.dim() == 1 else None, slopes, whole=2, entropy=False,
         workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
     value, metrics = reference.dpo_loss(logprobs, ref_logprobs.to(logprobs.dtype), cu_seqlens, loss=loss,
@@ -344,7 +345,7 @@ def _encoded(loss: PolicyLoss | PreferenceLoss) -> tuple[str, torch.Tensor]:
 
 def _decoded(kind: type[Loss], words: str, numbers: torch.Tensor) -> Loss:
     values = [word or (None if math.isnan(number) else number)
-              for word, number in zip(words.split(","), numbers.tolist(), strict=True)]
+              for word, number in zip(words.split(","), numbers_of(numbers), strict=True)]
     return kind(**dict(zip(_FIELDS[kind], values, strict=True)))  # type: ignore[arg-type]
 
 

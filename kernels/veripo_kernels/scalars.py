@@ -13,13 +13,17 @@ import torch
 
 
 def as_tensor(*numbers: float | None) -> torch.Tensor:
-    """float64 [n] on the CPU; NaN stands for None. `tolist` inside the op gives the numbers back and waits for nobody.
-    """
+    """float64 [n] on the CPU; NaN stands for None."""
     values = [math.nan if number is None else number for number in numbers]
     if not torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.float64, device="cpu")
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * value for value in values])
+
+
+def numbers_of(values: torch.Tensor) -> list[float]:
+    """The numbers of `as_tensor`, inside an op. They lie on the CPU, so no GPU is waited for."""
+    return list(values.tolist())
 
 
 def traced(like: torch.Tensor, *numbers: float) -> tuple[Any, ...]:

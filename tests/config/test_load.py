@@ -114,7 +114,8 @@ def test_split_overrides():
     ("grpo: {clip_hgh: 1}", "unknown option grpo.clip_hgh; did you mean grpo.clip_high?"),
     ("grppo: {}", "unknown option grppo; did you mean grpo?"),
     ("clip_high: 1", "unknown option clip_high; did you mean grpo.clip_high?"),
-    ("learning-rate: 1", "unknown option learning-rate; did you mean grpo.learning_rate or dpo.learning_rate?"),
+    ("learning-rate: 1", "unknown option learning-rate; did you mean grpo.learning_rate or dpo.learning_rate or "
+     "sft.learning_rate?"),
     ("qqqq: 1", "unknown option qqqq; options here: run_dir, seed"),
     ("1: 2", "unknown option 1;"),
     ("grpo: {steps: 1.5}", "grpo.steps must be a whole number, got 1.5"),
@@ -138,7 +139,7 @@ def test_split_overrides():
     ("grpo: 5", "grpo must be a mapping of options, got 5"),
     ("grpo: {clip_low: 1.5}", "grpo: clip_low must be in [0, 1], got 1.5"),
     ("video: {num_frames: 8}", "video: exactly one of fps and num_frames must be set"),
-    ("stages: [{kind: sft}]", "stages.0.kind must be one of grpo, dpo, got 'sft'"),
+    ("stages: [{kind: ppo}]", "stages.0.kind must be one of grpo, dpo, sft, got 'ppo'"),
     ("stages: [{}, {kid: dpo}]", "unknown option stages.1.kid; did you mean stages.1.kind?"),
     ("stages: [{set: {grpo.lerning_rate: 1}}]",
      "stages.0.set: unknown option grpo.lerning_rate; did you mean grpo.learning_rate?"),

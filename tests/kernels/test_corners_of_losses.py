@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from veripo_kernels import formulas, linear_loss, reference
+from veripo_kernels import formulas, linear, linear_loss, linear_torch, reference
 from veripo_kernels.jit import grpo as bodies
 
-from tests.support.linear_cases import check_loss, packed, use_small_blocks
+from tests.support.linear_cases import check, check_loss, packed, rows, use_small_blocks
 from tests.support.loss_cases import (
     assert_as_exact_as_torch,
     batch,
@@ -38,7 +38,8 @@ def test_what_does_not_fit_has_its_temperature_once(impl: str, loss: str, temper
     added = []
     workspace = linear_loss.engine(impl).Workspace
     add = workspace.add
-    monkeypatch.setattr(workspace, "add", lambda self, rows, more: (added.append(len(rows)), add(self, rows, more)))
+    monkeypatch.setattr(workspace, "add", lambda self, rows, *more: (added.append(len(rows)),
+                                                                        add(self, rows, *more)))
     if loss == "gspo":
         data = packed(policy("gspo"), (3, 7, 2, 6), mask=False, temperature=temperature)
         data = replace(data, advantages=torch.tensor([1.0, -2.0, 0.7, 1.5]))
@@ -128,3 +129,26 @@ def test_an_importance_weight_at_its_bounds_is_kept(impl: str) -> None:
         _, metrics, (gradient,) = inputs.run(loss, torch.float32, impl)
         assert (gradient != 0).int().tolist() == kept
         assert metrics["importance"].item() == pytest.approx((gaps.exp() @ torch.tensor(kept).double()).item() / 3)
+
+
+# -- the linear ops --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_temperatures_that_code_might_single_out(impl: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+                                                 ) -> None:
+    """A division left out at a temperature of 2 instead of 1."""
+    use_small_blocks(monkeypatch)
+    assert check(rows(7, temperature=temperature, entropy=True, bias=True), impl) == []
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_direction_is_not_rounded_before_its_slope(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """d logprob / d hidden of bfloat16 hidden states kept in bfloat16: what multiplies it would round a second time."""
+    use_small_blocks(monkeypatch)
+    data = rows(7, dtype=torch.bfloat16)
+    found, direction = linear.engine(impl).statistics_and_direction(
+        data.hidden, linear_torch.Head(data.head), data.token_ids)
+    assert direction.dtype == found.logprobs.dtype == torch.float32
+    assert (direction != direction.bfloat16().float()).any()

@@ -163,8 +163,8 @@ from veripo_kernels.testing.sm90 import launch_keys
 def launches(rows, temperature, softcap, scale):
     hidden, ids = torch.empty(rows, 64, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64)
     head = linear_torch.Head(weight, None, softcap, temperature)
-    space = linear_triton.Workspace(head, hidden, rows, needs_hidden=False, needs_weight=False)
-    space.open(hidden, ids, None)
+    space = linear_triton.Workspace(head, hidden, rows, needs_hidden=False, needs_weight=False, every_row=True)
+    space.open(hidden, ids, None, entropy=False)
     space.close(torch.ones(rows), None, torch.arange(rows))
     linear_triton.statistics(hidden, head, ids, entropy=False)
     advantages.forward(torch.empty(rows), ids, "std", scale)

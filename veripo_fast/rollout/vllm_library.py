@@ -34,6 +34,9 @@ BAN = -100.0
 """What is added to the logits of tokens that may not be written, the lowest bias that vLLM takes."""
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_FREE_AT_START = 0.01
+"""Share of a GPU that vLLM asks to be free when an engine starts, by `gpu_memory_utilization`. Its own 0.92 would fail
+beside a trainer's weights; the cache is given its size, so nothing else is made of the number."""
 _MEDIA_PER_PROMPT = 1000
 _BESIDE = "veripo_beside"
 """Attribute of an engine: whether another one had made the process groups before it."""
@@ -77,7 +80,9 @@ def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool, t
         ranks: dict[str, Any] = {}
         if has_ranks():
             ranks = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
-        if not gpu:
+        if gpu:
+            ranks["gpu_memory_utilization"] = _FREE_AT_START
+        else:
             torch._dynamo.config.disable = True  # helpers of the sampler would be compiled: half a minute for nothing
             _keep_linear_weights()
         return LLMEngine.from_engine_args(EngineArgs(
@@ -184,8 +189,7 @@ def build_texts(folder: str, dtype: torch.dtype, context_tokens: int, sequences:
     """An engine of a language model with its own weights, beside another engine of this process or alone.
 
     It compiles and captures nothing, because it lives for one job. It has no sleep mode, which vLLM gives to one engine
-    of a process. `gpu_memory_utilization` is what must be free at the start, where the trainer holds most of the
-    memory; the cache gets its own size.
+    of a process.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in (_ENVIRONMENT if gpu else _ENVIRONMENT | _CPU_ENVIRONMENT).items():
@@ -200,7 +204,7 @@ def build_texts(folder: str, dtype: torch.dtype, context_tokens: int, sequences:
 
             ranks: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if has_ranks() else {}
             if gpu:
-                ranks["gpu_memory_utilization"] = 0.01
+                ranks["gpu_memory_utilization"] = _FREE_AT_START
             else:
                 torch._dynamo.config.disable = True
             beside = model_parallel_is_initialized()

@@ -32,7 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from veripo_kernels import dpo, grpo, linear, linear_loss, linear_triton
@@ -98,6 +98,10 @@ def counted() -> Iterator[Traffic]:
         traffic.waits["tolist"] += 1
         return tolist(values)
 
+    def numbers(values: torch.Tensor) -> list[float]:
+        with _disable_current_modes():
+            return list(tolist(values))
+
     def product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool) -> None:
         storage, place = total.untyped_storage(), (total.storage_offset(), total.shape)
         begun = storage.__dict__.setdefault("begun", set())
@@ -106,8 +110,11 @@ def counted() -> Iterator[Traffic]:
 
     with ExitStack() as stack:
         for module in [module for name, module in sys.modules.items() if name.startswith("veripo_kernels.")]:
-            if hasattr(module, "check_bounds"):  # looks into cu_seqlens, but only on a CPU
-                stack.enter_context(mock.patch.object(module, "check_bounds", lambda *_: None))
+            for name in ("check_bounds", "_check_ids"):  # they look at values, but only on a CPU
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, lambda *_: None))
+            if hasattr(module, "numbers_of"):  # of tensors that are on the CPU wherever the op runs
+                stack.enter_context(mock.patch.object(module, "numbers_of", numbers))
         for module, name in _LAUNCHED:
             stack.enter_context(mock.patch.object(module, name, _Recorder(name, getattr(module, name), traffic)))
         stack.enter_context(mock.patch.object(linear_triton, "add_product", product))
