@@ -57,7 +57,8 @@ class Problem:
     old_logprobs: torch.Tensor
     """[T] float32: the policy's own, moved a little."""
     train_head: bool = True
-    workspace_bytes: int = 1 << 30
+    workspace_bytes: int | None = None
+    """None: the default of the implementation."""
 
     @property
     def slopes(self) -> torch.Tensor:

@@ -60,7 +60,7 @@ def use_interpreter() -> None:
 
 
 def peak_of(op: str, peer: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, idle: float = 0.0,
-            workspace_bytes: int = 1 << 30) -> dict[str, Any]:
+            workspace_bytes: int | None = None) -> dict[str, Any]:
     """`rows.peak_here`, on a CPU in a process of its own; on a GPU here, because its allocator keeps count."""
     if device.type == "cuda":
         from bench.kernels.rows import peak_here
@@ -70,7 +70,7 @@ def peak_of(op: str, peer: str, shape: tuple[int, ...], dtype: torch.dtype, devi
                 workspace_bytes=workspace_bytes)
 
 
-def peak(op: str, peer: str, shape: list[int], dtype: str, idle: float, workspace_bytes: int) -> dict[str, Any]:
+def peak(op: str, peer: str, shape: list[int], dtype: str, idle: float, workspace_bytes: int | None) -> dict[str, Any]:
     """`rows.peak_here` on this process's CPU."""
     import torch
 

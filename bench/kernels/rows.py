@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def build(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, idle: float = 0.0,
-          train_head: bool = True, workspace_bytes: int = 1 << 30) -> Problem | Logits | Rollouts:
+          train_head: bool = True, workspace_bytes: int | None = None) -> Problem | Logits | Rollouts:
     """The inputs of an op."""
     if op.startswith("gather"):
         return cases.logits(Shape(*shape), dtype, device)
@@ -171,7 +171,7 @@ def against_eager(op: str, tokens: int, device: torch.device, *, rounds: int, cl
 
 
 def idle_tokens(shape: Shape, device: torch.device, dtype: torch.dtype, *, rounds: int, clock: Clock | None = None,
-                workspace_bytes: int = 1 << 30) -> Row:
+                workspace_bytes: int | None = None) -> Row:
     """linear_policy_loss with half of the tokens without an advantage over all of them with one."""
     ways = {}
     for name, idle in (("dense", 0.0), ("half", 0.5)):
@@ -188,7 +188,7 @@ def idle_tokens(shape: Shape, device: torch.device, dtype: torch.dtype, *, round
 
 def peak_here(op: str, peer: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *,
               idle: float = 0.0,
-              workspace_bytes: int = 1 << 30) -> Row:
+              workspace_bytes: int | None = None) -> Row:
     """peak_bytes of a step above its inputs, gradient_bytes that it hands back, and norms of its results."""
     run, results = PEERS[op][peer].run, []
     run(build(op, (32, 16, 512), dtype, device))  # loads libraries and compiles: not what the op needs
@@ -199,7 +199,7 @@ def peak_here(op: str, peer: str, shape: tuple[int, ...], dtype: torch.dtype, de
 
 
 def memory(shape: Shape, device: torch.device, dtype: torch.dtype, *, long_tokens: int, peak: Callable[..., Row],
-           workspace_bytes: int = 1 << 30) -> list[Row]:
+           workspace_bytes: int | None = None) -> list[Row]:
     """Rows on linear_policy_loss: transient memory at `long_tokens` over that at T, and at T over naive torch's peak.
 
     Transient is the peak above the inputs without the gradients that are handed back. `peak` is `child.peak_of`.

@@ -31,6 +31,7 @@ from veripo_kernels import (
     reference,
     resize_frames,
 )
+from veripo_kernels.scalars import as_tensor
 
 from bench.kernels import cases
 from bench.kernels.cases import Shape
@@ -269,9 +270,9 @@ def _opcheck_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Non
     plain = cases.logits(Shape(5, 1, 130), torch.float32, device)
     ops = torch.ops.veripo
     yield "opcheck gather_logprobs", lambda: _opcheck(
-        ops.gather_logprobs, (plain.logits.requires_grad_(), plain.token_ids, 0.7, True, "triton"))
+        ops.gather_logprobs, (plain.logits.requires_grad_(), plain.token_ids, as_tensor(0.7), True, "triton"))
     yield "opcheck linear_logprobs", lambda: _opcheck(
-        ops.linear_logprobs, (*leaves, case.token_ids, None, 0.7, None, True, False, "triton"))
+        ops.linear_logprobs, (*leaves, case.token_ids, None, as_tensor(0.7, None), True, False, "triton"))
 
 
 def _opcheck(op: Any, arguments: tuple[Any, ...]) -> None:

@@ -41,12 +41,12 @@ child.call("work")
     "gpu_check": """
 from bench import gpu_check
 gpu_check.__file__ = "{child}"
-gpu_check.run_part("work", "cpu", 3600)
+list(gpu_check.run_part("work", "cpu", 3600))
 """,
     "gpu_check_tests": """
 from bench import gpu_check
-gpu_check.REPOSITORY, gpu_check.GPU_TESTS = Path("{folder}"), ("{child}",)
-gpu_check.run_tests(3600)
+gpu_check.REPOSITORY = Path("{folder}")
+gpu_check.run_tests("{child}", 3600)
 """,
     "kernels_sm90": """
 from veripo_kernels.testing import sm90
