@@ -110,7 +110,8 @@ def test_show_config_can_be_used_as_a_file(tmp_path, capsys):
     (["frobnicate"], "unknown command 'frobnicate'; there are demo, train, eval"),
     (["train"], "the following arguments are required: --config (see veripo train --help)"),
     (["train", "--config", "x", "--resum"], "unknown option --resum; did you mean --resume?"),
-    (["train", "--config", "x", "--learning-rate", "1"], "did you mean --grpo.learning-rate or --dpo.learning-rate?"),
+    (["train", "--config", "x", "--learning-rate", "1"], "did you mean --grpo.learning-rate or "
+     "--dpo.learning-rate or --sft.learning-rate?"),
     (["train", "x.yaml", "--config", "y"], "unexpected argument 'x.yaml' (see veripo train --help)"),
     (["train", "--config", "none.yaml"], "cannot read the configuration none.yaml: No such file or directory"),
     (["show-config", "--grpo.clip-hgh", "1"], "unknown option grpo.clip_hgh; did you mean grpo.clip_high?"),

@@ -36,6 +36,13 @@ def wants_gradient(tensor: torch.Tensor) -> bool:
     return any(layer.requires_grad for layer in _layers(tensor))
 
 
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether torch.func.vmap, or `is_grads_batched` of torch.autograd.grad, has put many tensors into one."""
+    if torch.compiler.is_compiling():
+        return False
+    return functorch.is_functorch_wrapped_tensor(tensor) or torch._C._dispatch_keys(tensor).has("Batched")
+
+
 def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor, and what torch.func's transforms wrapped in it."""
     yield tensor

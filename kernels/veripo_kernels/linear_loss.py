@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from veripo_kernels import reference
-from veripo_kernels.derivatives import refuse_second, refuse_transforms, wants_gradient
+from veripo_kernels.derivatives import is_batched, refuse_second, refuse_transforms, wants_gradient
 from veripo_kernels.dispatch import Impl, choose
 from veripo_kernels.grpo import check_bounds, check_cu_seqlens, check_device
 from veripo_kernels.linear import check_linear, engine
@@ -253,7 +253,9 @@ def _scaled(ctx: Any, upstream: torch.Tensor | None, *_: object) -> tuple[torch.
 
 def _times(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """values * factor [1], computed in the factor's dtype and rounded to `dtype`: one pass, where a GPU would make
-    three of a product and a conversion."""
+    three of a product and a conversion. What vmap has batched cannot be written into a place that is given."""
+    if is_batched(factor):
+        return (values.to(factor.dtype) * factor).to(dtype)
     return torch.mul(values, factor, out=torch.empty_like(values, dtype=dtype))
 
 
