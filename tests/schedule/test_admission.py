@@ -173,6 +173,17 @@ def test_overrides_of_a_stage_count() -> None:
     assert [phase.name for phase in dpo] == ["load", "vision", "reference", "update", "checkpoint"]
 
 
+def test_before_the_first_step_adamw_holds_nothing() -> None:
+    """A stage of one step has its moments in the step and the checkpoint behind it, nowhere else."""
+    def held(steps: int) -> dict[str, int]:
+        config = apply_overrides(Config(stages=[StageConfig(kind="grpo")]), {"grpo.steps": steps})
+        return {phase.name: phase.device.get("AdamW's moments", 0) for phase in predict(shape(), config)["grpo-1"]}
+
+    one, many = held(1), held(2)
+    assert one["vision"] == one["rollout"] == one["update"] == 0 < one["checkpoint"] == many["checkpoint"]
+    assert many["vision"] == many["rollout"] == many["update"] == many["checkpoint"]
+
+
 def test_a_gpu_keeps_the_process_on_the_host() -> None:
     config = Config(stages=(StageConfig("grpo"),))
     for phase in predict(shape(), config, gpu_bytes=80 * GIB)["grpo-1"]:

@@ -27,7 +27,7 @@ from veripo_fast.schedule.activations import (
 from veripo_fast.schedule.judge import JudgeShape, judging_owners
 from veripo_fast.schedule.placement import Held, Owners, Placement, frozen_bytes, held_by
 from veripo_fast.schedule.shapes import ModelShape
-from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, itemsize_of, workload_of
+from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, itemsize_of, steps_of, workload_of
 
 MIB = 1 << 20
 PROCESS = {"none": 545 * MIB, "fsdp": 600 * MIB, "deepspeed": 640 * MIB, "vllm": 600 * MIB}
@@ -113,9 +113,14 @@ class Ledger:
         """In host memory from a rollout to the step behind it."""
         self.reference: Owners = {}
         """The policy of a KL term, which is there for all of a stage."""
+        self.one_step = False
+        """The stage ends with its first step, before which AdamW has no moments."""
 
     def phases(self, kind: str) -> list[Phase]:
         """Of a stage, in the order in which they come. Of an sft stage one answer to each prompt is looked at."""
+        self.one_step = steps_of(self.config, kind) == 1
+        if self.one_step:
+            self.away.pop("AdamW's moments", None)
         if kind == "sft":
             prompts = self.work.demonstrated
             row = row_of(self.work.prompt_tokens, 1, self.work.demonstrated_tokens, prompts,
@@ -149,7 +154,7 @@ class Ledger:
         tower = {"tower activations": tower_working_bytes(self.shape.tower, work.patches, self.itemsize),
                  "patches": 2 * work.patches * self.shape.tower.features * self.itemsize}
         frames = 3 * work.pixels * prompts
-        return self._phase("vision", {**self._resident(), **self._features(prompts), **tower},
+        return self._phase("vision", {**self._resident(early=True), **self._features(prompts), **tower},
                            {"frames": frames, **self._host()})
 
     def _rollout(self) -> Phase:
@@ -230,12 +235,14 @@ class Ledger:
         device, host = ({owner: count for owner, count in part.items() if count} for part in (device, host))
         return Phase(name, device, host) if self.on_gpu else Phase(name, {**device, **host})
 
-    def _resident(self, stepped: bool = True, away: bool = False) -> Owners:
+    def _resident(self, stepped: bool = True, away: bool = False, early: bool = False) -> Owners:
         resident = {**self.held.resident, **self.reference}
         if away:
             resident |= dict.fromkeys(self.away, 0)
             if not self.on_gpu:
                 resident["offloaded AdamW"] = sum(self.away.values())
+        if self.one_step and (early or away):
+            resident["AdamW's moments"] = 0
         return resident if stepped else {name: resident[name] for name in ("weights", "tower")}
 
     def _features(self, prompts: int) -> Owners:

@@ -74,3 +74,10 @@ def workload_of(config: Config, shape: ModelShape, ranks: int) -> Workload:
         -(-(grpo.prompts_per_step // grpo.updates_per_rollout) // ranks), -(-config.dpo.pairs_per_step // ranks),
         -(-config.sft.prompts_per_step // ranks), config.sft.max_completion_tokens,
         -(-grpo.steps * grpo.prompts_per_step // ranks))
+
+
+def steps_of(config: Config, kind: str) -> int | None:
+    """Optimizer steps of a stage as far as the options tell; None: as many as there are prompts or pairs for."""
+    if kind == "grpo":
+        return config.grpo.steps * config.grpo.updates_per_rollout
+    return config.dpo.max_steps if kind == "dpo" else config.sft.max_steps
