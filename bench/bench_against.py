@@ -1,9 +1,9 @@
-"""This checkout against another one of the same project: a training step and the video work, interleaved.
+"""This checkout against another one of the same project: a training step, the kernels and the video work, interleaved.
 
-    python bench/bench_against.py OTHER [--rounds 3] [--rows step,video]
+    python bench/bench_against.py OTHER [--rounds 3] [--rows step,kernels,video]
 
 Says what a change cost. Both run under this interpreter, each with the packages of its own checkout; a round measures
-each once (a training step ten times), and ratios are seconds here over seconds there. Lines go to
+each once (a training step and an op ten times), and ratios are seconds here over seconds there. Lines go to
 bench/results/against.jsonl.
 """
 
@@ -30,7 +30,7 @@ from bench.video.textured import Size, textured
 from bench.video.worker import Worker
 
 PIXELS = [4 * 28 * 28, 115_000]
-ROWS = ("step", "video")
+ROWS = ("step", "kernels", "video")
 
 
 def packages(checkout: Path) -> str:
@@ -44,17 +44,17 @@ def commit(checkout: Path) -> str:
                           check=True).stdout.strip()
 
 
-class Steps:
-    """A checkout's training step in a process of its own, run once for each call."""
+class Served:
+    """A script of a checkout's in a process of its own, which answers a word with a number."""
 
-    def __init__(self, checkout: Path, threads: int) -> None:
+    def __init__(self, checkout: Path, threads: int, script: str) -> None:
         environment = {**os.environ, "PYTHONPATH": packages(checkout), "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(tied(sys.executable, "-c", SHARED_STEP), env=environment, cwd=checkout,
+        self.process = subprocess.Popen(tied(sys.executable, "-c", script), env=environment, cwd=checkout,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __call__(self) -> float:
-        """Seconds of one step."""
-        return float(self._answer("step"))
+    def __call__(self, word: str = "step") -> float:
+        """Seconds of one step, or of one call of the op that is named."""
+        return float(self._answer(word))
 
     def close(self) -> int:
         """End the process; the most that it held, in MiB."""
@@ -69,7 +69,7 @@ class Steps:
         for line in self.process.stdout:
             if line.startswith("answer "):
                 return line.removeprefix("answer ")
-        sys.exit(f"the step of a checkout ended with {self.process.wait()}")
+        sys.exit(f"the script of a checkout ended with {self.process.wait()} at {word!r}")
 
 
 SHARED_STEP = """
@@ -89,9 +89,57 @@ for word in sys.stdin:
 """The default shape of bench_step.py; `bench` is a package here, and a folder without __init__.py in old checkouts."""
 
 
+OPS = ("linear_logprobs", "linear_policy_loss", "linear_dpo_loss", "gather_logprobs", "grpo_loss", "dpo_loss")
+KERNELS = """
+import resource, sys, time
+import torch, veripo_kernels as ours
+draw = torch.Generator().manual_seed(0)
+def normal(*size):
+    return torch.randn(*size, generator=draw)
+T, D, V, LONG = 2048, 1024, 8192, 65536
+hidden, head = normal(T, D).requires_grad_(), (normal(V, D) / 32).requires_grad_()
+ids, ends = torch.randint(V, (T,), generator=draw), torch.arange(0, T + 1, 256)
+old, logits = -normal(T).abs(), normal(256, 151936).requires_grad_()
+chosen = torch.randint(151936, (256,), generator=draw)
+long, before, far = normal(LONG).requires_grad_(), normal(LONG), torch.arange(0, LONG + 1, 512)
+advantages = normal(128)
+ops = {
+    "linear_logprobs": lambda: ours.linear_logprobs(hidden, head, ids).sum(),
+    "linear_policy_loss": lambda: ours.linear_policy_loss(hidden, head, ids, old, advantages[:8], ends)[0],
+    "linear_dpo_loss": lambda: ours.linear_dpo_loss(hidden, head, ids, old, ends)[0],
+    "gather_logprobs": lambda: ours.gather_logprobs(logits, chosen).sum(),
+    "grpo_loss": lambda: ours.grpo_loss(long, before, advantages, far)[0],
+    "dpo_loss": lambda: ours.dpo_loss(long, before, far)[0],
+}
+for word in sys.stdin:
+    word = word.strip()
+    if word == "peak":
+        print("answer", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, flush=True)
+        continue
+    for leaf in (hidden, head, logits, long):
+        leaf.grad = None
+    started = time.perf_counter()
+    ops[word]().backward()
+    print("answer", time.perf_counter() - started, flush=True)
+"""
+"""Forward and backward of an op on a CPU, by what is public in all checkouts."""
+
+
+def kernels_row(other: Path, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
+    """Each op, call by call in turns."""
+    here, there = Served(REPOSITORY, threads, KERNELS), Served(other, threads, KERNELS)
+    for op in OPS:
+        ways: dict[str, Callable[[], object]] = {"here": partial(here, op), "there": partial(there, op)}
+        seconds = paired(ways, 10 * rounds, lambda run: float(str(run())), warmups=2)
+        yield {"row": op, "threads": threads, "rounds": 10 * rounds,
+               **{f"{way}_seconds_median": digits(statistics.median(values)) for way, values in seconds.items()},
+               **Ratio.of(seconds["here"], seconds["there"]).fields("here_over_there")}
+    print("MiB at most:", here.close(), "here,", there.close(), "there", flush=True)
+
+
 def step_row(other: Path, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
     """Shared prefix, step by step in turns: whatever else the machine does then meets both."""
-    here, there = Steps(REPOSITORY, threads), Steps(other, threads)
+    here, there = Served(REPOSITORY, threads, SHARED_STEP), Served(other, threads, SHARED_STEP)
     ways: dict[str, Callable[[], object]] = {"here": here, "there": there}
     seconds = paired(ways, 10 * rounds, lambda run: float(str(run())), warmups=2)
     peaks = {"here_peak_mib": here.close(), "there_peak_mib": there.close()}
@@ -140,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS))
     args = parser.parse_args()
     other = args.other.resolve()
-    for name, rows in (("step", step_row), ("video", video_row)):
+    for name, rows in (("step", step_row), ("kernels", kernels_row), ("video", video_row)):
         for row in rows(other, args.rounds, args.threads) if name in args.rows else ():
             recipe.append("against", {"bench": "against", "other": commit(other), **row})
             print(row, flush=True)
