@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from veripo_fast.config.describe import describe, to_yaml
-from veripo_fast.config.load import apply_overrides, check_stages, load_config, split_overrides
+from veripo_fast.config.load import apply_overrides, check_stages, load_config, split_overrides, with_options
 from veripo_fast.config.objectives import GrpoConfig
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
@@ -241,3 +241,15 @@ def test_describe_puts_the_docstring_above_the_field():
     at = lines.index("  clip_high: 0.2")
     assert lines[at - 1] == "  # Ratio is clipped above 1 + clip_high (DAPO: 0.28)."
     assert lines[lines.index("grpo:") - 1].startswith("# Group-relative policy optimisation")
+
+
+def test_dots_reach_into_a_mapping_that_a_function_takes() -> None:
+    config = apply_overrides(Config(), {"grpo.sampler": "mixed", "grpo.sampler_options.weights.STAR": 2})
+    assert config.grpo.sampler_options == {"weights": {"STAR": 2}}
+    config = Config(grpo=GrpoConfig(sampler="mixed", sampler_options={
+        "weights": {"NeXT.QA": 1, "STAR": 2}, "length": 8}))
+    for name in ("weights.STAR", "weights.NeXT.QA"):
+        config = with_options(config, [f"--grpo.sampler-options.{name}", "5"])
+    assert config.grpo.sampler_options == {"weights": {"NeXT.QA": 5, "STAR": 5}, "length": 8}
+    with pytest.raises(ConfigError, match=r"sampler_options.length.x does not exist: .*length is 8"):
+        with_options(config, ["--grpo.sampler-options.length.x", "5"])

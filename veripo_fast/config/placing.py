@@ -39,9 +39,11 @@ def place(kind: Any, node: Any, parts: list[str], read: Reader, where: str) -> A
     inner = strip_optional(kind)[0]
     if is_section(inner):
         return _place_field(inner, node, parts, read, where)
+    if get_origin(inner) is dict and is_free(inner):
+        return _place_free(node or {}, parts, read, where)
     if get_origin(inner) is dict:
         name = ".".join(parts)
-        return {**(node or {}), name: read(Any if is_free(inner) else kind_at(Config, parts), join(where, name))}
+        return {**(node or {}), name: read(kind_at(Config, parts), join(where, name))}
     if _is_list_of_sections(inner):
         return _place_item(get_args(inner)[0], list(node or ()), parts, read, where)
     raise ConfigError(f"{join(where, parts[0])} does not exist: {where} takes one value, {words(kind)}")
@@ -54,6 +56,17 @@ def is_free(kind: Any) -> bool:
 
 def _is_list_of_sections(kind: Any) -> bool:
     return get_origin(kind) is tuple and is_section(get_args(kind)[0])
+
+
+def _place_free(node: Any, parts: list[str], read: Reader, where: str) -> Any:
+    """A mapping inside of a mapping is reached by dots too, unless a key with those dots is there."""
+    name, head = ".".join(parts), parts[0]
+    if len(parts) == 1 or name in node:
+        return {**node, name: read(Any, join(where, name))}
+    inside = node.get(head, {})
+    if not isinstance(inside, dict):
+        raise ConfigError(f"{join(where, name)} does not exist: {join(where, head)} is {inside!r}")
+    return {**node, head: _place_free(inside, parts[1:], read, join(where, head))}
 
 
 def _place_field(cls: Any, node: Any, parts: list[str], read: Reader, where: str) -> Any:
