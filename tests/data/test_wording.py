@@ -106,7 +106,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
                          "/{question.side}: {question.text}'")
     choice, chat = read(tmp_path, DataConfig(template=name, keep_keys=("hint",)), CHOICE | {"hint": 1}, CHAT)
     assert texts(choice) == [("user", ["VIDEO", "choice/X/2/{'hint': 1}: Where to?"])]
-    assert texts(chat)[1] == ("user", ["Look: ", "VIDEO", "number//0/{}: How many?"])
+    assert texts(chat)[1] == ("user", ["Look: ", "VIDEO", "number/data/0/{}: How many?"])
 
 
 @pytest.mark.parametrize(("body", "sentence"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,14 @@ def flat(tree: dict[str, Any]) -> dict[str, Any]:
 def test_a_block_trains(block: str, tmp_path: Path) -> None:
     file = tmp_path / "my.py"
     file.write_text("\n\n".join(PYTHON))
+    for name in re.findall(r"\w+\.jsonl", block):  # of records that name no source
+        rows = [json.loads(line) for line in (runs.corpus() / "train.jsonl").read_text().splitlines()]
+        unnamed = [json.dumps({key: value for key, value in row.items() if key != "data_source"}) for row in rows[:6]]
+        (tmp_path / name).write_text("\n".join(unnamed))
+        block = block.replace(name, str(tmp_path / name))
     options = flat(yaml.safe_load(block.replace("my.py", str(file)).replace(", on:", ", 'on':")))
-    config = apply_overrides(runs.config(tmp_path / "run", grpo__steps=1, stages=[{"kind": "grpo"}], eval__at="never"),
-                             options)
+    config = apply_overrides(runs.config(tmp_path / "run", grpo__steps=1, stages=[{"kind": "grpo"}], eval__at="never",
+                                         data__media_root=str(runs.corpus())), options)
     check_functions(config)
     train(config)
     assert len(read_records(RunDir(tmp_path / "run").metrics)) == 1

@@ -25,7 +25,7 @@ SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
 VLLM_OPTIONS = ("tensor_parallel", "weights", "vision", "kv_cache_gb", "max_sequences", "parity_every",
                 "parity_tolerance", "stall_seconds")
 """Fields of `RolloutConfig` that only the engine vllm reads."""
-SamplerName = Literal["shuffled", "sequential"]
+SamplerName = Literal["shuffled", "sequential", "mixed"]
 ReferenceName = Literal["stage_start", "base"]
 
 

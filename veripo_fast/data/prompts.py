@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from veripo_fast.config.inputs import DataConfig
+from veripo_fast.data.archives import is_archive
 from veripo_fast.data.files import Source, json_object, parsed, read_sources
 from veripo_fast.data.flat import read_flat
 from veripo_fast.data.keys import KNOWN_KEYS, KeyPlan, plan_of
@@ -115,11 +117,13 @@ class Reading:
         """
         sources = read_sources(file)
         places: MediaPlaces | None = None
+        source_name = "" if is_archive(file) else Path(file).stem  # the shards of a set have a name each
         for where, source in sources:
             row: dict[str, Any] | None = None
             try:
                 places = places or MediaPlaces(file, self.config)
                 row = self._row(source)
+                row["data_source"] = row.get("data_source") or source_name
                 side = self._side(row)
                 row = self._without_side(row)
                 plan = plan_of(row)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from veripo_fast.recipes import advantages, references, rewards, samplers
+from veripo_fast.recipes import advantages, mixing, references, rewards, samplers
 
 REWARDS: Mapping[str, Callable[..., Any]] = {
     "accuracy": rewards.accuracy, "format": rewards.format, "length_window": rewards.length_window,
@@ -19,7 +19,8 @@ ADVANTAGES: Mapping[str, Callable[..., Any]] = {
     "std": advantages.std, "no_std": advantages.no_std, "leave_one_out": advantages.leave_one_out,
     "batch_std": advantages.batch_std}
 """(rewards [S], group ids [S], **options) -> [S]; one of your own: (rewards [G] of a group, **options) -> column."""
-SAMPLERS: Mapping[str, Callable[..., Any]] = {"shuffled": samplers.shuffled, "sequential": samplers.sequential}
+SAMPLERS: Mapping[str, Callable[..., Any]] = {
+    "shuffled": samplers.shuffled, "sequential": samplers.sequential, "mixed": mixing.mixed}
 """(prompts, epoch, seed, **options) -> numbers of the prompts."""
 REFERENCES: Mapping[str, Callable[[Path, Path], Path]] = {
     "stage_start": references.stage_start, "base": references.base}
