@@ -20,6 +20,7 @@ from veripo_fast.errors import UserError
 from veripo_fast.report import page as report
 from veripo_fast.report.axes import ticks, y_range
 from veripo_fast.report.charts import Band, line_chart, smooth
+from veripo_fast.report.curves import curves
 from veripo_fast.report.run_data import load_run
 from veripo_fast.report.samples import collect
 from veripo_fast.report.verifier import TokenText
@@ -188,6 +189,16 @@ def test_speed_is_drawn(tmp_path: Path) -> None:
     for title in ("Tokens sampled", "Tokens trained", "FLOPs", "Needed FLOPs", "MFU"):
         assert f"<b>{title}</b>" in html
     assert "step seconds" not in html.lower()
+
+
+def test_terms_of_the_reward_are_drawn(tmp_path: Path) -> None:
+    rows = [{"global_step": step, "stage": "grpo-1", "kind": "grpo", "step": step,
+             "columns": {"length": 0.1 * step, "cites_frames": 0.5 - step}} for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (drawn,) = curves(load_run(tmp_path))
+    charts = {chart.title: chart for chart in drawn.charts}
+    assert charts["Reward term length"].last == "0.2" and charts["Reward term cites frames"].last == "\N{MINUS SIGN}1.5"
+    assert charts["Reward term length"].note == "mean per completion, before its weight"
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------

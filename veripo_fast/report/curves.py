@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from veripo_fast.report.charts import Band, Chart, line_chart, smooth_window
-from veripo_fast.report.run_data import Row, RunData, Stage, finite, phases
+from veripo_fast.report.run_data import COLUMN, Row, RunData, Stage, finite, phases
 from veripo_fast.report.scores import UNIT, Table
 from veripo_fast.text import duration, number
 
@@ -82,7 +82,8 @@ def _curves_of(kind: str, stages: list[Stage]) -> Curves:
                and any(finite(row.get(key)) is not None for row in rows)]
     result = Curves(kind, KINDS.get(kind, kind), smooth_window(max(len(stage.rows) for stage in stages)), [], [])
     for key in [k for k in METRICS if k in present] + [k for k in present if k not in METRICS]:
-        title, note, fixed = METRICS.get(key, (key.replace("_", " ").capitalize(), "", None))
+        note = "mean per completion, before its weight" if key.startswith(COLUMN) else ""
+        title, note, fixed = METRICS.get(key, (key.replace("_", " ").capitalize(), note, None))
         bands = [_band(stage, [row for row in stage.rows if key in row], key) for stage in stages]
         _add_chart(result, title, note, [band for band in bands if any(v is not None for v in band.values)], fixed)
     seconds = [Band(stage.name, _steps(stage.rows), tuple(sum(phases(row).values()) for row in stage.rows))

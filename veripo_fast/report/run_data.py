@@ -27,6 +27,10 @@ from veripo_fast.text import plural, without_credentials
 Row = dict[str, Any]
 
 
+COLUMN = "reward term "
+"""Before the name of a term of the reward, beside accuracy and format."""
+
+
 @dataclass
 class Stage:
     """One stage as configured and as far as it ran."""
@@ -152,7 +156,9 @@ def _stages(config: Row, metrics: list[Row]) -> list[Stage]:
     for row in metrics:
         name = str(row.get("stage", "?"))
         stage = stages.setdefault(name, Stage(name, str(row.get("kind", "grpo"))))
-        stage.rows.append({name: value for name, value in row.items() if name != "speed"} | part(row, "speed"))
+        terms = {COLUMN + term: value for term, value in part(row, "columns").items()}
+        flat = {name: value for name, value in row.items() if name not in ("speed", "columns")}
+        stage.rows.append(flat | terms | part(row, "speed"))
     return _with_sources(list(stages.values()))
 
 
