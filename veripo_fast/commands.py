@@ -56,6 +56,12 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
     evaluate_command(config, options.out)
 
 
+def _compare(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.report.compare import compare_command
+
+    compare_command(options.before, options.after, options.out)
+
+
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     config = _configuration(options, overrides)
     from veripo_fast.inspect.command import inspect_command
@@ -144,8 +150,15 @@ COMMANDS: dict[str, Command] = {
     ), takes_overrides=True),
     "eval": Command(_eval, "score a policy on the held-out files, greedy and sampled", (
         _CONFIG_NEEDED,
-        ("--out", {"type": Path, "metavar": "DIR", "help": "also write scores and completions there"}),
+        ("--out", {"type": Path, "metavar": "DIR",
+                   "help": "folder of scores and completions (default eval in the run folder)"}),
     ), takes_overrides=True),
+    "compare": Command(_compare, "two evaluations item by item: what flipped, and whether chance explains it", (
+        ("before", {"type": Path, "metavar": "A", "help": "folder of `veripo eval`"}),
+        ("after", {"type": Path, "metavar": "B", "help": "another one, of the same questions"}),
+        ("--out", {"type": Path, "default": Path("compare.html"), "metavar": "FILE",
+                   "help": "page, a file or a folder (default compare.html)"}),
+    )),
     "inspect": Command(_inspect, "probe videos: what they are, what would be skipped, what the contract costs", (
         ("data", {"type": Path, "nargs": "+", "metavar": "DATA", "help": "data files, videos, archives, or folders"}),
         ("--out", {"type": Path, "default": Path("inspect"), "metavar": "DIR", "help": "folder (default inspect)"}),

@@ -15,6 +15,7 @@ from PIL import Image as PilImage
 
 from veripo_fast.config.inputs import DataConfig, VideoConfig
 from veripo_fast.data.prompts import load_prompts
+from veripo_fast.data.remote import local_files
 from veripo_fast.errors import DataError, MediaError
 from veripo_fast.types import Image
 from veripo_fast.video.decode import decode_image
@@ -83,3 +84,11 @@ def test_what_is_missing_is_said(store: Store, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(DataError, match=r"Install s3fs to access S3; pip install 'veripo-fast\[remote\]'"):
         load_prompts(["s3://bucket/e.jsonl"], DataConfig())
     assert not list((tmp_path / "cache").rglob(".tmp-*"))
+
+
+def test_data_files_are_found_before_a_run_begins(store: Store) -> None:
+    """A run fingerprints the copies; what cannot be copied is named as a data file."""
+    found = local_files(["s3://bucket/d.jsonl", "here.jsonl"])
+    assert found["here.jsonl"] == "here.jsonl" and Path(found["s3://bucket/d.jsonl"]).read_bytes().count(b"\n") == 4
+    with pytest.raises(DataError, match=r"data file s3://bucket/gone\.jsonl"):
+        local_files(["s3://bucket/gone.jsonl"])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -16,6 +17,8 @@ from veripo_fast.data.prompts import load_prompts
 from veripo_fast.errors import DataError
 from veripo_fast.evaluation import evaluate as module
 from veripo_fast.evaluation.evaluate import evaluate, scores
+from veripo_fast.evaluation.items import items_of
+from veripo_fast.evaluation.progress import Progress
 from veripo_fast.model.policy import load_policy
 from veripo_fast.rollout.store import read_groups
 from veripo_fast.rollout.torch_engine import TorchEngine
@@ -170,3 +173,105 @@ def test_the_command_prints_a_line_per_mode(config_file, tmp_path, capsys):
 def test_the_command_without_files(config_file, capsys):
     assert main(["eval", "--config", config_file(data__eval=[])]) == 2
     assert capsys.readouterr().err == "veripo: error: data.eval names no files to evaluate on\n"
+
+
+# -- an evaluation that is stopped ------------------------------------------------------------------------------------
+
+LINES = ("greedy.jsonl", "sampled.jsonl")
+
+
+def command(config_file, out, monkeypatch=None, stop_after=None, **changes):
+    """`veripo eval`, stopped after so many batches."""
+    options = {"eval__prompts_per_batch": 1, "eval__samples": 2} | changes
+    kept = Progress.keep
+    if stop_after is not None:
+        calls = []
+
+        def keep(self, *arguments):
+            kept(self, *arguments)
+            calls.append(1)
+            if len(calls) == stop_after:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Progress, "keep", keep)
+    code = main(["eval", "--config", config_file(**options), "--out", str(out)])
+    monkeypatch.undo() if monkeypatch else None
+    return code
+
+
+def result(out):
+    """What an evaluation leaves, times aside."""
+    records = [json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines()]
+    rows = [[replace(group, completions=[vars(c) for c in group.completions])
+             for group in read_groups(out / f"{record['mode']}.parquet")] for record in records]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records], rows, [
+        (out / name).read_text() for name in LINES]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 6])
+def test_it_goes_on_where_it_was(config_file, tmp_path, monkeypatch, stop_after):
+    """Four prompts, one a batch, in two modes: nothing is sampled twice, and the result is that of one go."""
+    assert command(config_file, tmp_path / "whole") == 0
+    assert command(config_file, tmp_path / "out", monkeypatch, stop_after) == 130
+    sampled = []
+    generate = TorchEngine.generate
+    monkeypatch.setattr(TorchEngine, "generate", lambda self, prompts, *arguments, **options: (
+        sampled.extend(item.prompt.prompt_id for item in prompts), generate(self, prompts, *arguments, **options))[1])
+    assert command(config_file, tmp_path / "out") == 0
+    assert len(sampled) == 8 - stop_after
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+    assert not (tmp_path / "out" / "parts").exists()
+    assert len(json.loads((tmp_path / "out" / "inputs.json").read_text())["commands"]) == 2
+
+
+def test_a_part_of_another_evaluation_is_not_taken(config_file, tmp_path, monkeypatch, capsys):
+    assert command(config_file, tmp_path / "out", monkeypatch, 2) == 130
+    capsys.readouterr()
+    assert command(config_file, tmp_path / "out", rollout__temperature=0.5, seed=9) == 2
+    error = capsys.readouterr().err
+    assert "holds a part of another evaluation (options: rollout.temperature has changed; options: seed has" in error
+    other = tmp_path / "other.jsonl"
+    other.write_text((runs.corpus() / "heldout.jsonl").read_text())
+    assert command(config_file, tmp_path / "out", data__eval=[str(other)], data__media_root=str(runs.corpus())) == 2
+    assert "data: " in capsys.readouterr().err
+    assert command(config_file, tmp_path / "other", rollout__temperature=0.5) == 0
+    assert command(config_file, tmp_path / "other") == 0  # what is whole is replaced
+
+
+def test_a_part_that_says_of_nothing_is_begun_anew(config_file, tmp_path, monkeypatch):
+    assert command(config_file, tmp_path / "out", monkeypatch, 2) == 130
+    (tmp_path / "out" / "inputs.json").write_text("torn")
+    assert command(config_file, tmp_path / "out") == 0
+    assert command(config_file, tmp_path / "whole") == 0
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+def test_a_damaged_part_is_named(config_file, tmp_path, monkeypatch, capsys):
+    assert command(config_file, tmp_path / "out", monkeypatch, 2) == 130
+    part = tmp_path / "out" / "parts" / "greedy-00000001.parquet"
+    part.write_bytes(part.read_bytes()[:100])
+    capsys.readouterr()
+    assert command(config_file, tmp_path / "out") == 2
+    assert f"{part} is not a rollout file of veripo" in capsys.readouterr().err
+
+
+def test_lines_of_prompts(config_file, tmp_path):
+    assert command(config_file, tmp_path / "out") == 0
+    for mode, size in (("greedy", 1), ("sampled", 2)):
+        items = [json.loads(line) for line in (tmp_path / "out" / f"{mode}.jsonl").read_text().splitlines()]
+        groups = read_groups(tmp_path / "out" / f"{mode}.parquet")
+        assert [item["prompt_id"] for item in items] == [group.prompt.prompt_id for group in groups]
+        for item, group in zip(items, groups, strict=True):
+            assert item["accuracy"] == [c.accuracy for c in group.completions] and len(item["answers"]) == size
+            assert item["media"][0].endswith(".mp4") and len(item["consistent"]) == len(item["tokens"]) == size
+
+
+def test_majority_and_pass_rate(tmp_path):
+    groups = [
+        RolloutGroup(prompt("a"), [written("", "2", 0.0), written("", "3", 1.0), written("", " 3. ", 1.0)]),
+        RolloutGroup(prompt("b"), [written("", "2", 0.0), written("", "2", 0.0), written("", "3", 1.0)]),
+        RolloutGroup(prompt("c"), [Completion([5], "x", [], "length", 0, accuracy=0.0, format=0.0)])]
+    record = scores(groups, runs.config(tmp_path))
+    assert record["majority_accuracy"] == pytest.approx(1 / 3) and record["pass_rate"] == pytest.approx(2 / 3)
+    assert record["by_source"] == {"": pytest.approx((2 / 3 + 1 / 3 + 0) / 3)}
+    assert [item["answers"] for item in items_of(groups)] == [["2", "3", "3."], ["2", "2", "3"], [None]]

@@ -40,14 +40,14 @@ def test_differences_are_named(tmp_path: Path) -> None:
     (model / "notes.md").write_text("of no interest")
     data = tmp_path / "train.jsonl"
     data.write_text("1\n")
-    before = take_inputs([str(data)], model)
+    before = take_inputs({str(data): str(data)}, model)
     assert set(before["model"]) == {"config.json", "chat_template.jinja"}
     assert {"python", "torch"} <= set(before["versions"])
     data.write_text("1\n2\n")
     (model / "chat_template.jinja").write_text("b")
     (model / "tokenizer.json").write_text("{}")
     (model / "config.json").unlink()
-    now = take_inputs([str(data)], model)
+    now = take_inputs({str(data): str(data)}, model)
     assert differences(before, now, "data") == [f"{data} has changed"]
     assert differences(before, now, "model") == ["chat_template.jinja has changed", "config.json is gone",
                                                  "tokenizer.json is new"]

@@ -9,12 +9,13 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from veripo_fast.data.archives import archive_of
-from veripo_fast.errors import MediaError
+from veripo_fast.errors import DataError, MediaError
 from veripo_fast.types import Media, Video
 
 _REMOTE = re.compile(r"(?:hf|s3)://")
@@ -36,6 +37,14 @@ def local_path(path: str) -> str:
         return path
     archive = archive_of(path)
     return _copied(archive) + path[len(archive):] if archive else _copied(path)
+
+
+def local_files(files: Iterable[str]) -> dict[str, str]:
+    """Data files as they are named -> where they, or their copies, lie. Raises DataError: one cannot be copied."""
+    try:
+        return {file: local_path(file) for file in files}
+    except MediaError as error:
+        raise DataError(f"data file {error}") from error
 
 
 def local_medium(medium: AnyMedium) -> AnyMedium:

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.schema import Config, DistributedConfig
 from veripo_fast.data.prompts import load_prompts
+from veripo_fast.data.remote import local_files
 from veripo_fast.distributed.choice import check_backend, distribute
 from veripo_fast.distributed.world import World, joined
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.evaluate import evaluate, summary
+from veripo_fast.evaluation.items import items_of
+from veripo_fast.evaluation.progress import Progress, check_same, provenance
+from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import load_policy
-from veripo_fast.recipes.checked import check_functions
+from veripo_fast.recipes.checked import check_functions, own_files
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
+from veripo_fast.rollout.store import read_groups
 from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.run.inputs import take_inputs
 from veripo_fast.run.jsonlines import dump_objects
+from veripo_fast.run.lock import RunLock
 from veripo_fast.text import rank_prefix
 
 
 def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[str, Any]]:
     """Evaluate `model.path` on `data.eval`, greedy and sampled.
 
-    Ranks that torchrun started share the prompts.
+    Ranks that torchrun started share the prompts. One that was stopped goes on where it was, with the same result.
 
     Args:
-        out: folder for evals.jsonl and the completions; None: `eval` in the run folder.
+        out: folder for evals.jsonl, the completions (MODE.parquet), a line for each prompt (MODE.jsonl) and what was
+            evaluated (inputs.json); None: `eval` in the run folder.
 
     Returns:
         one record per mode, as evals.jsonl holds them; `skipped_records` were left out at load, `skipped_prompts`
         while decoding.
 
     Raises:
-        UserError: data.eval is empty or cannot be used, or the checkpoint cannot be loaded.
+        UserError: data.eval is empty or cannot be used, the folder holds a part of another evaluation, or the
+            checkpoint cannot be loaded.
     """
-    with joined(config.distributed.timeout_seconds, config.model.device) as world:
+    with joined(config.distributed.timeout_seconds, config.model.device) as world, ExitStack() as held:
         folder = world.agreed(lambda: _checked_folder(config, out, world))
-        prompts, skipped = load_prompts(config.data.eval, config.data)
-        policy = load_policy(config.model)
+        prompts, skipped = world.agreed(lambda: load_prompts(config.data.eval, config.data))
+        inputs = world.agreed(lambda: _inputs(config, folder))
+        policy = world.agreed(lambda: load_policy(config.model))
+        progress = world.agreed(lambda: _progress(folder, inputs, held) if world.main else None)
         distribute(policy, DistributedConfig(), world)  # nothing is trained, so nothing of DeepSpeed's is needed
         loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
                               config.cache)
@@ -47,17 +59,37 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
             engine = make_engine(config, policy)
             try:
                 records = evaluate(engine, loader, prompts, config, stage="eval", world=world,
-                                   rows=lambda mode: folder / f"{mode}.parquet", gate=gate_of(config, policy, engine))
+                                   rows=lambda mode: folder / f"{mode}.parquet", gate=gate_of(config, policy, engine),
+                                   progress=progress)
             finally:
                 engine.close()
         finally:
             loader.close()
-        bad = set().union(*world.gather(set(loader.bad)))
-        counts = {"skipped_records": len(skipped), "skipped_prompts": len(bad)}
-        records = [record | counts for record in records]
-        if world.main:
+        asked = len(prompts[:config.eval.limit])
+        records = [record | {"skipped_records": len(skipped), "skipped_prompts": asked - record["prompts"]}
+                   for record in records]
+        if progress:
+            for record in records:
+                groups = read_groups(folder / f"{record['mode']}.parquet")
+                atomic_write_text(folder / f"{record['mode']}.jsonl", dump_objects(items_of(groups)))
             atomic_write_text(folder / "evals.jsonl", dump_objects(records))
+            progress.finish()
     return records
+
+
+def _inputs(config: Config, folder: Path) -> dict[str, Any]:
+    """What is evaluated; refused before the policy is loaded where the folder holds a part of something else."""
+    taken = take_inputs(local_files(config.data.eval), resolve_path(config.model.path), own_files(config))
+    inputs = provenance(config, taken)
+    check_same(folder, inputs)
+    return inputs
+
+
+def _progress(folder: Path, inputs: dict[str, Any], held: ExitStack) -> Progress:
+    """Of the folder, which is this process's alone until `held` closes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(RunLock(folder))
+    return Progress(folder, inputs)
 
 
 def _checked_folder(config: Config, out: Path | str | None, world: World) -> Path:

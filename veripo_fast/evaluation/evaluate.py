@@ -20,6 +20,8 @@ from veripo_fast.distributed.shares import gathered, own_numbers
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import DataError
 from veripo_fast.evaluation.intervals import bootstrap_interval
+from veripo_fast.evaluation.items import majority_accuracy
+from veripo_fast.evaluation.progress import Progress
 from veripo_fast.reward.groups import reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.parity import ParityGate
@@ -40,11 +42,13 @@ def modes(config: Config) -> dict[str, tuple[int, float]]:
 
 def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prompt], config: Config, *, stage: str,
              rows: Callable[[str], Path], check: Callable[[], None] = lambda: None,
-             gate: ParityGate | None = None, world: World = ONE) -> list[dict[str, Any]]:
+             gate: ParityGate | None = None, world: World = ONE, progress: Progress | None = None
+             ) -> list[dict[str, Any]]:
     """Evaluate a policy in every mode; completions are stored at `rows(mode)`, `check` may stop between batches.
 
-    `gate` compares the engine's log-probs with the trainer's in the first batch of each mode, before anything is
-    stored. Collective.
+    `gate` compares the engine's log-probs with the trainer's in the first batch of each mode that is sampled, before
+    anything is stored. `progress`, of the first rank, keeps the batches and gives those of an earlier process.
+    Collective.
 
     Returns:
         one record per mode, as evals.jsonl holds them.
@@ -55,9 +59,15 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
     for mode, (samples, temperature) in modes(config).items():
         started = time.perf_counter()
         groups: list[RolloutGroup] = []
+        kept: list[int] = world.broadcast(progress.done(mode) if progress else [])
+        checked = False
         with tqdm(total=len(prompts), desc=f"eval {stage} {mode}", unit="prompt") as bar:
             for start in range(0, len(prompts), config.eval.prompts_per_batch):
                 batch = prompts[start:start + config.eval.prompts_per_batch]
+                if start in kept:
+                    groups += world.broadcast(progress.read(mode, start) if progress else [])
+                    bar.update(len(batch))
+                    continue
                 loaded = loader.load_some(batch, own_numbers(len(batch), world, tensor_parallel))
                 following = prompts[start + len(batch):][:config.eval.prompts_per_batch]
                 loader.prefetch([following[number] for number in own_numbers(len(following), world, tensor_parallel)])
@@ -66,10 +76,14 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
                                     config.rollout.top_k)
                 engine.sync()
                 found = engine.generate(list(loaded.values()), sampling, partial(_advance, bar), numbers=list(loaded))
-                if gate is not None and not start:
+                if gate is not None and not checked:
                     gate.check(list(loaded.values()), found, sampling)
+                checked = True
                 reward_groups(found, config, list(loaded.values()))
-                groups += gathered(dict(zip(loaded, found, strict=True)), world).values()
+                whole = list(gathered(dict(zip(loaded, found, strict=True)), world).values())
+                if progress:
+                    progress.keep(mode, start, whole)
+                groups += whole
                 bar.update(start + len(batch) - bar.n)
                 check()
         if not groups:
@@ -91,6 +105,8 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
 
     A completion without a verdict is neither consistent nor inconsistent. `inconsistency_rate` and `no_verdict_rate`
     are shares of all completions, so the first also falls when fewer reasonings can be read.
+    `majority_accuracy` is that of the most frequent answer of each prompt, `pass_rate` the share of prompts of which at
+    least one completion scores 1 (pass@k with k completions; Chen et al. 2021, arXiv 2107.03374, equation 1 at n = k).
     `inconsistency_of_verdicts` is the share of those with a verdict, None when there is none. The accuracy over
     completions is `accurate_and_consistent_rate` + `accurate_without_verdict_rate` + what is accurate and inconsistent.
     """
@@ -104,9 +120,6 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     read = [verdict for verdict in verdicts if verdict is not None]
     estimates = [value for value, group in zip(accuracy, groups, strict=True)
                  if group.prompt.problem_type == "estimate"]
-    by_type: dict[str, list[float]] = defaultdict(list)
-    for value, group in zip(accuracy, groups, strict=True):
-        by_type[group.prompt.problem_type].append(value)
     mean, low, high = bootstrap_interval(accuracy, config.eval.bootstrap, config.seed)
     wrong, wrong_low, wrong_high = bootstrap_interval(inconsistent, config.eval.bootstrap, config.seed)
     return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high,
@@ -118,8 +131,11 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
             "accurate_without_verdict_rate": _accurate(accuracies, verdicts, None),
             "length_mean": _mean([float(len(c.token_ids)) for c in rows]),
             "finished_rate": _mean([float(c.finish_reason == "stop") for c in rows]),
+            "majority_accuracy": _mean([majority_accuracy(group) for group in groups]),
+            "pass_rate": _mean([float(max(scores_of(group, "accuracy")) == 1) for group in groups]),
             "prompts": len(groups), "completions": len(rows),
-            "by_type": {name: _mean(values) for name, values in sorted(by_type.items())}}
+            "by_type": _means_by(groups, accuracy, "problem_type"),
+            "by_source": _means_by(groups, accuracy, "data_source")}
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -128,6 +144,14 @@ def summary(record: dict[str, Any]) -> str:
     return (f"{printable(record['stage']):>8} {record['mode']:>7}: accuracy {record['accuracy']:.3f} "
             f"[{record['accuracy_low']:.3f}, {record['accuracy_high']:.3f}]{mra}, format {record['format_rate']:.3f}, "
             f"inconsistent {record['inconsistency_rate']:.3f}, {record['length_mean']:.0f} tokens")
+
+
+def _means_by(groups: Sequence[RolloutGroup], values: Sequence[float], field: str) -> dict[str, float]:
+    """Mean over the prompts that have the same in a field."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for value, group in zip(values, groups, strict=True):
+        found[getattr(group.prompt, field)].append(value)
+    return {name: _mean(those) for name, those in sorted(found.items())}
 
 
 def _accurate(accuracies: Sequence[float], verdicts: Sequence[bool | None], wanted: bool | None) -> float:

@@ -37,13 +37,22 @@ DEFAULT_FACTOR = 28
 
 
 class FrameStrips:
-    """Decodes each medium once; `shown` holds, by key, its frames or the reason why there are none."""
+    """Decodes each medium once; `shown` holds, by key, its frames or the reason why there are none.
 
-    def __init__(self, run: RunData) -> None:
-        self.contract = video_contract(run.config)
-        self.factor = merge_factor(run)
-        self.root = Path(str(part(run.config, "data").get("media_root") or "."))
+    Args:
+        factor: pixels per merged patch side.
+        root: where relative paths that are not found start.
+    """
+
+    def __init__(self, contract: VideoConfig, factor: int, root: Path) -> None:
+        self.contract, self.factor, self.root = contract, factor, root
         self.shown: dict[str, Row] = {}
+
+    @classmethod
+    def of_run(cls, run: RunData) -> FrameStrips:
+        """As the policy of a run saw them."""
+        return cls(video_contract(run.config), merge_factor(run),
+                   Path(str(part(run.config, "data").get("media_root") or ".")))
 
     def key(self, media: Media) -> str:
         """What names a medium in the page."""

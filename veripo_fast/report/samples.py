@@ -45,7 +45,7 @@ def collect(run: RunData) -> Row:
         return {"groups": [], "media": {}, "left_out": 0}
     verifier = {stage: GroupVerdicts(run, stage, {p.group.prompt.prompt_id for p in picks if p.stage == stage})
                 for stage in {p.stage for p in picks}}
-    strips = FrameStrips(run)
+    strips = FrameStrips.of_run(run)
     strips.load([media for pick in sorted(picks, key=_priority) for media in pick.group.prompt.media])
     run_steps = {(stage.name, row.get("step")): row["global_step"] for stage in run.stages for row in stage.rows}
     kept, media, size = [], {}, 0

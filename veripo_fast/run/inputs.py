@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,14 @@ def model_files(folder: Path) -> list[Path]:
     return sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
-def take_inputs(data_files: Iterable[str], model_folder: Path, code: Mapping[str, Path] | None = None
+def take_inputs(data_files: Mapping[str, str], model_folder: Path, code: Mapping[str, Path] | None = None
                 ) -> dict[str, Any]:
-    """Fingerprints of data files, checkpoint and the files of the user's functions, and versions. Raises OSError."""
-    return {"data": {file: file_fingerprint(Path(file)) for file in sorted(set(data_files))},
+    """Fingerprints of data files, checkpoint and the files of the user's functions, and versions. Raises OSError.
+
+    Args:
+        data_files: as they are named -> where they, or their copies, lie.
+    """
+    return {"data": {file: file_fingerprint(Path(path)) for file, path in sorted(data_files.items())},
             "model": {path.name: file_fingerprint(path) for path in model_files(model_folder)},
             "code": {place: file_fingerprint(path) for place, path in sorted((code or {}).items())},
             "versions": versions()}

@@ -86,7 +86,7 @@ class RunLock:
             probe.unlink(missing_ok=True)
 
     def _refusal(self, owner: dict[str, Any]) -> str:
-        return (f"run_dir {self.path.parent} is in use by process {owner.get('pid', '?')} on "
+        return (f"folder {self.path.parent} is in use by process {owner.get('pid', '?')} on "
                 f"{owner.get('host', 'an unknown host')} since {owner.get('since', '?')}; wait for it or stop it. "
                 f"If that host is gone, try again in {DEAD_SECONDS:.0f} seconds")
 

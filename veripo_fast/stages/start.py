@@ -13,6 +13,7 @@ from typing import Any
 from veripo_fast.config.describe import to_tree, to_yaml
 from veripo_fast.config.load import load_config
 from veripo_fast.config.schema import Config
+from veripo_fast.data.remote import is_remote, local_files
 from veripo_fast.distributed.choice import check_backend, gpu_name
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError, DataError
@@ -95,7 +96,7 @@ def check_ranks(config: Config, world: World) -> dict[str, Any]:
     world.agreed(lambda: check_backend(config, world))
     world.same("a configuration", to_yaml(config), "start all ranks with the same file and options")
     world.agreed(lambda: _check_inputs(config))
-    inputs = take_inputs(_data_files(config), resolve_path(config.model.path), own_files(config))
+    inputs = take_inputs(local_files(_data_files(config)), resolve_path(config.model.path), own_files(config))
     for kind, what in (("data", "data files"), ("model", "a model"), ("versions", "packages"), ("code", "functions")):
         world.same(what, json.dumps(inputs[kind], sort_keys=True), "every machine needs the same")
     world.same("a GPU", gpu_name(config.model.device), "mixed GPUs would wait for the slowest")
@@ -147,8 +148,9 @@ def _check_inputs(config: Config) -> None:
     if any(stage.kind != "dpo" and not stage.data for stage in config.stages) and not config.data.train:
         raise ConfigError("data.train names no files")
     for file in _data_files(config):
-        if not Path(file).exists():
+        if not is_remote(file) and not Path(file).exists():
             raise DataError(f"data file {file} does not exist")
+    local_files(_data_files(config))  # of remote ones a copy is made now
     check_functions(config)
 
 

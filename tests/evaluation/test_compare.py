@@ -1,0 +1,101 @@
+"""`veripo compare`: the numbers by hand, what is refused, and the page of two real evaluations in a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.support import runs
+from veripo_fast.cli import main
+from veripo_fast.config.describe import to_yaml
+from veripo_fast.errors import UserError
+from veripo_fast.evaluation.compare import compare, mcnemar
+
+
+def item(name: str, *accuracy: float, consistent: bool | None = True, **other: object) -> dict[str, object]:
+    return {"prompt_id": name, "gold": "3", "problem_type": "number", "accuracy": list(accuracy),
+            "consistent": [consistent] * len(accuracy), **other}
+
+
+def folder(path: Path, **modes: list[dict[str, object]]) -> Path:
+    path.mkdir()
+    (path / "evals.jsonl").write_text("".join(json.dumps({"mode": mode}) + "\n" for mode in modes))
+    for mode, items in modes.items():
+        (path / f"{mode}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in items))
+    return path
+
+
+def test_by_hand(tmp_path: Path) -> None:
+    before = folder(tmp_path / "a", greedy=[item("x", 1), item("y", 0), item("z", 0, consistent=False),
+                                            item("only", 1)])
+    after = folder(tmp_path / "b", greedy=[item("z", 1), item("y", 1, consistent=None), item("x", 0)], sampled=[])
+    (one,) = compare(before, after)
+    assert one.mode == "greedy" and one.alone == (1, 0)
+    assert [pair.before["prompt_id"] for pair in one.pairs] == ["x", "y", "z"]
+    assert (one.gained, one.lost) == (2, 1) and one.accuracy.mean == pytest.approx(1 / 3)
+    assert one.inconsistency.mean == pytest.approx(-1 / 3)
+    assert [pair.before["prompt_id"] for pair in one.flipped] == ["x", "y", "z"]  # losses first among equals
+    assert one.p_value == 1.0
+
+
+@pytest.mark.parametrize(("gained", "lost", "expected"), [
+    (0, 0, 1.0), (5, 5, 1.0), (6, 0, 2 / 64), (1, 8, 2 * 10 / 512), (8, 1, 2 * 10 / 512), (1, 0, 1.0)])
+def test_mcnemar_by_hand(gained: int, lost: int, expected: float) -> None:
+    assert mcnemar(gained, lost) == pytest.approx(expected)
+
+
+def test_mcnemar_of_many_against_the_normal_law() -> None:
+    """2,000 discordant prompts: within 3 % of the normal approximation with continuity correction."""
+    z = (1060 - 940 - 1) / math.sqrt(2000)
+    assert mcnemar(1060, 940) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.03)
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"gold": "4"}, "1 prompt of both ask for another answer in each, x"), ({"problem_type": "text"}, "other data")])
+def test_other_questions_are_not_compared(tmp_path: Path, change: dict[str, str], sentence: str) -> None:
+    before = folder(tmp_path / "a", greedy=[item("x", 1)])
+    after = folder(tmp_path / "b", greedy=[item("x", 1, **change)])
+    with pytest.raises(UserError, match=sentence):
+        compare(before, after)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    whole = folder(tmp_path / "a", greedy=[item("x", 1)])
+    for other, sentence in (
+            (folder(tmp_path / "b", sampled=[item("x", 1)]), "no mode is in both"),
+            (folder(tmp_path / "c", greedy=[item("y", 1)]), "have no prompt in common"),
+            (tmp_path / "none", "holds no finished evaluation")):
+        with pytest.raises(UserError, match=sentence):
+            compare(whole, other)
+    (whole / "greedy.jsonl").write_text('{"torn')
+    with pytest.raises(UserError, match="is damaged: 1 line cannot be read"):
+        compare(whole, whole)
+    (whole / "greedy.jsonl").unlink()
+    with pytest.raises(UserError, match=r"greedy.jsonl is missing: evaluate again"):
+        compare(whole, whole)
+
+
+def test_two_real_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two seeds: greedy completions are equal, sampled ones are not all."""
+    for seed in (0, 1):
+        config = tmp_path / f"{seed}.yaml"
+        config.write_text(to_yaml(runs.config(tmp_path / "run", seed=seed, eval__samples=4)))
+        assert main(["eval", "--config", str(config), "--out", str(tmp_path / str(seed))]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "page")]) == 0
+    out = capsys.readouterr().out
+    assert "greedy: 4 prompts in both\n" in out and "right after and wrong before: 0; the reverse: 0;" in out
+    html = (tmp_path / "page").read_text()
+    assert "No prompt has another accuracy." in html
+    same = json.loads((tmp_path / "0" / "greedy.jsonl").read_text().splitlines()[0])
+    moved = same | {"accuracy": [1 - same["accuracy"][0]]}
+    rest = (tmp_path / "1" / "greedy.jsonl").read_text().splitlines()[1:]
+    (tmp_path / "1" / "greedy.jsonl").write_text("\n".join([json.dumps(moved), *rest]))
+    assert main(["compare", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path)]) == 0
+    html = (tmp_path / "compare.html").read_text()
+    assert html.count("data:image/jpeg;base64,") >= 4 and same["prompt_id"] in html and "Gold answer:" in html
+    assert main(["compare", str(tmp_path / "0"), str(tmp_path / "gone")]) == 2
+    assert "holds no finished evaluation" in capsys.readouterr().err

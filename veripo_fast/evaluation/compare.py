@@ -1,0 +1,131 @@
+"""Two evaluations of the same questions, item by item: what changed, and whether chance explains it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from veripo_fast.errors import UserError
+from veripo_fast.evaluation.intervals import Interval, paired_difference
+from veripo_fast.run.jsonlines import read_objects
+from veripo_fast.text import plural
+
+Item = Mapping[str, Any]
+SHOWN = 3
+"""Names of prompts in a sentence."""
+
+
+class Pair(NamedTuple):
+    """One prompt in both evaluations."""
+
+    before: Item
+    after: Item
+
+    @property
+    def moved(self) -> float:
+        """How much more of its completions' accuracy the second one has."""
+        return accuracy_of(self.after) - accuracy_of(self.before)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A mode of two evaluations."""
+
+    mode: str
+    pairs: list[Pair]
+    """Prompts of both, in the order of the first."""
+    alone: tuple[int, int]
+    """Prompts that only the first, only the second one has."""
+    accuracy: Interval
+    """After - before, over prompts."""
+    inconsistency: Interval
+    """The same of the share of completions whose answer contradicts their reasoning."""
+    gained: int
+    """Prompts whose first completion is right after and was not before."""
+    lost: int
+    p_value: float
+    """McNemar's exact test of `gained` against `lost`."""
+
+    @property
+    def flipped(self) -> list[Pair]:
+        """Prompts whose accuracy is another one; the largest changes first, losses before gains."""
+        moved = [pair for pair in self.pairs if pair.moved]
+        return sorted(moved, key=lambda pair: (-abs(pair.moved), pair.moved))
+
+
+def compare(before: Path, after: Path, resamples: int = 2000, seed: int = 0) -> list[Comparison]:
+    """Every mode that two folders of `veripo eval` have.
+
+    Raises:
+        UserError: a folder holds no finished evaluation, they share no mode or no prompt, or they ask one question with
+            two gold answers.
+    """
+    found = [_items(Path(folder)) for folder in (before, after)]
+    shared = [mode for mode in found[0] if mode in found[1]]
+    if not shared:
+        raise UserError(f"{before} has {', '.join(found[0])} and {after} has {', '.join(found[1])}: no mode is in both")
+    return [_compared(mode, found[0][mode], found[1][mode], (before, after), resamples, seed) for mode in shared]
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided exact p-value that a change and its opposite are equally likely (McNemar, Psychometrika 12, 1947; the
+    binomial test of the discordant pairs)."""
+    total = gained + lost
+    if not total:
+        return 1.0
+    tail = sum(math.comb(total, count) for count in range(min(gained, lost) + 1))
+    return min(1.0, 2 * (tail / 2 ** total if total < 1000 else math.exp(math.log(tail) - total * math.log(2))))
+
+
+def _items(folder: Path) -> dict[str, dict[str, Item]]:
+    """Mode -> prompt id -> its line."""
+    if not (folder / "evals.jsonl").is_file():
+        raise UserError(f"{folder} holds no finished evaluation: evals.jsonl is missing"
+                        + ("; the same `veripo eval` goes on" if (folder / "parts").is_dir() else ""))
+    modes: dict[str, dict[str, Item]] = {}
+    for record in _objects(folder / "evals.jsonl"):
+        file = folder / f"{record.get('mode')}.jsonl"
+        if not file.is_file():
+            raise UserError(f"{file} is missing: evaluate again, earlier versions wrote no line for each prompt")
+        modes[str(record["mode"])] = {str(item["prompt_id"]): item for item in _objects(file)}
+    return modes
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
+    objects, bad = read_objects(path)
+    if bad:
+        raise UserError(f"{path} is damaged: {plural(len(bad), 'line')} cannot be read")
+    return objects
+
+
+def _compared(mode: str, before: Mapping[str, Item], after: Mapping[str, Item], folders: Sequence[Path],
+              resamples: int, seed: int) -> Comparison:
+    pairs = [Pair(item, after[name]) for name, item in before.items() if name in after]
+    if not pairs:
+        raise UserError(f"{folders[0]} and {folders[1]} have no prompt in common")
+    other = [str(pair.before["prompt_id"]) for pair in pairs
+             if any(pair.before[key] != pair.after[key] for key in ("gold", "problem_type"))]
+    if other:
+        raise UserError(f"{plural(len(other), 'prompt')} of both ask for another answer in each, "
+                        f"{', '.join(other[:SHOWN])}{', ...' if len(other) > SHOWN else ''}: these are other data")
+    accuracy = paired_difference([accuracy_of(pair.before) for pair in pairs],
+                                 [accuracy_of(pair.after) for pair in pairs], resamples, seed)
+    inconsistency = paired_difference([inconsistency_of(pair.before) for pair in pairs],
+                                      [inconsistency_of(pair.after) for pair in pairs], resamples, seed)
+    right = [(pair.before["accuracy"][0] == 1, pair.after["accuracy"][0] == 1) for pair in pairs]
+    gained, lost = right.count((False, True)), right.count((True, False))
+    return Comparison(mode, pairs, (len(before) - len(pairs), len(after) - len(pairs)), accuracy, inconsistency,
+                      gained, lost, mcnemar(gained, lost))
+
+
+def accuracy_of(item: Item) -> float:
+    """Mean over the completions of a prompt."""
+    return sum(item["accuracy"]) / len(item["accuracy"])
+
+
+def inconsistency_of(item: Item) -> float:
+    """Share of the completions whose answer contradicts their reasoning; no verdict is no contradiction."""
+    return sum(verdict is False for verdict in item["consistent"]) / len(item["consistent"])
