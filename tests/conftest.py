@@ -19,6 +19,8 @@ from pathlib import Path
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell's background job ignores Ctrl-C, and so would the processes that tests start to interrupt them
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the same under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _has_gpu() -> bool:
@@ -76,6 +78,19 @@ def pytest_report_header() -> str:
 def log_level() -> None:
     """Commands run in this process set the level of the package's log; every test begins with Python's own."""
     logging.getLogger("veripo_fast").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def variables() -> Iterator[None]:
+    """A command in this process sets defaults for its rank; those of one test are not those of the next."""
+    names = ("TQDM_DISABLE", "TORCH_CPP_LOG_LEVEL")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="module")
