@@ -72,7 +72,7 @@ def main() -> None:
     with TemporaryDirectory(prefix="veripo-eval-kills-") as name:
         folder = Path(name)
         write_corpus(folder / "corpus", 4, args.items, args.seed)
-        config = apply_overrides(demo_config(folder, seed=args.seed), {
+        config = apply_overrides(demo_config(folder, seed=args.seed, quick=True), {
             "data.train": [], "data.eval": [str(folder / "corpus" / "heldout.jsonl")], "eval.limit": args.items,
             "eval.samples": 1, "eval.prompts_per_batch": BATCH, "threads": 1, "model.device": "cpu"})
         (folder / "config.yaml").write_text(to_yaml(config))

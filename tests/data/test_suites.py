@@ -146,11 +146,24 @@ PUBLISHED: dict[str, tuple[Row, dict[str, Any], tuple[Any, ...]]] = {
         {"q_uid": "0074f737", "question": "What is c doing?", "option 0": "Cooking", "option 1": "Laundry",
          "option 2": "Cleaning", "answer": 2}, {"media_patterns": ("{q_uid}.mp4",)},
         ("choice", "C", ("Cooking", "Laundry", "Cleaning"), ["0074f737.mp4"])),
+    "VerIPO's evaluation, letters doubled": (
+        {"question_id": "001-1", "video_path": "videomme/a.mp4", "answer": "B", "processed_question": "What is it?",
+         "question": "What is it?\nA. A. A dog.\nB. B. A cat.\nC. C. A cow.\nAnswer with the option's letter."}, {},
+        ("choice", "B", ("A dog.", "A cat.", "A cow."), ["videomme/a.mp4"])),
+    "VerIPO's evaluation, a choice of VSI-Bench": (
+        {"question_id": 3, "video_path": "vsi/s.mp4", "question": "Which is closest?\nOptions:\nA. table\nB. sofa",
+         "answer": "A", "options": ["A. table", "B. sofa"], "scene_name": "s"}, {},
+        ("choice", "A", ("table", "sofa"), ["vsi/s.mp4"])),
     "VerIPO's evaluation": (
         {"question_id": 1, "video_path": "vsi/scene0011_00.mp4", "question": "How many?", "answer": "4",
          "processed_question": "How many? Give a number.", "scene_name": "scene0011_00"}, {},
         ("number", "4", (), ["vsi/scene0011_00.mp4"])),
 }
+
+
+def test_a_question_id_names_a_prompt(tmp_path: Path) -> None:
+    prompt = read(tmp_path, PUBLISHED["VerIPO's evaluation, letters doubled"][0])
+    assert isinstance(prompt, Prompt) and prompt.prompt_id == "001-1"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -31,7 +31,7 @@ class Options:
     """What a record offers to choose from."""
 
     texts: tuple[str, ...] = ()
-    """Without their letters, when every one carries its own."""
+    """Without their letters, when every one carries its own; once more where they are doubled ("A. A. A dog")."""
     base: int | None = None
     """What an index among them counts from, when the record's keys say so."""
     numbers: bool = False
@@ -157,7 +157,7 @@ def _of_letters(key: str, value: dict[str, Any]) -> list[Any]:
 
 
 def without_letters(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Without their letters, when every one carries its own."""
+    """Without their letters, when every one carries its own; once more where they are doubled ("A. A. A dog")."""
     if not texts or texts[0][:1] not in "A(" or len(texts) > MOST_OPTIONS:
         return texts
     bare = []
@@ -167,7 +167,7 @@ def without_letters(texts: tuple[str, ...]) -> tuple[str, ...]:
         if named[:1] != letter or named[1:2] not in _CLOSES or not rest:
             return texts
         bare.append(rest)
-    return tuple(bare)
+    return without_letters(tuple(bare))
 
 
 def chosen(gold: str, is_number: bool, options: Options, declared: str | None, answer_index: int | None) -> str:
@@ -237,7 +237,7 @@ def options_of_question(_: dict[str, Any], text: str, gold: str, declared: str |
         asked = len(gold) < 200 and _LETTERED.fullmatch(gold) is not None
     else:
         asked = DECLARED_TYPES.get(declared) in ("choice", "multi_select", "soft_select")
-    texts = options_in_text(text) if asked and "A" in text and "B" in text else ()
+    texts = without_letters(options_in_text(text)) if asked and "A" in text and "B" in text else ()
     return Options(texts) if texts and read_choices(gold, texts) else NONE
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from veripo_fast.config.inputs import DataConfig
 from veripo_fast.data.choices import MOST_OPTIONS, Options, chosen, options_of_question, without_letters
 from veripo_fast.data.golds import TAGGED
-from veripo_fast.data.keys import MEDIA_KEYS, FlatKeys, Kind
+from veripo_fast.data.keys import ID_KEYS, MEDIA_KEYS, FlatKeys, Kind
 from veripo_fast.data.layouts import declared_type
 from veripo_fast.data.media import KINDS, Locate, is_picture
 from veripo_fast.data.records import FlatRecord
@@ -44,9 +44,7 @@ def read_flat(row: dict[str, Any], keys: FlatKeys, locate: Locate, config: DataC
         texts = options_of_question(row, question, gold, declared).texts
     if texts and (declared is None or declared == "choice") and not (len(gold) == 1 and gold in LETTERS[:len(texts)]):
         gold = chosen(gold, is_number, Options(texts), declared, config.answer_index)
-    identity = row.get("problem_id")
-    if identity is None:
-        identity = row.get("id")
+    identity = next((row[key] for key in ID_KEYS if row.get(key) is not None), None)
     return FlatRecord(medium, question, gold, texts, declared, None if identity is None else str(identity),
                       str(row.get("data_source") or ""))
 

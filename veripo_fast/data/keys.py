@@ -27,6 +27,7 @@ MEDIA_KEYS: dict[str, Kind | None] = {
     "images": "image", "image": "image", "image_path": "image", "image_paths": "image", "frames": "video"}
 """What each key holds; None: `data_type` or the suffix says."""
 OPTION_KEYS = ("options", "choices", "candidates", "option", "answer_choices")
+ID_KEYS = ("problem_id", "id", "question_id")
 START_KEYS = ("video_start", "start_time")
 END_KEYS = ("video_end", "end_time")
 SAMPLING_KEYS = ("fps", "nframes", "num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels")
@@ -35,14 +36,14 @@ REFUSED_SAMPLING = ("total_pixels", "resized_height", "resized_width", "raw_fps"
 """Keys of qwen-vl-utils that the sampling contract cannot express."""
 KNOWN_KEYS = frozenset({
     *QUESTION_KEYS, *GOLD_KEYS, *MEDIA_KEYS, *OPTION_KEYS, *START_KEYS, *END_KEYS, *SAMPLING_KEYS, *REFUSED_SAMPLING,
-    "sample_fps", "response", "system", "history", "problem_type", "problem_id", "id", "data_type", "data_source",
+    "sample_fps", "response", "system", "history", "problem_type", *ID_KEYS, "data_type", "data_source",
     "reward_model", "extra_info", "process", "ability", "question_type", "negative_answers"})
 """Keys that are read, or known to carry nothing that training needs (`process`: CoT-165k's traces; `ability`: verl)."""
 _TARGETS = sorted({*MEDIA_KEYS, *OPTION_KEYS, *START_KEYS, *END_KEYS, *SAMPLING_KEYS, "problem_type", "data_type"})
 _BESIDE = (*START_KEYS, *END_KEYS, *SAMPLING_KEYS, *REFUSED_SAMPLING)
 _PLAIN_QUESTIONS = {"prompt", "problem", "question"}
 """Keys whose text is the question and nothing else; `query` may have a `response`."""
-_BESIDE_FLAT = {"problem_type", "problem_id", "id", "data_type", "data_source", "process", "ability"}
+_BESIDE_FLAT = {"problem_type", *ID_KEYS, "data_type", "data_source", "process", "ability"}
 _LIKE = 0.85
 _NAMES_A_THING = re.compile(r"(?:ids?|idx|index|name|title|source|info|size|width|height|length|duration)$")
 _MEDIA_WORD = re.compile(r"vid(?:eo|$|_|s$)|image|img|clip|frame|movie|film|media|scene|picture|photo|audio|sound",

@@ -10,7 +10,7 @@ A record is read key by key, so that layouts may be mixed; the first key that ha
                assistant turn; response beside query                                                   (data/golds.py)
     options    options | choices | candidates, or a key each: a0, option_b, C; else lines `A. ..` of the question; else
                answer and negative_answers                                                           (data/choices.py)
-    the rest   problem_type, problem_id | id | extra_info.index, data_source
+    the rest   problem_type, problem_id | id | question_id | extra_info.index, data_source
 
 These are the keys of Video-R1-260k and CoT-165k, of EasyR1, verl, LLaVA, ShareGPT and ms-swift, of chat data, and of
 suites: VSI-Bench, Video-MME, MMVU, LongVideoBench, EgoPlan.
@@ -31,6 +31,7 @@ from veripo_fast.config.inputs import DataConfig
 from veripo_fast.data.choices import chosen, options_of_question, read_options, shuffled_options
 from veripo_fast.data.golds import letters_of, read_gold
 from veripo_fast.data.keys import (
+    ID_KEYS,
     MEDIA_KEYS,
     QUESTION_KEYS,
     KeyPlan,
@@ -89,7 +90,7 @@ def read_record(row: dict[str, Any], plan: KeyPlan, locate: Locate, config: Data
         gold = letters_of(gold, options.texts, base)
     elif options.texts and declared in (None, "choice"):
         gold = chosen(gold, found.is_number, replace(options, base=base), declared, base)
-    identity = _first(row, ("problem_id", "id"), _nested(row, "extra_info", "index"))
+    identity = _first(row, ID_KEYS, _nested(row, "extra_info", "index"))
     return Record(messages, gold, options.texts, declared, None if identity is None else str(identity),
                   str(row.get("data_source") or ""))
 
