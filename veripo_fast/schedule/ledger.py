@@ -128,7 +128,8 @@ class Ledger:
             return [self._load(), self._vision(prompts), self._reference(row), self._update(row, prompts, prompts),
                     self._checkpoint()]
         self.reference = self._kl()
-        row = row_of(self.work.prompt_tokens, self.work.group_size, self.work.completion_tokens, self.work.groups,
+        trained = self.work.group_size * (self.config.plan.wordings if self.config.plan.pairing == "all" else 1)
+        row = row_of(self.work.prompt_tokens, trained, self.work.completion_tokens, self.work.groups,
                      self.config.optimizer.max_tokens)
         return [self._load(), self._vision(self.work.prompts), self._rollout(),
                 self._update(row, self.work.groups, self.work.prompts), self._checkpoint()]
