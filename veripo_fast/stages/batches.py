@@ -86,8 +86,9 @@ class Sampler:
         numbers = live[:wanted] if self.plan.selects else list(groups)
         everything = list(groups.values())
         metrics = contrast_metrics(everything, self.config, contrast_runs)
+        if self.plan.selects or self.plan.contrast != "none":
+            self.session.work.loaded(self.session.loader.work - before)  # of all that was loaded for the step
         if self.plan.selects:
-            self.session.work.loaded(self.session.loader.work - before)  # of all rounds
             metrics |= round_metrics(rounds, len(everything), len(live), wanted)
             with self.session.phase("reward"):
                 reward_groups([groups[number] for number in numbers], self.config)  # a std of the batch is of these
