@@ -66,7 +66,7 @@ def test_the_temporal_bonus(contrast: list[int], share: float, bonus: list[float
 
 def test_without_a_contrast_there_is_no_bonus() -> None:
     assert column(group_of([said(2), said(3)]), "temporal") == [0.0, 0.0]
-    with pytest.raises(ConfigError, match="reward temporal compares with a contrast group; set plan.contrast"):
+    with pytest.raises(ConfigError, match=r"reward temporal compares with a contrast group; set plan.contrast"):
         Config(reward=RewardConfig(terms=(RewardTerm("temporal"),)))
 
 
@@ -189,5 +189,5 @@ def test_other_wordings_of_a_question() -> None:
         worded([prompt], PlanConfig(wordings=4))
     with pytest.raises(DataError, match="its question stands 2 times"):
         worded([policies.prompt_of("How many? How many?", side=side)], plan)
-    with pytest.raises(DataError, match="plan.question_key problem is no text"):
+    with pytest.raises(DataError, match=r"plan.question_key problem is no text"):
         worded([policies.prompt_of("How many?")], plan)

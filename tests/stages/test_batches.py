@@ -168,7 +168,7 @@ def test_a_contrast_needs_a_video(tmp_path: Path) -> None:
     file = tmp_path / "text.jsonl"
     record = {"problem": "Up?", "data_type": "text", "problem_type": "free-form", "solution": "A"}
     file.write_text(json.dumps(record) + "\n")
-    with pytest.raises(DataError, match="has plan.contrast shuffle, and none of its 1 prompts shows a video"):
+    with pytest.raises(DataError, match=r"has plan.contrast shuffle, and none of its 1 prompts shows a video"):
         train(one_stage(tmp_path / "run", data__train=[str(file)], plan__contrast="shuffle"))
 
 
