@@ -32,7 +32,7 @@ from veripo_fast.types import Completion, RolloutGroup
 
 TEMPORAL = [{"use": "accuracy"}, {"use": "format"}, {"use": "temporal", "weight": 0.3}]
 CONTRAST = {"plan__contrast": "shuffle", "plan__contrast_size": 2, "reward__terms": TEMPORAL}
-REFILL = {"plan__refill": 2, "grpo__steps": 3, "grpo__prompts_per_step": 4}
+REFILL = {"plan__refill": 2, "grpo__steps": 3, "grpo__prompts_per_step": 4, "rollout__group_size": 2}
 
 
 def one_stage(run: Path, **changes: Any) -> Config:
@@ -46,6 +46,7 @@ def trained(run: Path, **changes: Any) -> tuple[RunDir, list[dict[str, Any]]]:
 
 def test_a_contrast_costs_no_run_of_the_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted where the tower runs, in the updates too; and what is sampled with the frames in order stays bitwise."""
+    runs.model()  # taught before anything is counted
     calls: list[int] = []
     plain = Tower.vision_features_of
     monkeypatch.setattr(Tower, "vision_features_of", lambda *given: (calls.append(len(given[1])), plain(*given))[1])
@@ -133,7 +134,8 @@ def test_every_completion_trains_under_every_wording(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row | {"new_questions": [f"Say: {row['problem']}"]}) + "\n" for row in rows))
     run, records = trained(
         tmp_path / "run", data__train=[str(file)], data__media_root=str(runs.corpus()), plan__wordings=2,
-        plan__pairing="all", data__keep_keys=["problem", "new_questions"], grpo__updates_per_rollout=2)
+        plan__pairing="all", data__keep_keys=["problem", "new_questions"], grpo__updates_per_rollout=2,
+        grpo__learning_rate=1e-5)
     for step, record in enumerate(records):
         groups = read_groups(run.rollouts("grpo-1", step))
         assert len(groups) == 8 and record["prompts_without_pairs"] == 0 and "parity_max" not in record
@@ -141,7 +143,7 @@ def test_every_completion_trains_under_every_wording(tmp_path: Path) -> None:
             assert other.prompt.prompt_id == f"{one.prompt.prompt_id}/wording-1"
             assert other.prompt.text.startswith("Say: ") or "\nSay: " in other.prompt.text
     assert any(record.get("grad_norm", 0) > 0 for record in records)
-    assert all(record.get("ratio_max", 1) < 3 for record in records)
+    assert all(record.get("ratio_max", 1) < 1.1 for record in records)  # under another wording it would be far off
 
 
 def test_unfinished_completions_do_not_enter_the_loss() -> None:

@@ -47,6 +47,8 @@ def score_groups(groups: Sequence[RolloutGroup], config: Config, loaded: Sequenc
         for group, prompt in zip(groups, loaded or [None] * len(groups), strict=True):
             if any(completion.reward is None for completion in group.completions):
                 _score_group(group, config, prompt)
+            elif group.contrast is not None and any(row.accuracy is None for row in group.contrast.completions):
+                _graded(group.contrast, config)  # the group was stored, and its contrast is not
 
 
 def advantages_of(rewards: torch.Tensor, owners: torch.Tensor, groups: Sequence[RolloutGroup], config: GrpoConfig
