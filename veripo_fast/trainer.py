@@ -3,8 +3,8 @@
 Each stage continues from the policy of the one before. Everything random comes from derived seeds, and the state is
 written after whole steps, so a run killed anywhere resumes to bitwise the same metrics (same machine and thread count).
 
-The whole GRPO step reads in this order: stages/grpo.py (a stage), stages/session.py (what it stands on), model/step.py
-(what is computed).
+The whole GRPO step reads in this order: stages/grpo.py (a stage), stages/batches.py (what it samples),
+stages/session.py (what it stands on), model/step.py (what is computed).
 """
 
 from __future__ import annotations

@@ -177,6 +177,8 @@ class RolloutGroup:
     completions: list[Completion]
     think_opened: bool = False
     """Whether the prompt ended with `<think>`, so that the completions begin inside their think span."""
+    contrast: RolloutGroup | None = None
+    """Completions of the same prompt that saw its frames in another order; nothing trains on them."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.model.policy import load_policy
 from veripo_fast.rollout.limits import EngineLimits
 from veripo_fast.rollout.parity import largest_gap
+from veripo_fast.rollout.plans import contrast_by_patch
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rollout.vllm_engine import VllmEngine
@@ -56,6 +57,18 @@ def test_log_probs_are_the_trainers(engine: VllmEngine, sampling: Sampling) -> N
             ended = row.token_ids[-1] in engine.policy.encoder.end_ids
             assert row.finish_reason == ("stop" if ended else "length")
             assert ended or len(row.token_ids) == sampling.max_new_tokens
+
+
+def test_frames_in_another_order_are_read_as_such(engine: VllmEngine) -> None:
+    """A contrast is the trainer's own under its features, beside the prompt it comes from, and written otherwise."""
+    prompts = prompts_of(engine.policy, [[("video", 8, 2, 2)], [("video", 6, 2, 2), ("image", 2, 3, 3)]])
+    contrasts = [contrast_by_patch(item, "reverse", 0) for item in prompts]
+    shown = [*prompts, *(item for item in contrasts if item is not None)]
+    groups = engine.generate(shown, SAMPLED)
+    assert len(shown) == 4 and largest_gap(engine.policy, shown, groups, SAMPLED.temperature) < FLOAT32
+    assert largest_gap(engine.policy, prompts, groups[2:], SAMPLED.temperature) > 10 * FLOAT32
+    expected = TorchEngine(engine.policy).generate(shown, GREEDY)
+    assert tokens(engine.generate(shown, GREEDY)) == tokens(expected)
 
 
 def test_greedy_completions_are_the_torch_engines(engine: VllmEngine) -> None:

@@ -22,6 +22,11 @@ from veripo_fast.trainer import train
 
 RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
 STEPS = 3
+TINY: dict[str, dict[str, object]] = {
+    "grpo": {"grpo.steps": STEPS, "grpo.prompts_per_step": 16, "grpo.learning_rate": 1e-4},
+    "dpo": {"dpo.max_steps": STEPS, "dpo.pairs_per_step": 2},
+    "sft": {"sft.max_steps": STEPS, "sft.prompts_per_step": 3, "sft.learning_rate": 1e-4}}
+"""What a stage of a recipe is given in place of its sizes."""
 OWN = '''
 import json
 import random
@@ -53,19 +58,31 @@ def teacher(model, started_from):
 '''
 
 
+def records_for_all(folder: Path) -> str:
+    """The corpus with what recipes read of a record beside: a pass rate, another wording, a map, and reasoning."""
+    lines = (runs.corpus() / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for number, row in enumerate(rows):
+        row |= {"pass_rate": (number % 4 + 1) / 8, "new_questions": [f"Say: {row['problem']}"],
+                "process": "<think>so it is.</think>", "data_source": ("SR_dataset", "other")[number % 2],
+                "cognitive_map": {"square": [[1, 2]]}, "object_list": ["square"]}
+        row["solution"] = row["solution"] if "<answer>" in row["solution"] else f"<answer>{row['solution']}</answer>"
+    file = folder / "records.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
 def tiny(recipe: Path, run: Path) -> Config:
     """A recipe on the tiny model, by options as a user types them."""
-    data = str(runs.corpus() / "train.jsonl")
+    data = records_for_all(run.parent)
     options = ["--run-dir", str(run), "--threads", "1", "--model.path", str(runs.model()), "--model.device", "cpu",
                "--model.dtype", "float32", "--model.gradient-checkpointing", "false", "--cache.folder", "",
-               "--data.train", data, "--data.eval", "", "--data.media-root", "", "--video.fps", "null",
+               "--data.train", data, "--data.eval", "", "--data.media-root", str(runs.corpus()), "--video.fps", "null",
                "--video.num-frames", "4", "--video.min-pixels", "1024", "--video.max-pixels", "4096",
                "--rollout.max-new-tokens", "24", "--rollout.group-size", "4", "--eval.at", "never"]
     config = load_config(recipe)
     for number, stage in enumerate(config.stages):
-        kind = {"grpo.steps": STEPS, "grpo.prompts_per_step": 16, "grpo.learning_rate": 1e-4} if stage.kind == "grpo" \
-            else {"dpo.max_steps": STEPS, "dpo.pairs_per_step": 2}
-        for name, value in kind.items():
+        for name, value in TINY[stage.kind].items():
             options += [f"--stages.{number}.set.{name}", str(value)]
         if stage.data:
             options += [f"--stages.{number}.data", data]
@@ -79,8 +96,8 @@ def test_a_recipe_trains(recipe: Path, tmp_path: Path) -> None:
     records = read_records(RunDir(tmp_path / "run").metrics)
     for stage in config.stages:
         own = [record for record in records if record["stage"] == stage.name]
-        assert len(own) == STEPS and all(record["skipped_updates"] == 0 for record in own)
-        assert any(record["grad_norm"] > 0 for record in own)
+        assert len(own) == STEPS and all(record.get("skipped_updates", 0) == 0 for record in own)
+        assert any(record.get("grad_norm", 0) > 0 for record in own)  # a step without a signal has none
 
 
 def test_recipes_say_what_is_second_hand() -> None:

@@ -39,7 +39,7 @@ def assert_same(run_folder: Path, other_folder: Path) -> None:
     run, other = RunDir(run_folder), RunDir(other_folder)
     assert records(run.metrics) == records(other.metrics)
     assert records(run.evals) == records(other.evals)
-    for folder in ("rollouts", "verifier", "eval"):
+    for folder in ("rollouts", "contrasts", "verifier", "eval"):
         assert tree(run.root / folder) == tree(other.root / folder)
         for path in (run.root / folder).rglob("*.parquet"):
             same = pq.read_table(path).equals(pq.read_table(other.root / path.relative_to(run.root)))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -141,6 +142,18 @@ class PromptLoader:
         for loaded in self.load([prompt]):
             return loaded
         raise MediaError(f"{prompt.prompt_id}: {self.bad[prompt]}")
+
+    def frames_of(self, prompt: Prompt) -> list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]]:
+        """Decode the media of a prompt anew, see `encoding.decode_frames`. Raises MediaError."""
+        frames = encoding.decode_frames(prompt.media, self.contract, self.tower.encoder.vision.factor,
+                                        str(self.tower.device))
+        self._count(video_decodes=len(frames))
+        return frames
+
+    def tower_output(self, frames: list[tuple[Literal["image", "video"], torch.Tensor, torch.Tensor]], key: str
+                     ) -> Entry:
+        """The tower's output of frames under a name of their own; nothing keeps it."""
+        return self._tower_output(self._patches(DecodedMedia(frames, key)))
 
     # -- on worker threads --------------------------------------------------------------------------------------
 

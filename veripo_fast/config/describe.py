@@ -24,6 +24,7 @@ ELSEWHERE = {"num_generations": "rollout.group_size", "beta": "grpo.kl_coef or d
              "max_completion_length": "rollout.max_new_tokens", "max_prompt_length": "data.max_prompt_tokens",
              "model_name_or_path": "model.path", "per_device_train_batch_size": "optimizer.max_tokens",
              "lr": "grpo.learning_rate or dpo.learning_rate",
+             "mask_truncated_completions": "plan.mask_unfinished",
              "reward_funcs": "reward.terms", "scale_rewards": "grpo.advantage", "system_prompt": "data.system",
              "num_iterations": "grpo.updates_per_rollout", "loss_type": "grpo.loss or dpo.loss"}
 """What options of TRL, verl and others are called here."""

@@ -22,7 +22,7 @@ from veripo_fast.config.placing import Reader, flatten, is_free, mismatch, place
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 
-STAGE_SECTIONS = {"grpo": ("grpo", "rollout", "reward", "optimizer"), "dpo": ("dpo", "verifier", "optimizer"),
+STAGE_SECTIONS = {"grpo": ("grpo", "plan", "rollout", "reward", "optimizer"), "dpo": ("dpo", "verifier", "optimizer"),
                   "sft": ("sft", "optimizer")}
 """Sections that `set` of a stage of each kind may change; everything else holds for the whole run."""
 

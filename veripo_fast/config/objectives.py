@@ -25,7 +25,7 @@ SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
 VLLM_OPTIONS = ("tensor_parallel", "weights", "vision", "kv_cache_gb", "max_sequences", "parity_every",
                 "parity_tolerance", "stall_seconds")
 """Fields of `RolloutConfig` that only the engine vllm reads."""
-SamplerName = Literal["shuffled", "sequential", "mixed"]
+SamplerName = Literal["shuffled", "sequential", "curriculum", "prioritized", "mixed"]
 ReferenceName = Literal["stage_start", "base"]
 
 
@@ -99,6 +99,11 @@ class RewardConfig:
         require(self.number_tolerance >= 0, f"number_tolerance must be 0 or larger, got {self.number_tolerance}")
         check_terms(self.terms)
 
+    @property
+    def needs_contrast(self) -> bool:
+        """Whether a term compares with a contrast group."""
+        return any(term.use == "temporal" for term in self.terms)
+
 
 @dataclass(frozen=True)
 class GrpoConfig:
@@ -113,7 +118,8 @@ class GrpoConfig:
     learning_rate: float = 1e-6
     """Peak learning rate."""
     sampler: str = "shuffled"
-    """Order of the prompts: another shuffle in each epoch; `sequential`, as in the files; or a function of your own."""
+    """Order of the prompts: another shuffle in each epoch; `sequential`, as in the files; `curriculum`, from high pass
+    rates to low ones; `prioritized`, drawn by 1 - pass rate; or your own function."""
     sampler_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the sampler."""
     advantage: str = "std"

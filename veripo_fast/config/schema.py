@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from veripo_fast.config.checks import positive, require
+from veripo_fast.config.checks import OWN, positive, require
 from veripo_fast.config.inputs import CacheConfig, DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.objectives import (
     DpoConfig,
@@ -19,6 +19,7 @@ from veripo_fast.config.objectives import (
     SftConfig,
     VerifierConfig,
 )
+from veripo_fast.config.plans import PlanConfig
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
@@ -186,7 +188,25 @@ class Config:
         require(self.verifier.judge != "llm" or self.rollout.tensor_parallel == 1,
                 "verifier.judge llm runs an engine of its own on each rank, which rollout.tensor_parallel "
                 f"{self.rollout.tensor_parallel} does not leave room for in vLLM; take verifier.judge endpoint")
+        _check_plan(self)
         object.__setattr__(self, "stages", _named(self.stages))
+
+
+def _check_plan(config: Config) -> None:
+    """ConfigError where a plan asks for what another section rules out."""
+    plan = config.plan
+    require(plan.contrast == "none" or config.rollout.vision == "output",
+            "plan.contrast needs rollout.vision output: with pixels the engine's own tower would run on every contrast")
+    if plan.wordings > 1:
+        missing = [key for key in (plan.question_key, plan.wordings_key) if key not in config.data.keep_keys]
+        require(not missing, f"plan.wordings reads {' and '.join(missing)} of the records; name them in data.keep_keys")
+    if plan.pairing == "all":
+        require(config.grpo.importance is None, "grpo.importance cannot be combined with plan.pairing all: the engine "
+                "gave no log-probs of a completion under another wording")
+        require(OWN.fullmatch(config.grpo.advantage) is None, "plan.pairing all needs one of the shipped advantages, "
+                f"which it takes over two kinds of groups; got {config.grpo.advantage}")
+    require(plan.contrast != "none" or not config.reward.needs_contrast,
+            "reward temporal compares with a contrast group; set plan.contrast to shuffle or reverse")
 
 
 def default_stage_name(kind: str, number: int) -> str:

@@ -35,3 +35,20 @@ def overlong(asked: PromptView, longest: int, buffer: int) -> Column:
     linearly to -1 at `longest`, and -1 beyond."""
     return [-min(max((completion.num_tokens - (longest - buffer)) / buffer, 0.0), 1.0)
             for completion in asked.completions]
+
+
+def shortness(asked: PromptView, accurate: float = 0.5) -> Column:
+    """Kimi k1.5's length reward (arXiv 2501.12599, section 2.3.3): 0.5 - (L - shortest) / (longest - shortest) of the
+    group for a right completion, and at most 0 for a wrong one; 0 where all have one length.
+
+    Right is an accuracy above `accurate`; the paper's is 0 or 1.
+    """
+    lengths = [completion.num_tokens for completion in asked.completions]
+    shortest, longest = min(lengths), max(lengths)
+    if shortest == longest:
+        return [0.0] * len(lengths)
+    column = []
+    for completion, length in zip(asked.completions, lengths, strict=True):
+        value = 0.5 - (length - shortest) / (longest - shortest)
+        column.append(value if completion.accuracy > accurate else min(0.0, value))
+    return column

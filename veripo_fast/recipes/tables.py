@@ -9,18 +9,30 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from veripo_fast.recipes import advantages, mixing, references, rewards, samplers
+from veripo_fast.recipes import (
+    advantages,
+    agreement,
+    maps,
+    mixing,
+    pass_rates,
+    references,
+    rewards,
+    samplers,
+    temporal,
+)
 
 REWARDS: Mapping[str, Callable[..., Any]] = {
     "accuracy": rewards.accuracy, "format": rewards.format, "length_window": rewards.length_window,
-    "overlong": rewards.overlong}
+    "overlong": rewards.overlong, "shortness": rewards.shortness, "temporal": temporal.temporal,
+    "spatial_map": maps.spatial_map, "agreement": agreement.agreement}
 """(PromptView, **options) -> column."""
 ADVANTAGES: Mapping[str, Callable[..., Any]] = {
     "std": advantages.std, "no_std": advantages.no_std, "leave_one_out": advantages.leave_one_out,
     "batch_std": advantages.batch_std}
 """(rewards [S], group ids [S], **options) -> [S]; one of your own: (rewards [G] of a group, **options) -> column."""
 SAMPLERS: Mapping[str, Callable[..., Any]] = {
-    "shuffled": samplers.shuffled, "sequential": samplers.sequential, "mixed": mixing.mixed}
+    "shuffled": samplers.shuffled, "sequential": samplers.sequential, "curriculum": pass_rates.curriculum,
+    "prioritized": pass_rates.prioritized, "mixed": mixing.mixed}
 """(prompts, epoch, seed, **options) -> numbers of the prompts."""
 REFERENCES: Mapping[str, Callable[[Path, Path], Path]] = {
     "stage_start": references.stage_start, "base": references.base}

@@ -17,6 +17,8 @@ Column: TypeAlias = list[float]
 """A number for every completion of a group, in their order."""
 MAIN = "main"
 """Name of the group that is trained on."""
+CONTRAST = "contrast"
+"""Name of the group that saw the frames in another order (`plan.contrast`)."""
 
 
 def side_of(prompt: Prompt) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class PromptView:
     prompt: Prompt
     """Its `text`, `gold`, `options`, `problem_type` and `data_source` among others."""
     groups: Mapping[str, Completions]
-    """By name; `main` is the group that is trained on."""
+    """By name; `main` is the group that is trained on, `contrast` the one that `plan.contrast` asks for."""
     loaded: LoadedPrompt | None = None
     """The prompt as the policy reads it; None where groups are scored that were stored."""
 

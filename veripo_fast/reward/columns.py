@@ -15,21 +15,28 @@ from veripo_fast.config.terms import RewardTerm, gate_of
 from veripo_fast.errors import TrainingError
 from veripo_fast.recipes.own import as_column, described, named
 from veripo_fast.recipes.tables import REWARDS
-from veripo_fast.recipes.view import MAIN, Completions, CompletionView, PromptView
-from veripo_fast.reward.spans import Parsed
+from veripo_fast.recipes.view import CONTRAST, MAIN, Completions, CompletionView, PromptView
+from veripo_fast.reward.spans import Parsed, parse_group
 from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 log = logging.getLogger(__name__)
 
 
 def view_of(group: RolloutGroup, parsed: Sequence[Parsed], loaded: LoadedPrompt | None) -> PromptView:
-    """A group that has accuracy and format, as rewards see it."""
+    """A group that has accuracy and format, as has its contrast, as rewards see it."""
+    groups = {MAIN: _completions(group, parsed)}
+    if group.contrast is not None:
+        groups[CONTRAST] = _completions(group.contrast, parse_group(group.contrast))
+    return PromptView(group.prompt, groups, loaded)
+
+
+def _completions(group: RolloutGroup, parsed: Sequence[Parsed]) -> Completions:
     completions = []
     for row, item in zip(group.completions, parsed, strict=True):
         assert row.accuracy is not None and row.format is not None
         completions.append(CompletionView(row.text, item.spans, row.token_ids, row.rollout_logprobs,
                                           row.finish_reason == "stop", row.accuracy, row.format))
-    return PromptView(group.prompt, {MAIN: Completions(completions)}, loaded)
+    return Completions(completions)
 
 
 def columns_of(view: PromptView, config: RewardConfig) -> dict[str, list[float] | None]:

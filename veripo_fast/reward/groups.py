@@ -16,7 +16,7 @@ from veripo_fast.recipes.tables import ADVANTAGES
 from veripo_fast.reward.columns import columns_of, total, view_of
 from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.reward.score import parsed_score, scores_of
-from veripo_fast.reward.spans import parse_group
+from veripo_fast.reward.spans import Parsed, parse_group
 from veripo_fast.schedule.timeline import span
 from veripo_fast.types import LoadedPrompt, RolloutGroup
 
@@ -35,7 +35,7 @@ def reward_groups(groups: Sequence[RolloutGroup], config: Config, loaded: Sequen
         return
     owners = torch.tensor([number for number, group in enumerate(groups) for _ in group.completions])
     rewards = torch.tensor([value for group in groups for value in scores_of(group, "reward")], dtype=torch.float64)
-    advantages = iter(_advantages(rewards, owners, groups, config.grpo))
+    advantages = iter(advantages_of(rewards, owners, groups, config.grpo))
     for group in groups:
         for completion in group.completions:
             completion.advantage = next(advantages)
@@ -47,11 +47,17 @@ def score_groups(groups: Sequence[RolloutGroup], config: Config, loaded: Sequenc
         for group, prompt in zip(groups, loaded or [None] * len(groups), strict=True):
             if any(completion.reward is None for completion in group.completions):
                 _score_group(group, config, prompt)
+            elif group.contrast is not None and any(row.accuracy is None for row in group.contrast.completions):
+                _graded(group.contrast, config)  # the group was stored, and its contrast is not
 
 
-def _advantages(rewards: torch.Tensor, owners: torch.Tensor, groups: Sequence[RolloutGroup], config: GrpoConfig
-                ) -> list[float]:
-    """One number for each reward: of an entry of ADVANTAGES in one call, of a user's function group by group."""
+def advantages_of(rewards: torch.Tensor, owners: torch.Tensor, groups: Sequence[RolloutGroup], config: GrpoConfig
+                  ) -> list[float]:
+    """One number for each reward: of an entry of ADVANTAGES in one call, of a user's function group by group.
+
+    Args:
+        rewards, owners: float64 [S] of all completions in a row, int64 [S] the number of the group of each.
+    """
     function = named(config.advantage, ADVANTAGES)
     if config.advantage in ADVANTAGES:
         whole: list[float] = function(rewards, owners, **config.advantage_options).tolist()
@@ -123,16 +129,24 @@ class StreamedScores:
 
 
 def _score_group(group: RolloutGroup, config: Config, loaded: LoadedPrompt | None = None) -> None:
-    parsed = parse_group(group)
-    for completion, item in zip(group.completions, parsed, strict=True):
-        scored = parsed_score(item, group.prompt, config.reward)
-        completion.accuracy, completion.format = scored.accuracy, scored.format
+    parsed = _graded(group, config)
+    if group.contrast is not None:
+        _graded(group.contrast, config)
     columns = columns_of(view_of(group, parsed, loaded), config.reward)
     known = {"accuracy": scores_of(group, "accuracy"), "format": scores_of(group, "format"), **columns}
     rewards = total(known, config.reward.terms, len(parsed))
     for number, completion in enumerate(group.completions):
         completion.columns = {name: None if column is None else column[number] for name, column in columns.items()}
         completion.reward = rewards[number]
+
+
+def _graded(group: RolloutGroup, config: Config) -> list[Parsed]:
+    """Fill in accuracy and format of every completion; returns what was read."""
+    parsed = parse_group(group)
+    for completion, item in zip(group.completions, parsed, strict=True):
+        scored = parsed_score(item, group.prompt, config.reward)
+        completion.accuracy, completion.format = scored.accuracy, scored.format
+    return parsed
 
 
 def has_signal(group: RolloutGroup) -> bool:

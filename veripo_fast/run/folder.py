@@ -12,6 +12,7 @@
       evals.jsonl            one line per evaluation: stage, mode (greedy or sampled), scores with bootstrap intervals
       skipped.jsonl          media and records that were left out, each with its reason
       rollouts/STAGE/step_000000.parquet
+      contrasts/STAGE/step_000000.parquet  completions that saw their frames in another order (plan.contrast)
       verifier/STAGE/verdicts.parquet, pairs.parquet, account.json
       eval/STAGE_MODE.parquet  every evaluated completion
       checkpoints/step_000000/  HF checkpoint + trainer/ state; `checkpoints/latest` names the newest complete one
@@ -44,6 +45,9 @@ class RunDir:
 
     def rollouts(self, stage: str, step: int) -> Path:
         return self.root / "rollouts" / stage / f"step_{step:06d}.parquet"
+
+    def contrasts(self, stage: str, step: int) -> Path:
+        return self.root / "contrasts" / stage / f"step_{step:06d}.parquet"
 
     def rollout_files(self, stage: str) -> list[Path]:
         return sorted((self.root / "rollouts" / stage).glob("step_*.parquet"))

@@ -120,15 +120,18 @@ def tower_cost(shape: ModelShape) -> TowerCost:
 
 
 def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> Work:
-    """A GRPO step whose overrides are in `config`."""
+    """A GRPO step whose overrides are in `config`, with one round of sampling: what a refill takes is not known."""
     size, grpo, rollout = config.rollout.group_size, config.grpo, config.rollout
     engines = max(ranks // rollout.tensor_parallel, 1)
     prompts, cost = grpo.prompts_per_step, model_cost(shape)
-    sampled = math.ceil(prompts / engines)
+    sampled = math.ceil(config.plan.groups(prompts) / engines)
     own = [max(round(lengths.completion_tokens), 1)] * size
     prompt = max(round(lengths.prompt_tokens), 1)
     prefill = group_flops(cost, prompt, [1], backward=False)
     decode = group_flops(cost, prompt, own, backward=False) - prefill
+    if config.plan.contrast != "none":
+        contrast = group_flops(cost, prompt, own[:1] * config.plan.contrast_size, backward=False)
+        prefill, decode = 2 * prefill, decode + contrast - prefill
     itemsize = itemsize_of(config)
     read = lengths.longest * shape.language_numbers * itemsize / rollout.tensor_parallel
     cache = sampled * size * lengths.completion_tokens * 2 * shape.keys * shape.layers * itemsize

@@ -113,8 +113,7 @@ class Ledger:
         """In host memory from a rollout to the step behind it."""
         self.reference: Owners = {}
         """The policy of a KL term, which is there for all of a stage."""
-        self.one_step = False
-        """The stage ends with its first step, before which AdamW has no moments."""
+        self.one_step = False  # whether the stage ends with its first step, before which AdamW has no moments
 
     def phases(self, kind: str) -> list[Phase]:
         """Of a stage, in the order in which they come. Of an sft stage one answer to each prompt is looked at."""
@@ -133,7 +132,8 @@ class Ledger:
             return [self._load(), self._vision(prompts), self._reference(row), self._update(row, prompts, prompts),
                     self._checkpoint()]
         self.reference = self._kl()
-        row = row_of(self.work.prompt_tokens, self.work.group_size, self.work.completion_tokens, self.work.groups,
+        trained = self.work.group_size * (self.config.plan.wordings if self.config.plan.pairing == "all" else 1)
+        row = row_of(self.work.prompt_tokens, trained, self.work.completion_tokens, self.work.groups,
                      self.config.optimizer.max_tokens)
         return [self._load(), self._vision(self.work.prompts), self._rollout(),
                 self._update(row, self.work.groups, self.work.prompts), self._checkpoint()]

@@ -70,10 +70,10 @@ def workload_of(config: Config, shape: ModelShape, ranks: int) -> Workload:
     grpo = config.grpo
     return Workload(
         prompt, features * tower.merged, features * tower.factor ** 2 * tower.temporal_patch_size, features,
-        rollout.max_new_tokens, rollout.group_size, -(-grpo.prompts_per_step // engines),
-        -(-(grpo.prompts_per_step // grpo.updates_per_rollout) // ranks), -(-config.dpo.pairs_per_step // ranks),
-        -(-config.sft.prompts_per_step // ranks), config.sft.max_completion_tokens,
-        -(-grpo.steps * grpo.prompts_per_step // ranks))
+        rollout.max_new_tokens, rollout.group_size, -(-config.plan.groups(grpo.prompts_per_step) // engines),
+        -(-(grpo.prompts_per_step * config.plan.wordings // grpo.updates_per_rollout) // ranks),
+        -(-config.dpo.pairs_per_step // ranks), -(-config.sft.prompts_per_step // ranks),
+        config.sft.max_completion_tokens, -(-grpo.steps * config.plan.sampled_prompts(grpo.prompts_per_step) // ranks))
 
 
 def steps_of(config: Config, kind: str) -> int | None:

@@ -18,18 +18,18 @@ import torch
 from veripo_kernels import PolicyLoss
 
 from veripo_fast.config.schema import Config, StageConfig
-from veripo_fast.data.order import PromptOrder, prompt_order
+from veripo_fast.data.order import prompt_order
 from veripo_fast.distributed.shares import over_ranks, padded
 from veripo_fast.distributed.world import ONE
 from veripo_fast.errors import DataError
 from veripo_fast.model.packing import micro_batches, pack, packed_length
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.step import PolicyLossInputs
-from veripo_fast.reward.groups import StreamedScores, has_signal, reward_groups
+from veripo_fast.reward.groups import has_signal
 from veripo_fast.reward.score import scores_of
-from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.run.metrics import read_records
 from veripo_fast.run.seeds import derive_seed
+from veripo_fast.stages.batches import Sampler
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
 from veripo_fast.stages.optimizer import Optimizer, step_policy
@@ -45,47 +45,22 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
     """Explore for `grpo.steps` steps, from where the session stands."""
     prompts = stage_prompts(session, stage, config)
     order = prompt_order(prompts, config.grpo, derive_seed(config.seed, stage.name, "order"))
+    sampler = Sampler(session, prompts, order, stage, config)
     optimizer = session.stage_optimizer(config, config.grpo.learning_rate,
                                         config.grpo.steps * config.grpo.updates_per_rollout)
     reference = stage_reference(session, config.grpo.reference) if config.grpo.kl_coef else None
     update = GrpoUpdate(session.policy, optimizer, config, reference, session.dealer)
     health = StageHealth(stage.name, [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
     for step in session.steps(stage, config.grpo.steps, optimizer):
-        batch, session.state.position = take(prompts, order, session.state.position, config)
-        following, _ = take(prompts, order, session.state.position, config)
-        with session.phase("vision"):
-            loaded = session.load_share(batch)
-        if step + 1 < config.grpo.steps:
-            session.prefetch_share(following)
-        session.check_some_loaded(prompts, f"prompts of stage {stage.name}")
-        with StreamedScores(config, list(loaded.values())) as scores:
-            own = session.generate(loaded, sampling(stage, config, step), scores.add)
-            with session.phase("reward"):
-                scores.wait(list(own.values()))
+        batch = sampler.step(step)
         with session.phase("reward"):
-            numbered = session.gathered(own)
-            groups = list(numbered.values())
-            reward_groups(groups, config)
-            session.keep(groups)
-            check_rollout_logprobs(groups, session.run.rollouts(stage.name, step))
-        means = rollout_metrics(groups) | column_metrics(groups, config.reward)
-        counts = health.observe(groups, means) if session.world.main else {}
+            session.keep(batch.groups)
+            check_rollout_logprobs(batch.groups, session.run.rollouts(stage.name, step))
+        means = rollout_metrics(batch.groups) | column_metrics(batch.groups, config.reward) | batch.metrics
+        counts = health.observe(batch.groups, means) if session.world.main else {}
         with session.phase("update"):
-            values = means | counts | update.run([loaded.get(number) for number in numbered], groups)
+            values = means | counts | update.run(batch.prompts, batch.trained)
         session.finish_step(values, reward=values["reward_mean"], accuracy=values["accuracy_mean"])
-
-
-def take(prompts: Sequence[Prompt], order: PromptOrder, position: int, config: Config) -> tuple[list[Prompt], int]:
-    """The prompts of a step that starts at `position` of the order, and the position behind them."""
-    indices, behind = order.take(position, config.grpo.prompts_per_step)
-    return [prompts[index] for index in indices], behind
-
-
-def sampling(stage: StageConfig, config: Config, step: int) -> Sampling:
-    """How the completions of a step are drawn."""
-    rollout = config.rollout
-    return Sampling(rollout.group_size, rollout.temperature, rollout.max_new_tokens,
-                    derive_seed(config.seed, stage.name, "rollout", step), rollout.top_p, rollout.top_k)
 
 
 # -- what a stage begins with ----------------------------------------------------------------------------------------
@@ -163,12 +138,12 @@ class GrpoUpdate:
             prompts: of the groups; None where another rank has loaded it.
             groups: those of all ranks.
         """
-        share = -(-self.config.grpo.prompts_per_step // self.config.grpo.updates_per_rollout)
+        share = self.config.plan.wordings * self.config.grpo.prompts_per_step // self.config.grpo.updates_per_rollout
         version = self.policy.version
         parts = [groups[start:start + share] for start in range(0, len(groups), share)]
         own = [self._own_rows(prompts, groups, range(start, min(start + share, len(groups))))
                for start in range(0, len(groups), share)]
-        if self.config.grpo.importance:
+        if self.config.grpo.importance or self.config.plan.pairing == "all":
             own[1:] = [self._with_old_logprobs(rows) for rows in own[1:]]
         rows: list[dict[str, float]] = []
         for part, dealt in zip(parts, own, strict=True):
@@ -215,7 +190,7 @@ class GrpoUpdate:
         metrics = over_ranks(metrics, self.world)
         stepped = step_policy(self.policy, self.optimizer)
         largest = metrics.pop("parity_max")
-        engine = {"parity_max": largest} if fresh else {}
+        engine = {"parity_max": largest} if fresh and self.config.plan.pairing == "own" else {}
         if stepped["skipped_updates"]:
             return stepped | engine
         return metrics | engine | stepped

@@ -129,16 +129,15 @@ class Session:
         with suppress(RuntimeError):  # an engine or a GPU that is broken: the first error says why
             self.engine.sleep()
 
-    def generate(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, on_group: OnGroup
-                 ) -> dict[int, RolloutGroup]:
-        """Sample groups of this rank's share from the policy as it is, and check the engine's log-probs when it is
-        time.
+    def generate(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, on_group: OnGroup | None = None,
+                 kept: Path | None = None, *, check: bool = True) -> dict[int, RolloutGroup]:
+        """Sample groups of this rank's share, or take those `kept` in a file; `check` log-probs when it is time.
 
         Raises:
             TrainingError: the engine failed twice, or its log-probs are not the trainer's.
         """
         prompts = list(loaded.values())
-        groups, sampled = self._stored(loaded, sampling), False
+        groups, sampled = self._stored(loaded, sampling, kept), False
         if groups is None:
             if self._optimizer is not None and self._optimizer.config.offload:
                 with self.phase("offload"):
@@ -151,7 +150,7 @@ class Session:
             self.work.sampled(prompts, groups)
             sampled = True
         due = self.state.global_step % self.config.rollout.parity_every == 0
-        if self.gate is not None and (due or not self._checked_parity):
+        if check and self.gate is not None and (due or not self._checked_parity):
             with self.phase("parity"), self.policy.passes.spare():
                 parity = self.gate.check(prompts, groups, sampling)
             self._checked_parity |= sampled
@@ -161,11 +160,11 @@ class Session:
             self.work.counts["engine_rebuilds"] = float(self.engine.rebuilds)
         return dict(zip(loaded, groups, strict=True))
 
-    def _stored(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling) -> list[RolloutGroup] | None:
+    def _stored(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, path: Path | None
+                ) -> list[RolloutGroup] | None:
         """The finished groups of the first step behind the checkpoint, which a stop kept from their update."""
-        if self.state.global_step != self._began_at or self.allow_changes:
+        if path is None or self.state.global_step != self._began_at or self.allow_changes:
             return None
-        path = self.run.rollouts(self._stage.name, self.state.step)
         return stored_groups(path, loaded, sampling, self.policy.version, self.world)
 
     def finish_step(self, values: Mapping[str, Any], **shown: float) -> None:
