@@ -29,7 +29,7 @@ def test_every_field_has_a_docstring(section):
     (VideoConfig, {"min_frames": 65}, "min_frames 65 is larger than max_frames 64"),
     (GrpoConfig, {"prompts_per_step": 6, "updates_per_rollout": 4}, "must be divisible by updates_per_rollout 4"),
     (GrpoConfig, {"learning_rate": 0.0}, "learning_rate must be greater than 0, got 0.0"),
-    (GrpoConfig, {"dual_clip": 1.2}, "dual_clip must be above 1 + clip_high = 1.2, got 1.2"),
+    (GrpoConfig, {"dual_clip": 1.1}, "dual_clip must be at least 1 + clip_high = 1.2, got 1.1"),
     (DpoConfig, {"ld_alpha": 1.5}, "ld_alpha must be in [0, 1], got 1.5"),
     (DpoConfig, {"label_smoothing": 0.5}, "label_smoothing must be in [0, 0.5), got 0.5"),
     (DpoConfig, {"loss": "ipo", "label_smoothing": 0.1}, "loss 'ipo' does not use label_smoothing"),

@@ -45,7 +45,6 @@ from tests.support.loss_cases import (
 IMPLS = ("torch", "triton")
 SINGLE, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = (3, 1, 2, 4, 0, 3)
-COUPLED = ("gspo", "gspo_token", "gmpo")
 NARROW, MIDDLE, WIDE = 4, 6, 100
 """Rows that a workspace holds: less than the longest completion or pair, several runs, one run."""
 

@@ -153,6 +153,8 @@ class GrpoConfig:
         require(self.prompts_per_step % self.updates_per_rollout == 0,
                  f"prompts_per_step {self.prompts_per_step} must be divisible by "
                  f"updates_per_rollout {self.updates_per_rollout}")
+        require(0 <= self.clip_low <= 1, f"clip_low must be in [0, 1], got {self.clip_low}")
+        require(self.clip_high >= 0, f"clip_high must be 0 or larger, got {self.clip_high}")
         with as_config_error():
             PolicyLoss(self.loss, aggregation=self.aggregation, constant_length=1, clip_low=self.clip_low,
                        clip_high=self.clip_high, dual_clip=self.dual_clip, kl_coef=self.kl_coef, kl_kind=self.kl_kind)
@@ -253,7 +255,7 @@ class DpoConfig:
     """Stop after so many optimizer steps; null: all pairs."""
 
     def __post_init__(self) -> None:
-        positive(self, "learning_rate", "pairs_per_step", "epochs", "max_steps")
+        positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps")
         with as_config_error():
             PreferenceLoss(self.loss, dpo_beta=self.dpo_beta, label_smoothing=self.label_smoothing,
                            length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef)
