@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from veripo_kernels.options import (
     AdvantageKind,
     Aggregation,
+    DivergenceName,
     Importance,
     KlKind,
     PolicyLoss,
@@ -245,6 +246,10 @@ class DpoConfig:
     """Probability that a pair is the wrong way round (sigmoid, robust, exo)."""
     ld_alpha: float | None = None
     """Weight of tokens beyond the shorter completion of a pair (LD-DPO); null: 1."""
+    divergence: DivergenceName = "reverse_kl"
+    """Which divergence from the reference is bounded (f-DPO), where the loss is one of the log-ratios' difference."""
+    divergence_alpha: float = 0.5
+    """alpha: between forward KL (0) and reverse KL (1)."""
     learning_rate: float = 5e-7
     """Peak learning rate (VerIPO Table 1: 5e-7)."""
     pairs_per_step: int = 32
@@ -256,9 +261,12 @@ class DpoConfig:
 
     def __post_init__(self) -> None:
         positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps")
+        require(self.divergence == "alpha" or self.divergence_alpha == 0.5,
+                "divergence_alpha changes nothing unless divergence is alpha")
         with as_config_error():
             PreferenceLoss(self.loss, dpo_beta=self.dpo_beta, label_smoothing=self.label_smoothing,
-                           length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef)
+                           length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef,
+                           divergence=self.divergence, divergence_alpha=self.divergence_alpha)
 
 
 @dataclass(frozen=True)
