@@ -70,6 +70,7 @@ class VeripoGRPOTrainer(GRPOTrainer):
     """GRPOTrainer with log-probs from `linear_logprobs` and its loss from `grpo_loss`."""
 
     args: GRPOConfig
+    _entropy_window_stats: Any  # TRL's own: a tensor [2] or None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
