@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from veripo_kernels import PreferenceLoss, dpo_loss, reference
 from veripo_kernels.jit import dpo as bodies
+from veripo_kernels.jit import grpo as grpo_bodies
 from veripo_kernels.scalars import as_tensor
 
 from tests.support.loss_cases import (
@@ -194,6 +195,19 @@ def test_order_padding_and_micro_batches_do_not_matter(shape: list[tuple[int, ..
 
 
 # -- as an op --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "divergence"), [("sigmoid", "js"), ("bco", "reverse_kl"), ("discopop", "alpha")])
+def test_three_launches(name: str, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    for kernel in (bodies.forward_kernel, grpo_bodies.reduce_kernel, grpo_bodies.backward_kernel):
+        def run(*arguments: Any, _kernel: Any = kernel, _run: Any = kernel.run, **options: Any) -> Any:
+            launched.append(_kernel.fn.__name__)
+            return _run(*arguments, **options)
+
+        monkeypatch.setattr(kernel, "run", run)
+    run_pairs(pairs(), preference(name, divergence=divergence), torch.float32, "triton", weights=torch.ones(3))
+    assert launched == ["forward_kernel", "reduce_kernel", "backward_kernel"]
 
 
 def test_backward_twice() -> None:

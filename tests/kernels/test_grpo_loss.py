@@ -242,10 +242,11 @@ def test_micro_batches_add_up(first: list[int], second: list[int], name: str) ->
 # -- as an op --------------------------------------------------------------------------------------------------------
 
 
-def test_three_launches_and_nothing_else_on_the_device() -> None:
-    inputs = batch(mask=True, ref=True, entropy=True)
+@pytest.mark.parametrize("name", ["gspo", "luspo", "vespo", "cispo_sequence", "sapo_sequence"])
+def test_three_launches_and_nothing_else_on_the_device(name: str) -> None:
+    inputs = batch(mask=True, ref=True, rollout=True, entropy=True)
     with counted_launches() as launched:
-        inputs.run(policy("gspo", kl_coef=0.1, entropy_coef=0.1), torch.float32, "triton")
+        inputs.run(policy(name, kl_coef=0.1, entropy_coef=0.1), torch.float32, "triton")
     assert launched == ["forward_kernel", "reduce_kernel", "backward_kernel"]
 
 
