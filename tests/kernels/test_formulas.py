@@ -62,7 +62,7 @@ def test_vespo_slope_is_by_the_logprob_alone() -> None:
     k, decay = (torch.where(advantage >= 0, *pair) for pair in ((2.0, 3.0), (3.0, 2.0)))
     torch.testing.assert_close(slope, -weight ** k * torch.exp(decay * (1 - weight)) * advantage)
     assert not (low | high).any()
-    too_large = formulas.vespo_surrogate(logprob, log_weight + 30, advantage, 10.0, 1e-9, 10.0, 1e-9)[1]
+    too_large = formulas.vespo_surrogate(logprob, torch.full_like(logprob, 15.0), advantage, 10.0, 1e-9, 10.0, 1e-9)[1]
     assert (too_large == 0).all()
 
 
