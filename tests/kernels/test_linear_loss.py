@@ -92,8 +92,8 @@ def label(case: dict[str, Any]) -> str:
 
 
 def steps(case: dict[str, Any]) -> int:
-    """More where the loss multiplies the rounding of a log-prob: vespo's weight is that of a whole completion to a power,
-    discopop's gate is 20 times as steep as a sigmoid."""
+    """More where the loss multiplies the rounding of a log-prob: vespo takes the weight of a completion to a power, the
+    gate of discopop is 20 times as steep as a sigmoid."""
     return 16 if case["name"] in ("vespo", "discopop") else 2
 
 
