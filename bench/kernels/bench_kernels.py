@@ -14,25 +14,27 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernels as `kernels`, a Hugging Face package
     sys.path[0] = __file__.rpartition("/bench/")[0]
 
 import torch
 from veripo_kernels import status
+from veripo_kernels.options import PolicyLossName, PreferenceLossName
 
 from bench import recipe
 from bench.kernels import child
 from bench.kernels.cases import Shape, mean_entropy, shapes_of
 from bench.kernels.peers import NAIVE, OURS, PEERS, Peer, Result
-from bench.kernels.rows import Row, build, idle_tokens, memory, named
+from bench.kernels.rows import Row, against_plainest, build, idle_tokens, memory, named
 from bench.measure import Ratio, clock_of, digits, paired, relative_error
 
 CPU_DEFAULT = ("linear_logprobs", "gather_logprobs", "gather_logprobs_backward")
 """The losses of given log-probs are the definition itself on a CPU."""
 OP_OF = {"linear_nll": "linear_policy_loss", "gather_logprobs_backward": "gather_logprobs"}
 """What computes ours, where the comparison has another name."""
+LOSSES = (*get_args(PolicyLossName), *get_args(PreferenceLossName))
 FAILURES = (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError)
 """What a library raises where it cannot run; memory that runs out is a RuntimeError too."""
 
@@ -239,6 +241,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 3 on a CPU")
     parser.add_argument("--trial", type=int, default=1, metavar="N",
                         help="divide the default sizes by N: to see that everything runs")
+    parser.add_argument("--losses", nargs="+", metavar="NAME", choices=LOSSES,
+                        help="only these losses of given log-probs, T=65,536, over grpo or sigmoid")
     parser.add_argument("--plot", action="store_true", help="also write bench/results/kernels.png")
     args = parser.parse_args()
     names = {name: None for op in args.ops or PEERS for name in PEERS[op] if name not in (OURS, NAIVE)}
@@ -256,6 +260,13 @@ def main() -> None:
     args.ops = args.ops or list(PEERS if on_gpu else CPU_DEFAULT)
     args.rounds = args.rounds or (20 if on_gpu else 3)
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    if args.losses:
+        for name in args.losses:
+            row = {"bench": "kernels", "op": "losses",
+                   **against_plainest(name, 65536 // args.trial, device, rounds=args.rounds)}
+            write(row)
+            print(f"{row['row']}: {row['ratio_median']} ({row['ratio_min']} to {row['ratio_max']})", flush=True)
+        return
     rows = compare(args, device, dtype)
     if everything and not on_gpu:
         for row in own_rows(device, args.rounds, args.trial):

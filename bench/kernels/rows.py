@@ -9,10 +9,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from veripo_kernels import dpo_loss, gather_logprobs, grpo_loss, reference
+from veripo_kernels.options import PreferenceLossName
 
 from bench.kernels import cases
 from bench.kernels.cases import Logits, Problem, Rollouts, Shape
@@ -168,6 +169,28 @@ def against_eager(op: str, tokens: int, device: torch.device, *, rounds: int, cl
     if started is not None:
         row |= {"launches_limit": 3, "passed": row["passed"] and len(started) <= 3}
     return row
+
+
+def against_plainest(name: str, tokens: int, device: torch.device, *, rounds: int, clock: Clock | None = None) -> Row:
+    """A loss of given log-probs with its backward, over `grpo` (of pairs: `sigmoid`) on the same tokens."""
+    case, of_pairs = cases.rollouts(tokens, device), name in get_args(PreferenceLossName)
+    given = (case.ref_logprobs,) if of_pairs else (case.old_logprobs, case.advantages)
+    meant: Row = {} if of_pairs else {"advantages_per": "sequence"}
+    upstream = torch.ones((), device=device)
+
+    def step(loss: str) -> Callable[[], object]:
+        op: Callable[..., Any] = dpo_loss if of_pairs else grpo_loss
+        leaf = case.policy_logprobs.detach().requires_grad_()
+        return lambda: torch.autograd.grad(op(leaf, *given, case.cu_seqlens, loss=loss, **meant)[0], leaf, upstream)
+
+    plainest = "sigmoid" if of_pairs else "grpo"
+    ways = {name: step(name), plainest: step(plainest)}
+    seconds = paired(ways, rounds, clock or clock_of(device, calls=20), warmups=2)
+    ratio, started = Ratio.of(seconds[name], seconds[plainest]), launches(ways[name], device)
+    row = {"row": f"{name} over {plainest}", **named((tokens, 1, 1), torch.float32), **verdict(ratio.median, 1.2),
+           **ratio.fields("ratio"), "launches": None if started is None else len(started),
+           "seconds": digits(statistics.median(seconds[name]))}
+    return row | ({} if started is None else {"passed": row["passed"] and len(started) <= 3})
 
 
 def idle_tokens(shape: Shape, device: torch.device, dtype: torch.dtype, *, rounds: int, clock: Clock | None = None,

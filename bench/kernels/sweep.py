@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from veripo_kernels import (
@@ -31,6 +31,7 @@ from veripo_kernels import (
     reference,
     resize_frames,
 )
+from veripo_kernels.options import PolicyLossName, PreferenceLossName
 from veripo_kernels.scalars import as_tensor
 
 from bench.kernels import cases
@@ -38,8 +39,7 @@ from bench.kernels.cases import Shape
 from bench.kernels.peers import eager_policy_loss, naive_logprobs, our_policy_loss
 from bench.measure import relative_error
 
-POLICY_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo")
-PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo")
+POLICY_LOSSES, PREFERENCE_LOSSES = get_args(PolicyLossName), get_args(PreferenceLossName)
 
 
 @dataclass(frozen=True)

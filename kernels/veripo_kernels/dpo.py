@@ -21,7 +21,8 @@ _METRICS = ("preference_accuracy", "margin", "chosen_logprobs_mean", "rejected_l
 
 def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlens: torch.Tensor, *,
              loss: PreferenceLoss | str = "sigmoid", loss_mask: torch.Tensor | None = None,
-             num_pairs: int | None = None, impl: Impl = "auto") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+             weights: torch.Tensor | None = None, num_pairs: int | None = None, impl: Impl = "auto",
+             ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Preference loss of packed pairs: completion 2b is the chosen one of pair b, 2b + 1 the rejected one.
 
     Computed in float32 (float64 in float64, by the torch implementation only). Completions may be empty; tokens that
@@ -31,6 +32,7 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
         policy_logprobs: [M] with gradient, any float dtype. cu_seqlens: int32 or int64 [2B + 1], from 0 to M.
         ref_logprobs: [M] per token, or [B, 2] summed by `reference.pair_sums`, when they were computed before.
         loss_mask: [M] of any dtype, 0 leaves a token out. No argument but policy_logprobs gets a gradient.
+        weights: [B] of any float dtype, factor of each pair's loss (WPO, arXiv 2406.11827, eq. 2); None: 1.
         num_pairs: pairs of the whole optimizer step when this is a part of it (default B).
 
     Returns:
@@ -50,33 +52,41 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
         raise ValueError(f"ref_logprobs must have shape [{len(policy_logprobs)}] or [{pairs}, 2], "
                          f"got {list(ref_logprobs.shape)}")
     check_device("ref_logprobs", ref_logprobs, policy_logprobs)
+    if weights is not None:
+        if weights.shape != (pairs,):
+            raise ValueError(f"weights must have shape [{pairs}], got {list(weights.shape)}")
+        check_device("weights", weights, policy_logprobs)
+        weights = weights.detach()
     ref_logprobs = ref_logprobs.detach()
     if implementation("dpo_loss", impl, policy_logprobs) == "torch":
         policy, ref = widen(policy_logprobs, ref_logprobs)
-        return reference.dpo_loss(policy, ref, cu_seqlens, loss=loss, loss_mask=loss_mask, num_pairs=num_pairs)
+        return reference.dpo_loss(policy, ref, cu_seqlens, loss=loss, loss_mask=loss_mask, weights=weights,
+                                  num_pairs=num_pairs)
     refuse_transforms("dpo_loss", policy_logprobs)
-    numbers = as_tensor(loss.dpo_beta, loss.label_smoothing, loss.tail_weight, loss.nll_coef)
-    value, totals, _ = _forward(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, loss.loss, numbers,
-                                loss.length_normalize, num_pairs or pairs)
+    numbers = as_tensor(loss.dpo_beta, loss.label_smoothing, loss.tail_weight, loss.nll_coef, loss.discopop_tau,
+                        loss.divergence_alpha)
+    value, totals, _ = _forward(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, weights,
+                                f"{loss.loss} {loss.score}", numbers, loss.length_normalize, num_pairs or pairs)
     return value, dict(zip(_METRICS, totals.detach()[1:6].unbind(), strict=True))
 
 
 @torch.library.custom_op("veripo::dpo_loss", mutates_args=())
 def _forward(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlens: torch.Tensor,
-             loss_mask: torch.Tensor | None, kind: str, numbers: torch.Tensor, normalize: bool, divisor: int
-             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+             loss_mask: torch.Tensor | None, weights: torch.Tensor | None, kinds: str, numbers: torch.Tensor,
+             normalize: bool, divisor: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [], totals [8] and slopes [M], all float32."""
     from veripo_kernels.jit import dpo as bodies
 
-    policy, ref, bounds, mask = map(readable, (policy_logprobs, ref_logprobs, cu_seqlens, loss_mask))
+    policy, ref, bounds = map(readable, (policy_logprobs, ref_logprobs, cu_seqlens))
     assert policy is not None and ref is not None and bounds is not None
-    return bodies.forward(policy, ref, bounds, mask, kind, numbers_of(numbers), normalize, 1 / max(divisor, 1))
+    return bodies.forward(policy, ref, bounds, readable(loss_mask), readable(weights), kinds.split(),
+                          numbers_of(numbers), normalize, 1 / max(divisor, 1))
 
 
 @_forward.register_fake
 def _(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlens: torch.Tensor,
-      loss_mask: torch.Tensor | None, kind: str, numbers: torch.Tensor, normalize: bool, divisor: int
-      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+      loss_mask: torch.Tensor | None, weights: torch.Tensor | None, kinds: str, numbers: torch.Tensor, normalize: bool,
+      divisor: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     new = policy_logprobs.new_empty
     return (new((), dtype=torch.float32), new(8, dtype=torch.float32),
             new(policy_logprobs.shape[0], dtype=torch.float32))
@@ -95,7 +105,7 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, *_unused: torch.Tensor | 
     if upstream is not None:
         totals, slopes = ctx.saved_tensors
         gradient, _ = scale_slopes(upstream, totals, slopes, slopes.new_empty(0), ctx.dtype, torch.float32)
-    return gradient, *[None] * 7
+    return gradient, *[None] * 8
 
 
 _forward.register_autograd(_backward, setup_context=_save)

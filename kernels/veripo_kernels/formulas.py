@@ -25,7 +25,9 @@ def clip_surrogate(log_ratio, advantage, clip_low, clip_high, dual_clip):
     """
     ratio = xp.exp(log_ratio)
     plain = ratio * advantage
-    clipped = xp.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantage
+    from_below = xp.where(ratio < 1.0 - clip_low, 1.0 - clip_low, ratio)
+    from_above = xp.where(ratio > 1.0 + clip_high, 1.0 + clip_high, ratio)  # may lie below 1 - clip_low: no clamp
+    clipped = xp.where(advantage < 0.0, from_below, from_above) * advantage
     taken = clipped < plain
     bound = dual_clip * advantage
     objective = xp.where(taken, clipped, plain)
@@ -59,6 +61,26 @@ def sapo_surrogate(log_ratio, advantage, temperature_pos, temperature_neg):
     slope = -4.0 * gate * (1.0 - gate) * ratio * advantage
     never = ratio < 0.0
     return -4.0 * gate / temperature * advantage, slope, never, never
+
+
+def importance_log(log_weight, floor, cap, KIND):
+    """Logarithm of `importance_weight`, between those of 1e-8 and e^20 as VESPO takes it."""
+    return xp.log(xp.clamp(importance_weight(log_weight, floor, cap, KIND), 1e-8, 485165195.4097903))
+
+
+def vespo_surrogate(policy_logprob, log_weight, advantage, k_pos, lambda_pos, k_neg, lambda_neg):
+    """VESPO (arXiv 2602.10693, algorithm 1): REINFORCE weighted by w^k exp(lambda (1 - w)) of the importance weight w
+    of the completion, with its own k and lambda for negative advantages; the weight has no gradient.
+
+    Returns loss, its slope by policy_logprob, and two flags that are never set.
+    """
+    log_weight = xp.clamp(log_weight, -18.420680743952367, 20.0)  # log(1e-8)
+    k = xp.where(advantage >= 0.0, k_pos, k_neg)
+    decay = xp.where(advantage >= 0.0, lambda_pos, lambda_neg)
+    exponent = decay + k * log_weight - decay * xp.exp(log_weight)
+    slope = -xp.where(exponent < 88.0, xp.exp(exponent), 0.0) * advantage
+    never = slope != slope
+    return slope * policy_logprob, slope, never, never
 
 
 def gmpo_log_ratio(log_ratio, advantage, log_low, log_high):
@@ -101,13 +123,29 @@ def logsigmoid(x):
     return xp.where(x < -40.0, x, xp.log(xp.sigmoid(xp.clamp(x, -40.0, 1e30))))
 
 
-def preference_loss(chosen, rejected, beta, smoothing, KIND):
+def divergence_score(log_ratio, alpha, KIND):
+    """f-DPO's score f'(policy / reference) of a completion, from its log-ratio (arXiv 2309.16240, eq. 14 and table 2).
+
+    forward_kl: 1 - exp(-x); js: log(2) + logsigmoid(x); alpha: (exp((alpha - 1) x) - 1) / (alpha - 1), flat where its
+    exponent passes 80. Returns value and slope by log_ratio.
+    """
+    if KIND == "forward_kl":
+        slope = xp.exp(-log_ratio)
+        return 1.0 - slope, slope
+    if KIND == "js":
+        return 0.6931471805599453 + logsigmoid(log_ratio), xp.sigmoid(-log_ratio)
+    exponent = (alpha - 1.0) * log_ratio
+    growth = xp.exp(xp.where(exponent > 80.0, 80.0, exponent))
+    return (growth - 1.0) / (alpha - 1.0), xp.where(exponent > 80.0, 0.0, growth)
+
+
+def preference_loss(chosen, rejected, beta, smoothing, tau, KIND):
     """Loss of a pair from its two log-ratios policy - reference, with h = chosen - rejected.
 
     sigmoid (arXiv 2305.18290, eq. 7; smoothing: cDPO), ipo (2310.12036, eq. 17), hinge (2305.10425), robust
     (2403.00409, eq. 8), exo (2402.00856, eq. 16), nca (2402.05369, eq. 13 with K = 2), apo_zero and apo_down
-    (2408.06266, eq. 7, 8), sppo (2405.00675, eq. 4.7 with hard labels). Returns loss and its slopes by chosen and by
-    rejected.
+    (2408.06266, eq. 7, 8), sppo (2405.00675, eq. 4.7 with hard labels), bco (2404.04656, eq. 11, without its shift),
+    discopop (2406.08414, eq. 5, its temperature tau). Returns loss and its slopes by chosen and by rejected.
     """
     h = chosen - rejected
     right, wrong = xp.sigmoid(beta * h), xp.sigmoid(-beta * h)
@@ -134,6 +172,15 @@ def preference_loss(chosen, rejected, beta, smoothing, KIND):
         up = -beta * xp.sigmoid(-beta * chosen) + 0.5 * beta * xp.sigmoid(beta * chosen)
         loss = -logsigmoid(beta * chosen) - 0.5 * logsigmoid(-beta * chosen) - 0.5 * logsigmoid(-beta * rejected)
         return loss, up, 0.5 * beta * xp.sigmoid(beta * rejected)
+    if KIND == "bco":
+        loss = -logsigmoid(beta * chosen) - logsigmoid(-beta * rejected)
+        return loss, -beta * xp.sigmoid(-beta * chosen), beta * xp.sigmoid(beta * rejected)
+    if KIND == "discopop":
+        logit = beta * h
+        mixed, other = xp.sigmoid(logit / tau), xp.sigmoid(-logit / tau)
+        grown = xp.exp(logsigmoid(logit / tau) - logit)  # exp(-logit) * mixed, finite where its factors are not
+        slope = (beta * other / tau) * (grown + mixed * logsigmoid(logit)) - beta * (wrong * other + grown)
+        return grown - other * logsigmoid(logit), slope, -slope
     if KIND == "sppo":
         win, lose = chosen - 0.5 / beta, rejected + 0.5 / beta
         return win * win + lose * lose, 2.0 * win, 2.0 * lose

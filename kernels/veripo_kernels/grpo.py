@@ -88,8 +88,9 @@ def _kinds(loss: PolicyLoss) -> str:
 
 def _numbers(loss: PolicyLoss) -> torch.Tensor:
     """The constant length, and the numbers of jit.grpo.forward_kernel in its order, but for the clip's logarithms."""
-    return as_tensor(loss.constant_length or 1, loss.clip_low, loss.clip_high, loss.dual, loss.sapo_temperature_pos,
-                     loss.sapo_temperature_neg, loss.kl_coef, loss.importance_floor, loss.importance_cap,
+    return as_tensor(loss.length or 1, loss.clip_low, loss.clip_high, loss.dual, loss.sapo_temperature_pos,
+                     loss.sapo_temperature_neg, loss.vespo_k_pos, loss.vespo_lambda_pos, loss.vespo_k_neg,
+                     loss.vespo_lambda_neg, loss.kl_coef, loss.importance_floor, loss.importance_cap,
                      loss.entropy_coef)
 
 

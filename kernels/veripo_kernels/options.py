@@ -8,15 +8,22 @@ from typing import Literal, get_args
 
 AdvantageKind = Literal["std", "no_std", "leave_one_out", "batch_std"]
 Aggregation = Literal["sequence", "token", "constant"]
-PolicyLossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo"]
-PreferenceLossName = Literal["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo"]
+PolicyLossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo", "luspo",
+                         "vespo", "cispo_sequence", "sapo_sequence"]
+PreferenceLossName = Literal["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo", "bco",
+                             "discopop"]
+DivergenceName = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 KlKind = Literal["k1", "k2", "k3"]
 AdvantagesPer = Literal["sequence", "token"]
 Importance = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 _AGGREGATION: dict[str, Aggregation] = {
     "grpo": "sequence", "bnpo": "token", "dr_grpo": "constant", "dapo": "token", "cispo": "token", "sapo": "sequence",
-    "gspo": "sequence", "gspo_token": "sequence", "gmpo": "sequence"}
+    "gspo": "sequence", "gspo_token": "sequence", "gmpo": "sequence", "luspo": "constant", "vespo": "token",
+    "cispo_sequence": "token", "sapo_sequence": "sequence"}
+_SURROGATE: dict[str, str] = dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo"), "clip") | {"luspo": "gspo"}
+_BY_SEQUENCE = ("gspo", "gspo_token", "gmpo", "vespo", "cispo_sequence", "sapo_sequence")
+_DIVERGES = ("sigmoid", "ipo", "hinge", "robust", "exo", "discopop")  # elsewhere f-DPO's unknown factor does not cancel
 
 NO_DUAL_CLIP = 1e30
 
@@ -35,6 +42,9 @@ class PolicyLoss:
     | gspo (2507.18071) | clipped ratio of the sequence (geometric mean of its tokens) | sequence |
     | gspo_token (2507.18071, eq. 13) | the same value, its gradient token by token | sequence |
     | gmpo (2507.20673) | geometric mean of clipped token ratios | sequence |
+    | luspo (2602.05261) | that of gspo | constant, 1: sum over tokens, mean over completions |
+    | vespo (2602.10693) | gamma weight of the completion's ratio, without gradient, times the log-prob | token |
+    | cispo_sequence, sapo_sequence | of the ratio of the sequence, as gspo's | token, sequence |
 
     bnpo and dapo differ only in the token count that callers give: of the micro-batch, or of the whole step.
     """
@@ -45,13 +55,17 @@ class PolicyLoss:
     by completions times `constant_length`. None is the loss's own."""
     constant_length: int | None = None
     clip_low: float = 0.2
-    """The ratio is kept above 1 - clip_low."""
+    """The ratio is kept above 1 - clip_low; 1 or more: no bound."""
     clip_high: float = 0.2
-    """The ratio is kept below 1 + clip_high (cispo: the cut; there 4 is a usual value)."""
+    """The ratio is kept below 1 + clip_high, at least -1 (cispo: the cut; there 4 is a usual value)."""
     dual_clip: float | None = None
-    """Bounds the loss of a negative advantage at dual_clip times it; more than 1 + clip_high."""
+    """Bounds the loss of a negative advantage at dual_clip times it; at least 1 + clip_high."""
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     kl_coef: float = 0.0
     """Weight of the KL to the reference, added token by token; needs ref_logprobs."""
     kl_kind: KlKind = "k3"
@@ -68,16 +82,15 @@ class PolicyLoss:
             _one_of(name, getattr(self, name), get_args(kind))
         if self.aggregation is not None:
             _one_of("aggregation", self.aggregation, get_args(Aggregation))
-        if self.weighting == "constant" and not self.constant_length:
+        if self.weighting == "constant" and not self.length:
             raise ValueError(f"loss '{self.loss}' with aggregation 'constant' needs constant_length")
         check_counts(constant_length=self.constant_length)
-        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            raise ValueError(f"dual_clip must be above 1 + clip_high = {1 + self.clip_high:g}, got {self.dual_clip}")
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low must be in [0, 1], got {self.clip_low}")
-        for name in ("clip_high", "kl_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or larger, got {getattr(self, name)}")
+        if self.dual_clip is not None and self.dual_clip < 1 + self.clip_high:
+            raise ValueError(f"dual_clip must be at least 1 + clip_high = {1 + self.clip_high:g}, got "
+                             f"{self.dual_clip}")
+        for name, least in (("clip_low", 0), ("clip_high", -1), ("kl_coef", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or larger, got {getattr(self, name)}")
 
     @property
     def weighting(self) -> Aggregation:
@@ -85,13 +98,18 @@ class PolicyLoss:
 
     @property
     def surrogate(self) -> str:
-        """clip, cispo, sapo, gspo, gspo_token or gmpo."""
-        return self.loss if self.loss in ("cispo", "sapo", "gspo", "gspo_token", "gmpo") else "clip"
+        """clip, cispo, sapo, gspo, gspo_token, gmpo, vespo, cispo_sequence or sapo_sequence."""
+        return _SURROGATE.get(self.loss, self.loss)
+
+    @property
+    def length(self) -> int | None:
+        """What `constant` weights divide by; luspo's own is 1."""
+        return 1 if self.loss == "luspo" and self.aggregation is None else self.constant_length
 
     @property
     def couples_tokens(self) -> bool:
         """Whether the gradient of a token depends on the other tokens of its completion."""
-        return self.surrogate in ("gspo", "gspo_token", "gmpo") or self.importance.startswith("sequence")
+        return self.surrogate in _BY_SEQUENCE or self.importance.startswith("sequence")
 
     @property
     def dual(self) -> float:
@@ -117,11 +135,23 @@ class PreferenceLoss:
     """Weight of the tokens beyond the shorter completion of the pair (LD-DPO, arXiv 2409.06411); None is 1."""
     nll_coef: float = 0.0
     """Weight of the negative log-prob per token of the chosen completion (arXiv 2404.19733, eq. 1)."""
+    discopop_tau: float = 0.05
+    divergence: DivergenceName = "reverse_kl"
+    """f-DPO: `formulas.divergence_score` of the log-ratios instead of these, where the loss is one of their difference.
+    js: Jensen-Shannon; alpha: the family of reverse (1) and forward (0) KL."""
+    divergence_alpha: float = 0.5
 
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, get_args(PreferenceLossName))
-        if self.dpo_beta <= 0:
-            raise ValueError(f"dpo_beta must be above 0, got {self.dpo_beta}")
+        _one_of("divergence", self.divergence, get_args(DivergenceName))
+        if self.divergence != "reverse_kl" and self.loss not in _DIVERGES:
+            raise ValueError(f"loss '{self.loss}' has no divergence '{self.divergence}': it is not one of a difference")
+        if self.discopop_tau <= 0:
+            raise ValueError(f"discopop_tau must be above 0, got {self.discopop_tau}")
+        if self.dpo_beta < 0:
+            raise ValueError(f"dpo_beta must be 0 or larger, got {self.dpo_beta}")
+        if self.dpo_beta == 0 and self.loss in ("ipo", "sppo"):
+            raise ValueError(f"loss '{self.loss}' divides by dpo_beta: it must be above 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.nll_coef < 0:
@@ -134,13 +164,20 @@ class PreferenceLoss:
             raise ValueError(f"loss '{self.loss}' does not use label_smoothing, got {self.label_smoothing}")
 
     @property
+    def score(self) -> DivergenceName:
+        """The divergence; alpha's limit at 1 is reverse_kl."""
+        near = self.divergence == "alpha" and abs(self.divergence_alpha - 1) < 1e-6
+        return "reverse_kl" if near else self.divergence
+
+    @property
     def tail_weight(self) -> float:
         return 1.0 if self.ld_alpha is None else self.ld_alpha
 
 
 def log_bounds(clip_low: float, clip_high: float) -> tuple[float, float]:
     """Logarithms of 1 - clip_low and 1 + clip_high."""
-    return math.log(1 - clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
+    return (math.log(1 - clip_low) if clip_low < 1 else -math.inf,
+            math.log1p(clip_high) if clip_high > -1 else -math.inf)
 
 
 def as_policy_loss(loss: PolicyLoss | str) -> PolicyLoss:

@@ -147,7 +147,7 @@ def token_weights(cu_seqlens: torch.Tensor, loss_mask: torch.Tensor, loss: Polic
         return loss_mask / counts[sequence_index(cu_seqlens, len(loss_mask))]
     if loss.weighting == "token":
         return loss_mask / (num_tokens or loss_mask.sum().clamp(min=1))
-    return loss_mask / (sequences * float(loss.constant_length or 1))
+    return loss_mask / (sequences * float(loss.length or 1))
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,30 @@ def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | Non
     def sequence_mean(values: torch.Tensor) -> torch.Tensor:
         return (sequence_sums(values * mask, cu_seqlens) / counts)[owner]
 
+    scope, treatment = loss.importance.split("_")
+    floor, cap = traced(mask, loss.importance_floor, loss.importance_cap)
+    gap = None
+    if rollout_logprobs is not None:
+        gap = torch.nan_to_num(old_logprobs - rollout_logprobs.to(old_logprobs.dtype)) * mask
+        gap = sequence_sums(gap, cu_seqlens)[owner] if scope == "sequence" else gap
     clip = traced(mask, loss.clip_low, loss.clip_high, loss.dual)
-    if loss.surrogate == "cispo":
-        surrogate, slope, low, high = formulas.cispo_surrogate(
-            policy_logprobs, log_ratio.detach(), advantages, clip[1])
-    elif loss.surrogate == "sapo":
+    if loss.surrogate in ("cispo", "cispo_sequence"):
+        level = log_ratio.detach() if loss.surrogate == "cispo" else sequence_mean(log_ratio.detach())
+        surrogate, slope, low, high = formulas.cispo_surrogate(policy_logprobs, level, advantages, clip[1])
+    elif loss.surrogate in ("sapo", "sapo_sequence"):
+        by_sequence = loss.surrogate == "sapo_sequence"
         surrogate, slope, low, high = formulas.sapo_surrogate(
-            log_ratio, advantages, *traced(mask, loss.sapo_temperature_pos, loss.sapo_temperature_neg))
+            sequence_mean(log_ratio) if by_sequence else log_ratio, advantages,
+            *traced(mask, loss.sapo_temperature_pos, loss.sapo_temperature_neg))
+        coupling = mask / counts[owner] if by_sequence else None
+    elif loss.surrogate == "vespo":
+        log_weight = sequence_sums(log_ratio.detach().clamp(-20, 20) * mask, cu_seqlens)[owner]
+        if gap is not None:
+            logs = formulas.importance_log(gap, floor, cap, treatment)
+            log_weight = log_weight + (logs if scope == "sequence" else sequence_sums(logs * mask, cu_seqlens)[owner])
+        surrogate, slope, low, high = formulas.vespo_surrogate(
+            policy_logprobs, log_weight, advantages, *traced(mask, loss.vespo_k_pos, loss.vespo_lambda_pos,
+                                                             loss.vespo_k_neg, loss.vespo_lambda_neg))
     elif loss.surrogate == "gspo":
         surrogate, slope, low, high = formulas.clip_surrogate(sequence_mean(log_ratio), advantages, *clip)
         coupling = mask / counts[owner]
@@ -204,19 +221,17 @@ def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | Non
     else:
         surrogate, slope, low, high = formulas.clip_surrogate(log_ratio, advantages, *clip)
     importance, kl, kl_slope = torch.ones_like(mask), torch.zeros_like(mask), torch.zeros_like(mask)
-    if rollout_logprobs is not None:
-        scope, kind = loss.importance.split("_")
-        gap = torch.nan_to_num(old_logprobs - rollout_logprobs.to(old_logprobs.dtype)) * mask
-        gap = sequence_sums(gap, cu_seqlens)[owner] if scope == "sequence" else gap
-        floor, cap = traced(mask, loss.importance_floor, loss.importance_cap)
-        importance = formulas.importance_weight(gap, floor, cap, kind)
+    if gap is not None:
+        importance = formulas.importance_weight(gap, floor, cap, treatment)
     if ref_logprobs is not None:
         kl, kl_slope = formulas.kl_penalty(policy_logprobs, kept(ref_logprobs), loss.kl_kind)
     bonus = torch.zeros_like(mask) if entropy is None else kept(entropy)
     metrics = {"clip_low_share": low, "clip_high_share": high, "kl": kl.detach(), "entropy": bonus.detach(),
                "importance": importance, "ratio_max": log_ratio.detach()}
-    return PolicyTerms(surrogate * importance + loss.kl_coef * kl - loss.entropy_coef * bonus, slope * importance,
-                       loss.kl_coef * kl_slope, coupling, metrics)
+    if loss.surrogate != "vespo":  # whose own weight holds it
+        surrogate, slope = surrogate * importance, slope * importance
+    return PolicyTerms(surrogate + loss.kl_coef * kl - loss.entropy_coef * bonus, slope, loss.kl_coef * kl_slope,
+                       coupling, metrics)
 
 
 def _log_clip(loss: PolicyLoss, like: torch.Tensor) -> tuple[Any, ...]:
@@ -278,12 +293,14 @@ def policy_slopes(terms: PolicyTerms, weights: torch.Tensor, cu_seqlens: torch.T
 
 def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlens: torch.Tensor, *,
              loss: PreferenceLoss | str = "sigmoid", loss_mask: torch.Tensor | None = None,
-             num_pairs: int | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+             weights: torch.Tensor | None = None, num_pairs: int | None = None,
+             ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Preference loss of packed pairs: completion 2b is the chosen one of pair b, 2b + 1 the rejected one.
 
     Args:
         policy_logprobs: [M] with gradient. cu_seqlens: int [2B + 1]. loss_mask: [M], 0 leaves a token out.
         ref_logprobs: [M] per token, or [B, 2] summed as here (`pair_sums`), when they were computed before.
+        weights: [B], factor of each pair's loss, without gradient (WPO, arXiv 2406.11827, eq. 2).
         num_pairs: pairs of the whole optimizer step when this is a part of it (default B).
 
     Returns:
@@ -293,7 +310,8 @@ def dpo_loss(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqle
     check_counts(num_pairs=num_pairs)
     terms = pair_terms(policy_logprobs, ref_logprobs, cu_seqlens, as_preference_loss(loss), loss_mask)
     pairs = num_pairs or max(len(terms.loss), 1)  # the loss of no pairs is 0, as that of no tokens
-    return terms.loss.sum() / pairs, {name: value.sum() / pairs for name, value in terms.metrics.items()}
+    losses = terms.loss if weights is None else terms.loss * weights.detach().to(terms.loss.dtype)
+    return losses.sum() / pairs, {name: value.sum() / pairs for name, value in terms.metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -316,15 +334,19 @@ def pair_terms(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seq
     sums = _masked_sums(policy_logprobs, weights, cu_seqlens)
     ref = ref_logprobs if ref_logprobs.dim() == 2 else _masked_sums(ref_logprobs, weights, cu_seqlens)
     normalizer = lengths if loss.length_normalize else torch.ones_like(lengths)
-    ratios = (sums - ref) / normalizer
+    scores, steepness = sums - ref, torch.ones_like(sums)
+    if loss.score != "reverse_kl":
+        scores, steepness = formulas.divergence_score(scores, traced(sums, loss.divergence_alpha)[0], loss.score)
+    scores = scores / normalizer
     per_pair, by_chosen, by_rejected = formulas.preference_loss(
-        ratios[:, 0], ratios[:, 1], loss.dpo_beta, loss.label_smoothing, loss.loss)
-    slopes, nll = torch.stack([by_chosen, by_rejected], 1) / normalizer, torch.zeros_like(lengths)
+        scores[:, 0], scores[:, 1], loss.dpo_beta, loss.label_smoothing, loss.discopop_tau, loss.loss)
+    slopes, nll = torch.stack([by_chosen, by_rejected], 1) * steepness / normalizer, torch.zeros_like(lengths)
     if loss.nll_coef:
         per_pair = per_pair - loss.nll_coef * _masked_sums(policy_logprobs, mask, cu_seqlens)[:, 0] / lengths[:, 0]
         nll[:, 0] = loss.nll_coef / lengths[:, 0]
     owner = sequence_index(cu_seqlens, len(mask))
-    sums, ratios = sums.detach(), ratios.detach()
+    sums = sums.detach()
+    ratios = (sums - ref) / normalizer
     margin = loss.dpo_beta * (ratios[:, 0] - ratios[:, 1])
     metrics = {"preference_accuracy": (margin > 0).to(margin.dtype), "margin": margin,
                "chosen_logprobs_mean": sums[:, 0] / lengths[:, 0], "rejected_logprobs_mean": sums[:, 1] / lengths[:, 1],

@@ -223,6 +223,15 @@ def test_losses_are_judged_by_time_and_launches(monkeypatch, seconds, started, p
         assert row["passed"] is passed and row["launches"] == started
 
 
+@pytest.mark.parametrize(("name", "plainest"), [("vespo", "grpo"), ("discopop", "sigmoid")])
+@pytest.mark.parametrize(("seconds", "started", "passed"), [
+    ([1.2, 1.0], None, True), ([1.3, 1.0], None, False), ([1.0, 1.0], ["a"] * 4, False)])
+def test_losses_over_the_plainest(monkeypatch, name, plainest, seconds, started, passed):
+    monkeypatch.setattr(rows, "launches", lambda run, device: started)
+    row = rows.against_plainest(name, 64, CPU, rounds=1, clock=turning_clock(seconds))
+    assert row["passed"] is passed and row["value"] == seconds[0] and row["row"] == f"{name} over {plainest}"
+
+
 def test_memory_rows_leave_out_the_gradients():
     peaks = {("veripo", 64): 300, ("veripo", 128): 340, ("naive torch", 64): 1000}
 

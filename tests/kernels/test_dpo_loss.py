@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from veripo_kernels import dpo_loss, reference
+from veripo_kernels import PreferenceLoss, dpo_loss, reference
 from veripo_kernels.jit import dpo as bodies
+from veripo_kernels.jit import grpo as grpo_bodies
 from veripo_kernels.scalars import as_tensor
 
 from tests.support.loss_cases import (
@@ -26,6 +27,9 @@ from tests.support.loss_cases import (
 LENGTHS = (3, 9, 5, 0, 6, 6)
 CASES = pairwise_cases(name=PREFERENCE_LOSSES, ld_alpha=(None, 0.4), nll_coef=(0.0, 0.5), mask=(False, True),
                        length_normalize=(False, True), sums=(False, True))
+DIVERGENCES = pairwise_cases(name=("sigmoid", "ipo", "hinge", "robust", "exo", "discopop"),
+                             divergence=("reverse_kl", "forward_kl", "js", "alpha"), alpha=(0.4, 2.0),
+                             length_normalize=(False, True), sums=(False, True), weights=(False, True))
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -53,7 +57,44 @@ def test_as_exact_as_torch(case: dict[str, Any]) -> None:
     mask = rand(len(policy), seed=7) > -0.7 if case["mask"] else None
     if case["sums"]:
         ref = reference.pair_sums(ref, bounds, loss=loss, loss_mask=mask).float().double()
-    assert_as_exact_as_torch(lambda dtype, impl: run_pairs((policy, ref, bounds), loss, dtype, impl, loss_mask=mask))
+    steps = 3 if case["name"] == "discopop" else 1  # its gate is 20 times as steep
+    assert_as_exact_as_torch(lambda dtype, impl: run_pairs((policy, ref, bounds), loss, dtype, impl, loss_mask=mask),
+                             steps=steps)
+
+
+@pytest.mark.parametrize("case", DIVERGENCES, ids=lambda case: "-".join(str(value) for value in case.values()))
+@pytest.mark.usefixtures("small_blocks")
+def test_divergences_and_weights_are_as_exact_as_torch(case: dict[str, Any]) -> None:
+    loss = preference(case["name"], dpo_beta=0.3, divergence=case["divergence"], divergence_alpha=case["alpha"],
+                      length_normalize=case["length_normalize"], nll_coef=0.3, discopop_tau=1.0)
+    policy, ref, bounds = pairs(spread=0.2)
+    if case["sums"]:
+        ref = reference.pair_sums(ref, bounds, loss=loss).float().double()
+    weights = torch.tensor([0.5, 0.0, 1.5]) if case["weights"] else None
+    run = lambda dtype, impl: run_pairs((policy, ref, bounds), loss, dtype, impl, weights=weights)
+    assert_as_exact_as_torch(run, steps=4)
+    _, _, (gradient,) = run(torch.float32, "triton")
+    if weights is not None:
+        assert not gradient[bounds[2]:bounds[4]].any() and gradient[:bounds[2]].any()
+        plain = run_pairs((policy, ref, bounds), loss, torch.float32, "triton")
+        torch.testing.assert_close(gradient[:bounds[2]], 0.5 * plain[2][0][:bounds[2]])
+
+
+def test_alpha_near_1_is_the_reverse_kl() -> None:
+    inputs = pairs()
+    near, plain = (run_pairs(inputs, preference("sigmoid", **options), torch.float32, "triton")
+                   for options in ({"divergence": "alpha", "divergence_alpha": 1.0 + 1e-8}, {}))
+    assert torch.equal(near[0], plain[0])
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"loss": "nca", "divergence": "js"}, "loss 'nca' has no divergence 'js'"),
+    ({"divergence": "kl"}, "divergence must be"), ({"dpo_beta": -0.1}, "dpo_beta must be 0 or larger"),
+    ({"loss": "ipo", "dpo_beta": 0.0}, "'ipo' divides by dpo_beta"),
+    ({"loss": "discopop", "discopop_tau": 0.0}, "discopop_tau must be above 0")])
+def test_losses_that_do_not_exist(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PreferenceLoss(**options)
 
 
 @pytest.mark.parametrize("ld_alpha", [None, 0.3])
@@ -109,7 +150,11 @@ def test_the_gradient_raises_the_margin(name: str) -> None:
     value = torch.full((4,), -2.0, dtype=torch.float64)
     _, _, (gradient,) = run_pairs((value, value, torch.tensor([0, 2, 4])), preference(name), torch.float32, "triton")
     chosen, rejected = gradient[0], gradient[2]
-    assert (chosen < rejected) and torch.equal(gradient[:2], chosen.expand(2)) and rejected > 0
+    assert torch.equal(gradient[:2], chosen.expand(2)) and torch.equal(gradient[2:], rejected.expand(2))
+    if name == "discopop":  # raises margins that are below 0 and far above, and at 0 lowers them
+        assert chosen > 0 and rejected == -chosen
+        return
+    assert (chosen < rejected) and rejected > 0
     assert chosen < 0 or name == "apo_down"  # which also lowers what was chosen
 
 
@@ -152,6 +197,19 @@ def test_order_padding_and_micro_batches_do_not_matter(shape: list[tuple[int, ..
 # -- as an op --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("name", "divergence"), [("sigmoid", "js"), ("bco", "reverse_kl"), ("discopop", "alpha")])
+def test_three_launches(name: str, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    for kernel in (bodies.forward_kernel, grpo_bodies.reduce_kernel, grpo_bodies.backward_kernel):
+        def run(*arguments: Any, _kernel: Any = kernel, _run: Any = kernel.run, **options: Any) -> Any:
+            launched.append(_kernel.fn.__name__)
+            return _run(*arguments, **options)
+
+        monkeypatch.setattr(kernel, "run", run)
+    run_pairs(pairs(), preference(name, divergence=divergence), torch.float32, "triton", weights=torch.ones(3))
+    assert launched == ["forward_kernel", "reduce_kernel", "backward_kernel"]
+
+
 def test_backward_twice() -> None:
     policy, ref, bounds = pairs()
     leaf = policy.float().requires_grad_()
@@ -178,7 +236,8 @@ def test_in_a_compiled_graph(impl: Any) -> None:
 def test_opcheck() -> None:
     policy, ref, bounds = pairs((3, 0, 2, 4))
     torch.library.opcheck(torch.ops.veripo.dpo_loss.default, (
-        policy.float().requires_grad_(), ref.float(), bounds, None, "sigmoid", as_tensor(0.1, 0.0, 0.5, 0.2), True, 2))
+        policy.float().requires_grad_(), ref.float(), bounds, None, torch.ones(2), "sigmoid js",
+        as_tensor(0.1, 0.0, 0.5, 0.2, 0.05, 0.5), True, 2))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -186,6 +245,7 @@ def test_opcheck() -> None:
     ({"ref_logprobs": torch.zeros(3)}, r"ref_logprobs must have shape \[4\] or \[1, 2\], got \[3\]"),
     ({"ref_logprobs": torch.zeros(4, device="meta")}, "ref_logprobs must be on .*, got meta"),
     ({"loss_mask": torch.zeros(3)}, r"loss_mask must have shape \[4\]"),
+    ({"weights": torch.zeros(2)}, r"weights must have shape \[1\], got \[2\]"),
     ({"num_pairs": 0}, "num_pairs must be at least 1"),
     ({"loss": "simpo"}, "loss must be one of sigmoid, .* 'simpo'")])
 def test_refusals(change: dict[str, Any], message: str) -> None:

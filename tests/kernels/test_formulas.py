@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -23,12 +24,13 @@ def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
     assert want.abs().max() > 0
 
 
-@pytest.mark.parametrize("dual_clip", [1e30, 1.5])
-def test_clip_slope(dual_clip: float) -> None:
+@pytest.mark.parametrize(("clip_high", "dual_clip"), [(0.3, 1e30), (0.3, 1.5), (-0.1, 1.3), (-0.3, 1.3)])
+def test_clip_slope(clip_high: float, dual_clip: float) -> None:
+    """Also where the upper bound lies below 1, and below the lower one."""
     log_ratio, advantage = rand(TOKENS), rand(TOKENS, seed=1)
 
     def clip(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return formulas.clip_surrogate(x, advantage, 0.2, 0.3, dual_clip)
+        return formulas.clip_surrogate(x, advantage, 0.2, clip_high, dual_clip)
 
     _, slope, low, high = clip(log_ratio)
     assert_same(slope, slope_of(lambda x: clip(x)[0], log_ratio))
@@ -49,6 +51,36 @@ def test_sapo_slope() -> None:
     assert_same(slope, slope_of(lambda x: formulas.sapo_surrogate(x, advantage, 1.0, 1.4)[0], log_ratio))
     at_one = formulas.sapo_surrogate(torch.zeros(2), torch.tensor([1.0, -1.0]), 1.0, 1.4)[1]
     assert at_one.tolist() == [-1.0, 1.0]  # the gate is scaled so that on-policy it is REINFORCE
+
+
+def test_vespo_slope_is_by_the_logprob_alone() -> None:
+    logprob, log_weight, advantage = rand(TOKENS), rand(TOKENS, seed=2, scale=8.0), rand(TOKENS, seed=1)
+    numbers = (2.0, 3.0, 3.0, 2.0)
+    _, slope, low, high = formulas.vespo_surrogate(logprob, log_weight, advantage, *numbers)
+    assert_same(slope, slope_of(lambda x: formulas.vespo_surrogate(x, log_weight, advantage, *numbers)[0], logprob))
+    weight = log_weight.clamp(math.log(1e-8), 20).exp()
+    k, decay = (torch.where(advantage >= 0, *pair) for pair in ((2.0, 3.0), (3.0, 2.0)))
+    torch.testing.assert_close(slope, -weight ** k * torch.exp(decay * (1 - weight)) * advantage)
+    assert not (low | high).any()
+    too_large = formulas.vespo_surrogate(logprob, torch.full_like(logprob, 15.0), advantage, 10.0, 1e-9, 10.0, 1e-9)[1]
+    assert (too_large == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "alpha"), [("forward_kl", 0.5), ("js", 0.5), ("alpha", 0.4), ("alpha", 3.0)])
+def test_divergence_slope(kind: str, alpha: float) -> None:
+    log_ratio = rand(TOKENS, scale=3.0)
+    value, slope = formulas.divergence_score(log_ratio, alpha, kind)
+    assert_same(slope, slope_of(lambda x: formulas.divergence_score(x, alpha, kind)[0], log_ratio))
+    assert (slope > 0).all()
+    ratio = log_ratio.exp()
+    torch.testing.assert_close(value, {"forward_kl": 1 - 1 / ratio, "js": (2 * ratio / (1 + ratio)).log(),
+                                       "alpha": (ratio ** (alpha - 1) - 1) / (alpha - 1)}[kind])
+    assert formulas.divergence_score(torch.zeros(1), alpha, kind)[0].abs() < 1e-7
+
+
+def test_alpha_divergence_is_flat_far_away() -> None:
+    value, slope = formulas.divergence_score(torch.tensor([39.0, 1e5]), 3.0, "alpha")
+    assert value.isfinite().all() and slope[0] > 1e30 and slope[1] == 0
 
 
 def test_gmpo_cuts_where_it_says() -> None:
@@ -89,8 +121,9 @@ def test_preference_slopes(name: str, smoothing: float) -> None:
     chosen, rejected = rand(TOKENS, scale=4.0), rand(TOKENS, seed=1, scale=4.0)
 
     def value(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return formulas.preference_loss(a, b, loss.dpo_beta, loss.label_smoothing, name)[0]
+        return formulas.preference_loss(a, b, loss.dpo_beta, loss.label_smoothing, loss.discopop_tau, name)[0]
 
-    _, up, down = formulas.preference_loss(chosen, rejected, loss.dpo_beta, loss.label_smoothing, name)
+    _, up, down = formulas.preference_loss(chosen, rejected, loss.dpo_beta, loss.label_smoothing,
+                                           loss.discopop_tau, name)
     assert_same(up, slope_of(lambda x: value(x, rejected), chosen))
     assert_same(down, slope_of(lambda x: value(chosen, x), rejected))

@@ -45,7 +45,6 @@ from tests.support.loss_cases import (
 IMPLS = ("torch", "triton")
 SINGLE, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 PAIRS = (3, 1, 2, 4, 0, 3)
-COUPLED = ("gspo", "gspo_token", "gmpo")
 NARROW, MIDDLE, WIDE = 4, 6, 100
 """Rows that a workspace holds: less than the longest completion or pair, several runs, one run."""
 
@@ -92,31 +91,37 @@ def label(case: dict[str, Any]) -> str:
     return "-".join(str(value) for value in case.values())
 
 
+def steps(case: dict[str, Any]) -> int:
+    """More where the loss multiplies the rounding of a log-prob: vespo takes the weight of a completion to a power, the
+    gate of discopop is 20 times as steep as a sigmoid."""
+    return 16 if case["name"] in ("vespo", "discopop") else 2
+
+
 # -- against the definition ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", POLICY_CASES, ids=label)
 def test_torch_policy_loss_is_as_exact_as_the_definition(case: dict[str, Any]) -> None:
     for dtype in (torch.float64, SINGLE, BF16):
-        assert check_loss(policy_case(case, dtype), "torch", workspace(case["room"], "torch", dtype), 2) == []
+        assert check_loss(policy_case(case, dtype), "torch", workspace(case["room"], "torch", dtype), steps(case)) == []
 
 
 @pytest.mark.parametrize("case", POLICY_CASES, ids=label)
 def test_triton_policy_loss_is_as_exact_as_the_definition(case: dict[str, Any]) -> None:
     dtype = (SINGLE, BF16, FP16)[POLICY_CASES.index(case) % 3]
-    assert check_loss(policy_case(case, dtype), "triton", workspace(case["room"], "triton", dtype), 2) == []
+    assert check_loss(policy_case(case, dtype), "triton", workspace(case["room"], "triton", dtype), steps(case)) == []
 
 
 @pytest.mark.parametrize("case", PAIR_CASES, ids=label)
 def test_torch_dpo_loss_is_as_exact_as_the_definition(case: dict[str, Any]) -> None:
     for dtype in (torch.float64, SINGLE, BF16):
-        assert check_loss(pair_case(case, dtype), "torch", workspace(case["room"], "torch", dtype), 2) == []
+        assert check_loss(pair_case(case, dtype), "torch", workspace(case["room"], "torch", dtype), steps(case)) == []
 
 
 @pytest.mark.parametrize("case", PAIR_CASES, ids=label)
 def test_triton_dpo_loss_is_as_exact_as_the_definition(case: dict[str, Any]) -> None:
     dtype = (SINGLE, BF16, FP16)[PAIR_CASES.index(case) % 3]
-    assert check_loss(pair_case(case, dtype), "triton", workspace(case["room"], "triton", dtype), 2) == []
+    assert check_loss(pair_case(case, dtype), "triton", workspace(case["room"], "triton", dtype), steps(case)) == []
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -57,7 +57,8 @@ def trl_policy_loss(trainer: type, policy_logprobs: torch.Tensor, inputs: dict[s
     """Loss and gradient [M] of a TRL trainer's policy loss on log-probs, `inputs` and `entropies` [S, C]."""
     leaf = policy_logprobs.clone().requires_grad_()
     args = {"delta": None, "use_bias_correction_kl": False, "steps_per_generation": 1, "sapo_temperature_pos": 1.0,
-            "sapo_temperature_neg": 1.05} | (arguments or {})
+            "sapo_temperature_neg": 1.05, "vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0,
+            "vespo_lambda_neg": 2.0} | (arguments or {})
     entropies = torch.ones_like(leaf) if entropies is None else entropies
     made = bare(trainer, **{
         "loss_type": "grpo", "importance_sampling_level": "token", "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2,
@@ -103,7 +104,7 @@ def theirs(trainer: type, *names: str, **options: Any) -> tuple[torch.Tensor, to
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
+@pytest.mark.parametrize("name", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
 def test_trl_token_losses(trl: Any, name: str, kl_coef: float, impl: str) -> None:
     names = ("ref_logprobs",) if kl_coef else ()
     high = 0.1
@@ -119,6 +120,15 @@ def test_trl_sequence_level_is_gspo(trl: Any, kl_coef: float, impl: str) -> None
     want = theirs(trl.GRPOTrainer, *names, importance_sampling_level="sequence", beta=kl_coef, epsilon_low=0.05,
                   epsilon_high=0.05)
     assert_agree(ours(policy("gspo", clip_low=0.05, clip_high=0.05, kl_coef=kl_coef), impl, *names), want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["cispo", "sapo", "luspo"])
+def test_trl_other_losses_of_the_sequence(trl: Any, name: str, impl: str) -> None:
+    want = theirs(trl.GRPOTrainer, importance_sampling_level="sequence", loss_type=name,
+                  epsilon_high=1.02 if name == "cispo" else 0.02)
+    ours_name = name if name == "luspo" else f"{name}_sequence"
+    assert_agree(ours(policy(ours_name, clip_high=0.02), impl), want)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -185,9 +195,12 @@ PAIRS = ((3, 6), (4, 2), (5, 5))
 PAIR_LENGTHS = tuple(length for pair in PAIRS for length in pair)
 
 
+DIVERGENCES = {"reverse_kl": "reverse_kl", "forward_kl": "forward_kl", "js": "js_divergence",
+               "alpha": "alpha_divergence"}
+
+
 def trl_preference_loss(trainer: type, policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, loss_type: str, *,
-                        dpo_beta: float, label_smoothing: float, ld_alpha: float | None
-                        ) -> tuple[torch.Tensor, torch.Tensor]:
+                        loss: PreferenceLoss) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient [M] of TRL's DPO on packed log-probs [M]; TRL wants all chosen rows, then all rejected ones."""
     order = [*range(0, len(PAIR_LENGTHS), 2), *range(1, len(PAIR_LENGTHS), 2)]
     lengths = [PAIR_LENGTHS[number] for number in order]
@@ -200,10 +213,11 @@ def trl_preference_loss(trainer: type, policy_logprobs: torch.Tensor, ref_logpro
     shape = (len(lengths), max(lengths))
     extras = {name: torch.zeros(shape) for name in ("entropy", "mean_logits")} | {"is_top1": torch.zeros(shape).bool()}
     model = Model(rows(leaf), extras)
-    made = bare(trainer, model=model, ref_model=Model(rows(ref_logprobs), extras), ld_alpha=ld_alpha, beta=dpo_beta,
-                label_smoothing=label_smoothing, loss_types=[loss_type], loss_weights=[1.0], precompute_ref_logps=False,
-                f_divergence_type="reverse_kl", use_weighting=False, _total_train_tokens=0, _tp_size=1,
-                args=SimpleNamespace(gradient_checkpointing_kwargs=None))
+    made = bare(trainer, model=model, ref_model=Model(rows(ref_logprobs), extras), ld_alpha=loss.ld_alpha,
+                beta=loss.dpo_beta, label_smoothing=loss.label_smoothing, loss_types=[loss_type],
+                loss_weights=[1.0], precompute_ref_logps=False, f_divergence_type=DIVERGENCES[loss.divergence],
+                f_alpha_divergence_coef=loss.divergence_alpha, use_weighting=False, _total_train_tokens=0, _tp_size=1,
+                args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=loss.discopop_tau))
     mask = torch.cat([torch.zeros(len(lengths), 1), rows(torch.ones(sum(lengths)))], 1).long()  # one prompt token
     loss = made._compute_loss(model, {"input_ids": mask * 0, "attention_mask": mask, "completion_mask": mask}, False)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
@@ -234,6 +248,11 @@ PREFERENCES: list[tuple[str, PreferenceLoss]] = [
     ("apo_zero", PreferenceLoss("apo_zero", dpo_beta=0.3)),
     ("apo_down", PreferenceLoss("apo_down", dpo_beta=0.3)),
     ("sppo_hard", PreferenceLoss("sppo", dpo_beta=0.3)),
+    ("bco_pair", PreferenceLoss("bco", dpo_beta=0.3)),
+    ("discopop", PreferenceLoss("discopop", dpo_beta=0.3, discopop_tau=0.5)),
+    ("sigmoid", PreferenceLoss(dpo_beta=0.3, divergence="forward_kl")),
+    ("ipo", PreferenceLoss("ipo", dpo_beta=0.3, divergence="js", length_normalize=True)),
+    ("hinge", PreferenceLoss("hinge", dpo_beta=0.3, divergence="alpha", divergence_alpha=0.3)),
     ("sppo_hard", PreferenceLoss("sppo", dpo_beta=0.3, ld_alpha=0.0))]
 
 
@@ -248,8 +267,7 @@ def pair_logprobs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_trl_preference_losses(trl: Any, name: str, loss: PreferenceLoss, impl: str) -> None:
     inputs = pair_logprobs()
     value, _, (gradient,) = run_pairs(inputs, loss, torch.float32, impl)
-    want = trl_preference_loss(trl.DPOTrainer, inputs[0], inputs[1], name, dpo_beta=loss.dpo_beta,
-                               label_smoothing=loss.label_smoothing, ld_alpha=loss.ld_alpha)
+    want = trl_preference_loss(trl.DPOTrainer, inputs[0], inputs[1], name, loss=loss)
     assert gradient is not None
     assert_agree((value.detach(), gradient), want)
 

@@ -238,7 +238,8 @@ def test_clipped_surrogate_branch_by_branch(dual: float | None, low: float, high
 
 
 LENGTHS = [4, 1, 7, 3]
-NAMES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo")
+NAMES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo", "luspo", "vespo",
+         "cispo_sequence", "sapo_sequence")
 
 
 def grpo_case() -> tuple[torch.Tensor, ...]:
@@ -255,12 +256,17 @@ def token_losses_by_hand(name: str, policy: list[float], old: list[float], advan
     """Surrogate losses of one completion with clip 0.2 and 0.3, sapo temperatures 1 and 1.05."""
     log_ratios = [p - o for p, o in zip(policy, old, strict=True)]
     mean = sum(log_ratios) / len(log_ratios)
+    if name.endswith("_sequence"):
+        name, log_ratios = name.removesuffix("_sequence"), [mean] * len(log_ratios)
+    if name == "vespo":
+        k, decay, weight = *((2.0, 3.0) if advantage >= 0 else (3.0, 2.0)), math.exp(sum(log_ratios))
+        return [-weight ** k * math.exp(decay * (1 - weight)) * advantage * p for p in policy]
     if name == "cispo":
         return [-min(math.exp(x), 1.3) * advantage * p for x, p in zip(log_ratios, policy, strict=True)]
     if name == "sapo":
         heat = 1.0 if advantage > 0 else 1.05
         return [-4 / heat / (1 + math.exp(-heat * (math.exp(x) - 1))) * advantage for x in log_ratios]
-    if name.startswith("gspo"):
+    if name.startswith(("gspo", "luspo")):
         return [surrogate(mean, advantage, 0.2, 0.3, None)[0]] * len(policy)
     if name == "gmpo":
         cut = [min(x, math.log(1.3)) if advantage > 0 else max(x, math.log(0.8)) for x in log_ratios]
@@ -275,7 +281,8 @@ def test_grpo_loss_is_the_weighted_sum_of_its_tokens(name: str, kind: str) -> No
     loss = PolicyLoss(name, clip_high=0.3, kl_coef=0.3, kl_kind=kind, entropy_coef=0.1, constant_length=8)
     value, metrics = reference.grpo_loss(policy.requires_grad_(), old, advantages, cu_seqlens(LENGTHS), loss=loss,
                                          ref_logprobs=ref, entropy=entropy)
-    weights = weights_by_hand([[1] * length for length in LENGTHS], loss.weighting, 4, sum(LENGTHS), 8)
+    constant = 1 if name == "luspo" else 8
+    weights = weights_by_hand([[1] * length for length in LENGTHS], loss.weighting, 4, sum(LENGTHS), constant)
     surrogates = [token for a, b, advantage in zip(*zip(*pairwise(cu_seqlens(LENGTHS).tolist()), strict=True),
                                                    advantages.tolist(), strict=True)
                   for token in token_losses_by_hand(name, policy[a:b].tolist(), old[a:b].tolist(), advantage)]
@@ -406,12 +413,15 @@ def preference_by_hand(name: str, chosen: float, rejected: float, beta: float, s
         "nca": lambda: -log_sigmoid(beta * chosen) - (log_sigmoid(-beta * chosen) + log_sigmoid(-beta * rejected)) / 2,
         "sppo": lambda: (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2,
         "apo_zero": lambda: 1 - sigmoid(beta * chosen) + sigmoid(beta * rejected),
+        "bco": lambda: -log_sigmoid(beta * chosen) - log_sigmoid(-beta * rejected),
+        "discopop": lambda: (math.exp(-margin) * sigmoid(margin / 0.05) - keep * sigmoid(-margin / 0.05)),
         "apo_down": lambda: sigmoid(beta * chosen) + 1 - sigmoid(margin)}[name]()
 
 
 @pytest.mark.parametrize("ld_alpha", [None, 0.4])
 @pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo"])
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo",
+                                  "bco", "discopop"])
 def test_dpo_loss_closed_forms(name: str, normalised: bool, ld_alpha: float | None) -> None:
     (policy, ref), beta, smoothing = dpo_case(), 0.3, 0.1 if name in ("sigmoid", "robust", "exo") else 0.0
     loss = PreferenceLoss(name, beta, smoothing, length_normalize=normalised, ld_alpha=ld_alpha, nll_coef=0.2)

@@ -96,7 +96,7 @@ def test_every_option_of_a_loss_reaches_it() -> None:
             "kl_coef": 0.2, "kl_kind": "k2"}
     assert policy_loss_of(config_of(**grpo)) == PolicyLoss(**grpo, constant_length=MAX_NEW_TOKENS)
     dpo = {"loss": "robust", "dpo_beta": 0.3, "nll_coef": 0.5, "length_normalize": True, "label_smoothing": 0.1,
-           "ld_alpha": 0.4}
+           "ld_alpha": 0.4, "divergence": "alpha", "divergence_alpha": 0.3}
     assert preference_loss_of(config_of(dpo=DpoConfig(**dpo))) == PreferenceLoss(**dpo)
 
 

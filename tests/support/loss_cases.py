@@ -14,8 +14,10 @@ from veripo_kernels.dispatch import interpreted
 from veripo_kernels.options import PolicyLoss, PreferenceLoss
 
 LENGTHS = (3, 0, 12, 5)
-POLICY_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo")
-PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo")
+POLICY_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo", "luspo", "vespo",
+                 "cispo_sequence", "sapo_sequence")
+PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo", "bco",
+                     "discopop")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreted() else "cpu")
 

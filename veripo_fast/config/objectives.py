@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from veripo_kernels.options import (
     AdvantageKind,
     Aggregation,
+    DivergenceName,
     Importance,
     KlKind,
     PolicyLoss,
@@ -159,6 +160,8 @@ class GrpoConfig:
         require(self.prompts_per_step % self.updates_per_rollout == 0,
                  f"prompts_per_step {self.prompts_per_step} must be divisible by "
                  f"updates_per_rollout {self.updates_per_rollout}")
+        require(0 <= self.clip_low <= 1, f"clip_low must be in [0, 1], got {self.clip_low}")
+        require(self.clip_high >= 0, f"clip_high must be 0 or larger, got {self.clip_high}")
         with as_config_error():
             PolicyLoss(self.loss, aggregation=self.aggregation, constant_length=1, clip_low=self.clip_low,
                        clip_high=self.clip_high, dual_clip=self.dual_clip, kl_coef=self.kl_coef, kl_kind=self.kl_kind)
@@ -249,6 +252,10 @@ class DpoConfig:
     """Probability that a pair is the wrong way round (sigmoid, robust, exo)."""
     ld_alpha: float | None = None
     """Weight of tokens beyond the shorter completion of a pair (LD-DPO); null: 1."""
+    divergence: DivergenceName = "reverse_kl"
+    """Which divergence from the reference is bounded (f-DPO), where the loss is one of the log-ratios' difference."""
+    divergence_alpha: float = 0.5
+    """alpha: between forward KL (0) and reverse KL (1)."""
     learning_rate: float = 5e-7
     """Peak learning rate (VerIPO Table 1: 5e-7)."""
     pairs_per_step: int = 32
@@ -259,10 +266,13 @@ class DpoConfig:
     """Stop after so many optimizer steps; null: all pairs."""
 
     def __post_init__(self) -> None:
-        positive(self, "learning_rate", "pairs_per_step", "epochs", "max_steps")
+        positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps")
+        require(self.divergence == "alpha" or self.divergence_alpha == 0.5,
+                "divergence_alpha changes nothing unless divergence is alpha")
         with as_config_error():
             PreferenceLoss(self.loss, dpo_beta=self.dpo_beta, label_smoothing=self.label_smoothing,
-                           length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef)
+                           length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef,
+                           divergence=self.divergence, divergence_alpha=self.divergence_alpha)
 
 
 @dataclass(frozen=True)

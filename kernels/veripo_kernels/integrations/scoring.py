@@ -1,4 +1,4 @@
-"""Log-probs of a transformers model without its logits, where a trainer calls a fused head; used by `trl.py`.
+"""Log-probs of a transformers model without its logits, where a trainer calls a fused head; used by `trl_*.py`.
 
 Letters: B rows, L positions of a row, M positions with a label, D hidden, V vocabulary.
 """
@@ -29,6 +29,9 @@ class Scores:
     """[B, L - 1] float32, nats; None where not asked for."""
     mean_logits: torch.Tensor | None
     """[B, L - 1] float32, mean over the vocabulary, without gradient; None for a head with softcap."""
+    confidence: torch.Tensor | None
+    """[B, L - 1] float32: log-prob of the token less log sum p^2 over the vocabulary, without gradient; None where not
+    asked for."""
     aux_loss: Any
     """Load-balancing loss [] of a mixture of experts, None of other models."""
 
@@ -41,10 +44,11 @@ class ScoringModel:
     """
 
     def __init__(self, trainer: Any, model: torch.nn.Module, *, temperature: float = 1.0, entropy: bool = False,
-                 mean_logits: bool = False) -> None:
+                 mean_logits: bool = False, confidence: bool = False) -> None:
         self.model, self.accelerator = model, trainer.accelerator
         self.core = causal_model(trainer, model)
         self.temperature, self.entropy, self.mean_logits = temperature, entropy, mean_logits
+        self.confidence = confidence
         self.float32 = getattr(trainer.args, "cast_lm_head_to_fp32", False)
 
     def __call__(self, *, labels: torch.Tensor, fused_lm_head: bool, **inputs: Any) -> Scores:
@@ -67,19 +71,25 @@ class ScoringModel:
         aux_loss = getattr(outputs, "aux_loss", None)
         if not len(rows):  # every parameter still takes part in backward, as DDP needs
             nothing = outputs.logits.new_zeros(kept.shape, dtype=torch.float32) + 0.0 * outputs.logits.float().sum()
-            return Scores(nothing, nothing, nothing.detach(), aux_loss)
+            return Scores(nothing, nothing, nothing.detach(), nothing.detach(), aux_loss)
         with torch.autocast(device.type, enabled=False):
             values: Any = linear_logprobs(rows, weight, labels[kept], temperature=self.temperature / scale, bias=bias,
                                           softcap=softcap, entropy=self.entropy)
             logprobs, entropy = values if self.entropy else (values, None)
             known = self.mean_logits and softcap is None
             mean_logits = scale * head_mean(rows, weight, bias) if known else None
+            confidence = None
+            if self.confidence:  # log sum p^2 = 2 log p_y - log q_y with q the softmax of twice the logits
+                with torch.no_grad():
+                    confidence = linear_logprobs(rows, weight, labels[kept], temperature=self.temperature / scale / 2,
+                                                 bias=bias, softcap=softcap) - logprobs
 
         def spread(packed: torch.Tensor) -> torch.Tensor:
             return packed.new_zeros(kept.shape).masked_scatter(kept, packed)
 
         return Scores(spread(logprobs), None if entropy is None else spread(entropy),
-                      None if mean_logits is None else spread(mean_logits), aux_loss)
+                      None if mean_logits is None else spread(mean_logits),
+                      None if confidence is None else spread(confidence), aux_loss)
 
     def _run(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         """Hidden states [B, L, D] that the head gets, and the model's own output."""
@@ -156,3 +166,17 @@ def check_model(trainer: Any) -> None:
 def refuse(option: str, value: object, wrong: bool, reason: str = "these losses do not have it") -> None:
     if wrong:
         raise ValueError(f"use_veripo_losses: {option}={value!r} cannot be honoured: {reason}")
+
+
+def mode_of(trainer: Any) -> str:
+    """The half of TRL's metrics that a loss belongs to."""
+    return "train" if trainer.model.training else "eval"
+
+
+def log_means(trainer: Any, mode: str, values: dict[str, torch.Tensor]) -> None:
+    """Logs the mean over all processes of each vector, weighted by its length, after one reduction."""
+    sums = torch.stack([value.sum(dtype=torch.float32) for value in values.values()])
+    counts = sums.new_tensor([len(value) for value in values.values()])
+    sums, counts = trainer.accelerator.reduce(torch.stack([sums, counts]), reduction="sum")
+    for name, mean in zip(values, (sums / counts.clamp(min=1)).tolist(), strict=True):
+        trainer._metrics[mode][name].append(mean)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from veripo_kernels.jit import Sm90Case
-from veripo_kernels.jit.formulas import preference_loss
+from veripo_kernels.jit.formulas import divergence_score, preference_loss
 from veripo_kernels.jit.grpo import COUNT_ROW, ROWS, clear_outside, load_kept, load_mask, reduce, sm90_case
 
 BLOCK = 512
@@ -74,10 +74,11 @@ def _write_slopes(slopes, loss_mask, start, end, shorter, tail_weight, slope, pl
 
 
 @triton.jit(do_not_specialize=["pairs", "tokens"],
-            do_not_specialize_on_alignment=["policy_logprobs", "ref_logprobs", "cu_seqlens", "loss_mask"])
-def forward_kernel(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes, sums, pairs, tokens, dpo_beta,
-                   smoothing, tail_weight, nll_coef, KIND: tl.constexpr, NORMALIZE: tl.constexpr, LD: tl.constexpr,
-                   REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+            do_not_specialize_on_alignment=["policy_logprobs", "ref_logprobs", "cu_seqlens", "loss_mask",
+                                            "pair_weights"])
+def forward_kernel(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, pair_weights, slopes, sums, pairs, tokens,
+                   dpo_beta, smoothing, tail_weight, nll_coef, tau, alpha, KIND: tl.constexpr, SCORE: tl.constexpr,
+                   NORMALIZE: tl.constexpr, LD: tl.constexpr, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """Slopes [M] of one pair and its column of sums [8, B]: loss, accuracy, margin, two means, drift."""
     pair = tl.program_id(0).to(tl.int64)
     start = tl.load(cu_seqlens + 2 * pair).to(tl.int64)
@@ -99,16 +100,31 @@ def forward_kernel(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes,
 
     up, down = chosen - chosen_ref, rejected - rejected_ref
     drift = up * chosen_share
+    high, low = up, down
+    if SCORE != "reverse_kl":
+        high, chosen_steepness = divergence_score(up, alpha, SCORE)
+        low, rejected_steepness = divergence_score(down, alpha, SCORE)
     if NORMALIZE:
         up *= chosen_share
         down *= rejected_share
-    loss, chosen_slope, rejected_slope = preference_loss(up, down, dpo_beta, smoothing, KIND)
+        high *= chosen_share
+        low *= rejected_share
+    loss, chosen_slope, rejected_slope = preference_loss(high, low, dpo_beta, smoothing, tau, KIND)
     if NORMALIZE:
         chosen_slope *= chosen_share
         rejected_slope *= rejected_share
+    if SCORE != "reverse_kl":
+        chosen_slope *= chosen_steepness
+        rejected_slope *= rejected_steepness
     loss -= nll_coef * chosen_plain * chosen_share
-    _write_slopes(slopes, loss_mask, start, middle, shorter, tail_weight, chosen_slope, -nll_coef * chosen_share, LD,
-                  BLOCK)
+    nll_slope = -nll_coef * chosen_share
+    if pair_weights is not None:
+        factor = tl.load(pair_weights + pair).to(tl.float32)
+        loss *= factor
+        chosen_slope *= factor
+        rejected_slope *= factor
+        nll_slope *= factor
+    _write_slopes(slopes, loss_mask, start, middle, shorter, tail_weight, chosen_slope, nll_slope, LD, BLOCK)
     _write_slopes(slopes, loss_mask, middle, end, shorter, tail_weight, rejected_slope, 0.0, LD, BLOCK)
 
     margin = dpo_beta * (up - down)
@@ -123,12 +139,13 @@ def forward_kernel(policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes,
 
 
 def forward(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlens: torch.Tensor,
-            loss_mask: torch.Tensor | None, kind: str, numbers: list[float], normalize: bool, scale: float
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            loss_mask: torch.Tensor | None, weights: torch.Tensor | None, kinds: list[str], numbers: list[float],
+            normalize: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [], totals [8] and slopes [M], all float32, of contiguous tensors.
 
     Args:
-        numbers: dpo_beta, label smoothing, weight of the tail, weight of the negative log-prob. scale: 1 / pairs.
+        weights: [B] or None. kinds: loss and divergence. scale: 1 / pairs.
+        numbers: dpo_beta, label smoothing, weight of the tail, weight of the negative log-prob, tau, alpha.
     """
     pairs = len(cu_seqlens) // 2
     new = policy_logprobs.new_empty if pairs else policy_logprobs.new_zeros
@@ -137,23 +154,28 @@ def forward(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor, cu_seqlen
     with torch.cuda.device_of(policy_logprobs):
         if pairs:
             forward_kernel[(pairs,)](
-                policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, slopes, sums, pairs,
-                len(policy_logprobs), *numbers, KIND=kind, NORMALIZE=normalize, LD=numbers[2] != 1,
-                REF_TOKENS=ref_logprobs.dim() == 1, BLOCK=BLOCK, num_warps=NUM_WARPS)
+                policy_logprobs, ref_logprobs, cu_seqlens, loss_mask, weights, slopes, sums, pairs,
+                len(policy_logprobs), *numbers, KIND=kinds[0], SCORE=kinds[1], NORMALIZE=normalize,
+                LD=numbers[2] != 1, REF_TOKENS=ref_logprobs.dim() == 1, BLOCK=BLOCK, num_warps=NUM_WARPS)
         return *reduce(sums, COUNT_ROW, scale), slopes
 
 
-def _case(kind: str, *, dtype: str = "fp32", tokens: bool = True, ld: bool = False, **absent: None) -> Sm90Case:
+def _case(kind: str, *, score: str = "reverse_kl", dtype: str = "fp32", tokens: bool = True, ld: bool = False,
+          **absent: None) -> Sm90Case:
     types = {"pairs": "i32", "tokens": "i32", "ref_logprobs": f"*{dtype}", **dict.fromkeys(
-        ("dpo_beta", "smoothing", "tail_weight", "nll_coef"), "fp32")}
-    name = f"{kind}_{dtype}{'' if tokens else '_sums'}{'_ld' * ld}"
-    return sm90_case(name, forward_kernel, {"KIND": kind, "NORMALIZE": kind == "ipo", "LD": ld, "REF_TOKENS": tokens,
-                                            "BLOCK": BLOCK, **absent}, dtype=dtype, types=types, num_warps=NUM_WARPS)
+        ("dpo_beta", "smoothing", "tail_weight", "nll_coef", "tau", "alpha"), "fp32")}
+    name = f"{kind}_{dtype}{'' if tokens else '_sums'}{'_ld' * ld}{f'_{score}' * (score != 'reverse_kl')}"
+    return sm90_case(name, forward_kernel, {"KIND": kind, "SCORE": score, "NORMALIZE": kind == "ipo", "LD": ld,
+                                            "REF_TOKENS": tokens, "BLOCK": BLOCK, **absent},
+                     dtype=dtype, types=types, num_warps=NUM_WARPS)
 
 
 SM90_CASES: list[Sm90Case] = [
-    *(_case(kind) for kind in ("sigmoid", "ipo", "hinge", "robust", "exo", "nca", "sppo", "apo_zero", "apo_down")),
+    *(_case(kind) for kind in ("sigmoid", "ipo", "hinge", "robust", "exo", "nca", "sppo", "apo_zero", "apo_down", "bco",
+                               "discopop")),
+    *(_case("sigmoid", score=score, pair_weights=None) for score in ("forward_kl", "js", "alpha")),
+    _case("ipo", score="js"),
     _case("sigmoid", dtype="bf16", ld=True),
-    _case("sigmoid", tokens=False, loss_mask=None),
+    _case("sigmoid", tokens=False, loss_mask=None, pair_weights=None),
     _case("sigmoid", ld=True, tokens=False),
 ]

@@ -31,4 +31,7 @@ sapo_surrogate = _compiled.sapo_surrogate
 gmpo_log_ratio = _compiled.gmpo_log_ratio
 kl_penalty = _compiled.kl_penalty
 importance_weight = _compiled.importance_weight
+importance_log = _compiled.importance_log
+vespo_surrogate = _compiled.vespo_surrogate
+divergence_score = _compiled.divergence_score
 preference_loss = _compiled.preference_loss

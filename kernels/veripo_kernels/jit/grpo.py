@@ -18,9 +18,11 @@ from veripo_kernels.jit.formulas import (
     cispo_surrogate,
     clip_surrogate,
     gmpo_log_ratio,
+    importance_log,
     importance_weight,
     kl_penalty,
     sapo_surrogate,
+    vespo_surrogate,
 )
 
 ROWS = 8
@@ -85,12 +87,16 @@ def _load_advantages(advantages, number, at, kept, PER_TOKEN: tl.constexpr):
 
 @triton.jit
 def _surrogate(policy, log_ratio, mean, advantage, clip_low, clip_high, dual_clip, log_low, log_high, temperature_pos,
-               temperature_neg, SURROGATE: tl.constexpr):
-    """Loss of each token, its slope (by `mean` for gspo and gmpo), and the two flags of the clip."""
-    if SURROGATE == "cispo":
+               temperature_neg, k_pos, lambda_pos, k_neg, lambda_neg, SURROGATE: tl.constexpr):
+    """Loss of each token, its slope (by `mean` for those that are COUPLED), and the two flags of the clip."""
+    if SURROGATE == "cispo_sequence" or SURROGATE == "sapo_sequence" or SURROGATE == "vespo":
+        log_ratio = mean + tl.zeros_like(log_ratio)
+    if SURROGATE == "cispo" or SURROGATE == "cispo_sequence":
         return cispo_surrogate(policy, log_ratio, advantage, clip_high)
-    if SURROGATE == "sapo":
+    if SURROGATE == "sapo" or SURROGATE == "sapo_sequence":
         return sapo_surrogate(log_ratio, advantage, temperature_pos, temperature_neg)
+    if SURROGATE == "vespo":
+        return vespo_surrogate(policy, log_ratio, advantage, k_pos, lambda_pos, k_neg, lambda_neg)
     if SURROGATE == "gmpo":
         _, low, high = gmpo_log_ratio(log_ratio, advantage, log_low, log_high)
         loss = -tl.exp(mean) * advantage
@@ -110,7 +116,8 @@ def _engine_gap(old, rollout_logprobs, at, kept):
 @triton.jit(do_not_specialize=["sequences", "tokens"], do_not_specialize_on_alignment=_TENSORS)
 def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs, rollout_logprobs,
                    entropy, slopes, entropy_slopes, sums, sequences, tokens, clip_low, clip_high, dual_clip, log_low,
-                   log_high, temperature_pos, temperature_neg, kl_coef, floor, cap, entropy_coef,
+                   log_high, temperature_pos, temperature_neg, k_pos, lambda_pos, k_neg, lambda_neg, kl_coef, floor,
+                   cap, entropy_coef,
                    SURROGATE: tl.constexpr, PER_SEQUENCE: tl.constexpr, KL: tl.constexpr, LEVEL: tl.constexpr,
                    WEIGHT: tl.constexpr, TOKEN_ADVANTAGES: tl.constexpr, BLOCK: tl.constexpr):
     """Slopes [M] of one completion and its column of sums [8, S]; PER_SEQUENCE divides both by its token count."""
@@ -118,8 +125,9 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
     start = tl.load(cu_seqlens + number).to(tl.int64)
     end = tl.load(cu_seqlens + number + 1).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    COUPLED: tl.constexpr = (SURROGATE == "gspo") or (SURROGATE == "gmpo")
-    MEAN: tl.constexpr = COUPLED or (SURROGATE == "gspo_token")
+    COUPLED: tl.constexpr = (SURROGATE == "gspo") or (SURROGATE == "gmpo") or (SURROGATE == "sapo_sequence")
+    WHOLE: tl.constexpr = SURROGATE == "vespo"  # the sum of the log-ratios, with the engine's, not their mean
+    MEAN: tl.constexpr = COUPLED or WHOLE or (SURROGATE == "gspo_token") or (SURROGATE == "cispo_sequence")
     SEQUENCE_GAP: tl.constexpr = (LEVEL == "sequence") and (rollout_logprobs is not None)
 
     count = (end - start).to(tl.float32)
@@ -140,12 +148,22 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
                 if SURROGATE == "gmpo":
                     advantage = _load_advantages(advantages, number, at, kept, TOKEN_ADVANTAGES)
                     log_ratio, _, _ = gmpo_log_ratio(log_ratio, advantage, log_low, log_high)
+                if WHOLE:
+                    log_ratio = tl.clamp(log_ratio, -20.0, 20.0)
+                    if (rollout_logprobs is not None) and (LEVEL == "token"):
+                        gap = mask * _engine_gap(old, rollout_logprobs, at, kept)
+                        log_ratio += importance_log(gap, floor, cap, WEIGHT)
                 ratios += mask * log_ratio
                 if SEQUENCE_GAP:
                     gaps += mask * _engine_gap(old, rollout_logprobs, at, kept)
         count = tl.sum(counts, 0)
-        mean = tl.sum(ratios, 0) / tl.maximum(count, 1.0)
+        mean = tl.sum(ratios, 0)
         sequence_gap = tl.sum(gaps, 0)
+        if WHOLE:
+            if SEQUENCE_GAP:
+                mean += importance_log(sequence_gap, floor, cap, WEIGHT)
+        else:
+            mean /= tl.maximum(count, 1.0)
 
     share = 1.0
     if PER_SEQUENCE:
@@ -167,14 +185,16 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
         log_ratio = policy - old
         advantage = _load_advantages(advantages, number, at, kept, TOKEN_ADVANTAGES)
         loss, slope, low, high = _surrogate(policy, log_ratio, mean, advantage, clip_low, clip_high, dual_clip, log_low,
-                                            log_high, temperature_pos, temperature_neg, SURROGATE)
+                                            log_high, temperature_pos, temperature_neg, k_pos, lambda_pos, k_neg,
+                                            lambda_neg, SURROGATE)
         if rollout_logprobs is not None:
             gap = sequence_gap + tl.zeros([BLOCK], tl.float32)
             if LEVEL == "token":
                 gap = mask * _engine_gap(old, rollout_logprobs, at, kept)
             weight = importance_weight(gap, floor, cap, WEIGHT)
-            loss *= weight
-            slope *= weight
+            if not WHOLE:
+                loss *= weight
+                slope *= weight
             weights += mask * tl.where(kept, weight, 0.0)
         if COUPLED:
             coupling += mask * slope
@@ -292,7 +312,7 @@ def forward(tensors: tuple[torch.Tensor | None, ...], kinds: list[str], numbers:
     Args:
         tensors: contiguous policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs,
             rollout_logprobs, entropy. kinds: surrogate, weighting, KL, level and treatment of the importance weights.
-        numbers: the eleven of `forward_kernel`, in its order. scale: of the whole batch; None counts the tokens.
+        numbers: the fifteen of `forward_kernel`, in its order. scale: of the whole batch; None counts the tokens.
     """
     policy, advantages, cu_seqlens = tensors[0], tensors[2], tensors[3]
     assert policy is not None and advantages is not None and cu_seqlens is not None
@@ -328,7 +348,7 @@ def backward(upstream: torch.Tensor, totals: torch.Tensor, slopes: torch.Tensor,
 
 _TYPES = {"cu_seqlens": "*i64", "loss_mask": "*i8", "sequences": "i32", "columns": "i32", "tokens": "i32"}
 _NUMBERS = ("clip_low", "clip_high", "dual_clip", "log_low", "log_high", "temperature_pos", "temperature_neg",
-            "kl_coef", "floor", "cap", "entropy_coef", "scale")
+            "k_pos", "lambda_pos", "k_neg", "lambda_neg", "kl_coef", "floor", "cap", "entropy_coef", "scale")
 _INPUTS = ("policy_logprobs", "old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs", "entropy", "gradient",
            "entropy_gradient")
 
@@ -343,7 +363,8 @@ def sm90_case(name: str, kernel: Any, constexprs: dict[str, Any], *, dtype: str 
 
 
 def _forward_case(surrogate: str, level: str, dtype: str, **absent: None) -> Sm90Case:
-    flags = {"SURROGATE": surrogate, "PER_SEQUENCE": surrogate != "cispo", "KL": "k3", "LEVEL": level,
+    by_sequence = surrogate not in ("cispo", "cispo_sequence", "vespo")
+    flags = {"SURROGATE": surrogate, "PER_SEQUENCE": by_sequence, "KL": "k3", "LEVEL": level,
              "WEIGHT": "truncate", "TOKEN_ADVANTAGES": False, "BLOCK": BLOCK}
     name = f"forward_{surrogate}_{dtype}{'_plain' * bool(absent)}"
     return sm90_case(name, forward_kernel, flags | absent, dtype=dtype)
@@ -356,7 +377,8 @@ _REDUCE = {"ROWS": ROWS, "BLOCK": _REDUCE_BLOCK}
 SM90_CASES: list[Sm90Case] = [
     *(_forward_case(surrogate, level, "fp32") for surrogate, level in (
         ("clip", "token"), ("cispo", "token"), ("sapo", "sequence"), ("gspo", "token"), ("gspo_token", "sequence"),
-        ("gmpo", "sequence"))),
+        ("gmpo", "sequence"), ("vespo", "token"), ("cispo_sequence", "token"), ("sapo_sequence", "sequence"))),
+    _forward_case("vespo", "sequence", "bf16"),
     _forward_case("clip", "token", "bf16"),
     _forward_case("clip", "token", "fp32", **_PLAIN),
     _forward_case("gmpo", "token", "fp32", **_PLAIN),
