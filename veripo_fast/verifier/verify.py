@@ -86,7 +86,7 @@ def make_judge(config: VerifierConfig, cache_path: Path | None = None,
     if config.judge == "likelihood":
         if scorer is None:
             raise JudgeError("judge `likelihood` needs a model to score answers with")
-        return LikelihoodJudge(scorer(), config.likelihood_margin)
+        return LikelihoodJudge(scorer(), config.likelihood_margin, config.likelihood_floor)
     return RulesJudge()
 
 
