@@ -46,6 +46,25 @@ def test_no_single_conclusion(think):
     assert supported_answer(think, prompt()) is None
 
 
+@pytest.mark.parametrize("think", [
+    "so B. Wait, that is not right.", "so left. Actually, it turns around later.", "So it is up.\nHmm, wait. It is dark",
+    "so B, wait no", "the answer is B. Let me check the last second again.", "so B. Let me recount.",
+    "so B. On second thought it may be up.", "so right. But wait: the camera moves.", "so B. That's wrong.",
+    "so B. No, hold on, it goes back.", "so B. That cannot be.", "so A. Wait, so B. Actually, that was mistaken.",
+])
+def test_a_conclusion_taken_into_doubt_is_none(think):
+    assert supported_answer(think, prompt()) is None
+
+
+@pytest.mark.parametrize("think", [
+    "so B. They wait for the bus.", "so it is, actually, right.", "so it is B, actually.", "so right. Actually",
+    "Wait, let me check again. so B.", "so B. The others are wrong.", "so B. That is correct.",
+    "so left. Wait, no. Let me look again. so right.", "so right. People wait, and the light turns green.",
+])
+def test_a_conclusion_that_nothing_takes_back_stays(think):
+    assert supported_answer(think, prompt()) == "B"
+
+
 @pytest.mark.parametrize(("think", "options", "letter"), [
     ("so top left.", CELLS, "A"), ("so bottom right", CELLS, "C"), ("so right", CELLS, "D"),
     ("so the ball is moving right", ("It moves to the left", "It moves to the right"), "B"),
