@@ -1,11 +1,11 @@
 """Judges on completions of the demo's policy: which contradictions they find, and how often they say anything.
 
-    python bench/bench_judges.py [--policy DIR] [--llm DIR]
+    python bench/bench_judges.py [--policy DIR] [--llm DIR [--llm-items N]]
 
 Truth comes from how the items are made, not from a judge. A real item is a sampled completion whose reasoning ends in
 "so X." and whose answer is X to the letter; its twin has the same reasoning and another candidate's answer in the same
-form. The positive class is the contradiction. With --llm, that folder's language model judges the shipped calibration
-set besides (all of it, or --llm-items spread over its kinds).
+form. The positive class is the contradiction. The rules are measured on the shipped calibration set besides, and with
+--llm that folder's language model alone.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernel
 
 from bench import recipe
 from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.demo.corpus import write_corpus
 from veripo_fast.demo.run import demo_config
 from veripo_fast.model.policy import load_policy
 from veripo_fast.model.scorer import answer_scorer
+from veripo_fast.report.judge_eval import as_json, as_text, evaluate_judge
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.types import Completion, RolloutGroup
+from veripo_fast.verifier.calibration import SHIPPED
 from veripo_fast.verifier.judges import Judge, no_progress
 from veripo_fast.verifier.verify import make_judge
 
@@ -103,21 +106,40 @@ def demo_items(folder: Path, policy_path: str) -> tuple[Config, Any, PromptLoade
     return config, policy, loader, items(sampled(config, policy, loader, prompts))
 
 
+def calibrated(config: Config, name: str, limit: int | None) -> dict[str, Any]:
+    """What `veripo judge-eval` measures of a judge on the shipped set, and whether a run would refuse it."""
+    began = time.perf_counter()
+    calibration = evaluate_judge(config, limit=limit)
+    print(as_text(config, name, calibration), flush=True)
+    record = as_json(config, SHIPPED, calibration)
+    kinds = {kind: part.agreement.count for kind, part in calibration.by_kind().items()}
+    return {**record, "kinds": kinds, "seconds": time.perf_counter() - began}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", default="tiny", help="checkpoint whose completions are judged (default tiny)")
+    parser.add_argument("--llm", type=Path, help="folder of a language model; only it is measured, on the shipped set")
+    parser.add_argument("--llm-items", type=int, help="so many items, spread over the kinds (default all)")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.llm:
+        config = apply_overrides(Config(), {"verifier.judge": "llm", "verifier.llm_path": str(options.llm),
+                                            "model.dtype": "float32"})
+        recipe.append("judges", {"bench": "judges", "model": options.llm.name,
+                                 **calibrated(config, options.llm.name, options.llm_items)})
+        return
+    recipe.append("judges", {"bench": "judges", **calibrated(Config(), "rules", None)})
     with tempfile.TemporaryDirectory() as temporary:
         config, policy, loader, groups = demo_items(Path(temporary), options.policy)
         kinds = sorted({group.prompt.data_source for group in groups})
         for name in ("rules", "likelihood"):
-            judge = make_judge(replace(config.verifier, judge=name), None,  # type: ignore[arg-type]
+            judge = make_judge(apply_overrides(config, {"verifier.judge": name}).verifier, None,
                                lambda: answer_scorer(policy, loader.load_one))
             row = scores_of(judge, groups)
-            print(name, row)
+            print(name, row, flush=True)
             recipe.append("judges", {"bench": "judges", "set": "demo", "judge": name,
-                                     "policy": Path(options.policy).name, "kinds": kinds, **row})
+                                     "policy": Path(options.policy).name, "sources": kinds, **row})
         loader.close()
 
 

@@ -47,7 +47,7 @@ def test_no_single_conclusion(think):
 
 
 @pytest.mark.parametrize("think", [
-    "so B. Wait, that is not right.", "so left. Actually, it turns around later.", "So it is up.\nHmm, wait. It is dark",
+    "so B. Wait, that is not right.", "so left. Actually, it turns around later.", "So it is up.\nHmm, wait. Dark",
     "so B, wait no", "the answer is B. Let me check the last second again.", "so B. Let me recount.",
     "so B. On second thought it may be up.", "so right. But wait: the camera moves.", "so B. That's wrong.",
     "so B. No, hold on, it goes back.", "so B. That cannot be.", "so A. Wait, so B. Actually, that was mistaken.",
@@ -79,7 +79,8 @@ def test_conclusion_stated_as_option_text(think, options, letter):
 
 @pytest.mark.parametrize(("think", "number"), [
     ("0s red. 1s blue. so 3.", "3"), ("so 2 + 1 = 3", "3"), ("so there are three circles", "3"), ("so one", "1"),
-    ("so there are 3 at 2s", "3"), ("the answer is 3 because 2 + 1", "3"), ("thus about 2.5 m", "2.5"),
+    ("so there are 3 at 2s", "3"), ("the answer is 3 because 2 + 1", "3"), ("thus about 2.5 m", "2.5 m"),
+    ("so 3 in all", "3"),
     ("so the answer is 1,000.", "1000"), ("so 50%", "50%"), ("hence -5", "-5"), ("so 40. so the end.", "40"),
     ("so the red one is left", None), ("so two or three", None), ("so 3 of the 5", None), ("3 balls", None),
 ])
@@ -123,7 +124,8 @@ def test_rules_judge_compares_with_the_given_answer():
 
 @pytest.mark.parametrize(("problem_type", "answer", "consistent"), [
     ("number", "3.0", True), ("number", "three", True), ("number", "3.1", False), ("estimate", "3.1", True),
-    ("estimate", "3.5", False), ("math", "3", True), ("math", r"\frac{6}{2}", True), ("math", "4", False),
+    ("estimate", "3.5", False), ("number", "3 m", True), ("math", "3", True), ("math", r"\frac{6}{2}", True),
+    ("math", "4", False),
     ("text", "3", True),
 ])
 def test_rules_judge_on_values(problem_type, answer, consistent):
@@ -131,6 +133,15 @@ def test_rules_judge_on_values(problem_type, answer, consistent):
     if problem_type in ("math", "text"):  # the candidates of open questions are the answers of the group
         group_.completions.append(completion(written("", "3"), group_.prompt))
     assert judged(RulesJudge(), group_)[0][0].consistent is consistent
+
+
+@pytest.mark.parametrize(("think", "answer", "consistent"), [
+    ("so it is 200 cm.", "2 m", True), ("so it is 200 cm.", "2 cm", False), ("so 4 minutes", "240 seconds", True),
+    ("so 4 minutes", "4", True), ("so 4", "4 minutes", True), ("so 4 m", "4 kg", False),
+    ("so 2 m or 3 m", "2 m", None),
+])
+def test_rules_judge_compares_measures(think, answer, consistent):
+    assert judged(RulesJudge(), group(written(think, answer), to=prompt("number", "9")))[0][0].consistent is consistent
 
 
 def test_rules_judge_never_sees_the_gold():

@@ -17,6 +17,7 @@ from itertools import zip_longest
 from veripo_fast.reward.answers import normalise_text, plain
 from veripo_fast.reward.choice_answers import letters
 from veripo_fast.reward.number_answers import Number, find_numbers, read_number
+from veripo_fast.reward.units import measure
 from veripo_fast.types import Prompt
 
 _WEAK = (r"(?<!\bif )(?<!\bor )(?<!\bnot )\bso\b(?!\s+(?:far|that|many|much|long|as|on)\b)"
@@ -117,7 +118,8 @@ class _Reader:
         if self.prompt.problem_type == "choice":
             return _distinct(_choices(span, self.prompt.options), strong)
         if self.numeric:
-            return _numbers(span, strong)
+            stated = _numbers(span, strong)
+            return stated if self.prompt.problem_type in _MEASURED else [text.split()[0] for text in stated]
         mentions = _phrases(span, self.phrases)
         if not mentions and strong and span.strip(" :.,"):
             return [span.strip(" :.,")]
@@ -145,7 +147,7 @@ def _choices(span: str, options: tuple[str, ...]) -> list[_Mention]:
     values = _option_values(options)
     if len(values) == len(options) > 0:
         return _outermost(span, lettered) or [_Mention(values[value], 0, 0) for text in _numbers(span, strong=False)
-                                              if (value := float(text.rstrip("%"))) in values]
+                                              if (value := float(text.split()[0].rstrip("%"))) in values]
     phrases = _phrases(span, _phrase_patterns(options, tuple(allowed)))
     return _outermost(span, lettered + phrases) or _distinctive(span, options)
 
@@ -216,6 +218,8 @@ def _own_words(options: tuple[str, ...]) -> list[set[str]]:
 
 # Numbers
 
+_MEASURED = ("number", "rounded", "quantity", "estimate")
+"""Types whose answers are compared as measures."""
 _TIME = frozenset(("s", "sec", "secs", "second", "seconds", "st", "nd", "rd", "th"))
 _NOT_A_RESULT = frozenset(("at", "from", "frame", "frames", "second", "seconds", "of", "between", "option", "after",
                            "by"))
@@ -231,8 +235,14 @@ def _numbers(span: str, strong: bool) -> list[str]:
                    lambda number: number.before in _RESULT):
         if len({number.value for number in found}) > 1:
             found = [number for number in found if wanted(number)] or found
-    texts = list(dict.fromkeys(f"{number.value:.12g}{'%' if number.percent else ''}" for number in found))
-    return texts[:1] if strong else texts
+    texts = {f"{number.value:.12g}{'%' if number.percent else ''}": _unit(number) for number in reversed(found)}
+    stated = [f"{text}{texts[text]}" for text in dict.fromkeys(reversed(texts))]
+    return stated[:1] if strong else stated
+
+
+def _unit(number: Number) -> str:
+    """The unit of a measure, so that 200 cm are 2 m; `in` of "3 in all" and `a` are none."""
+    return f" {number.unit}" if measure(number.unit) and number.unit not in ("in", "a") else ""
 
 
 def _is_pronoun(number: Number, span: str) -> bool:
