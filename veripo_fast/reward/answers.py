@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 
 LONGEST_ANSWER = 2000
 """Characters; a longer answer names no choice and no number."""
@@ -60,8 +61,10 @@ def normalise_text(text: str) -> str:
 
 def compatible(text: str) -> str:
     """NFKC of a text; a text that it makes more than twice as long stays, because U+FDFA alone becomes 18 letters."""
-    form = unicodedata.normalize("NFKC", text)
-    return text if len(form) > 2 * len(text) + 64 else form
+    if text.isascii():
+        return text
+    length = sum(count * len(unicodedata.normalize("NFKC", character)) for character, count in Counter(text).items())
+    return text if length > 2 * len(text) + 64 else unicodedata.normalize("NFKC", text)
 
 
 def _is_word(character: str) -> bool:
