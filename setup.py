@@ -117,7 +117,8 @@ setup(
     packages=find_packages(include=["veripo_fast", "veripo_fast.*"])
     + find_packages("kernels", include=["veripo_kernels", "veripo_kernels.*"]),
     package_dir={"veripo_kernels": "kernels/veripo_kernels"},
-    package_data={"veripo_fast": ["py.typed", "demo/tiny_policy/*", "report/assets/*"], "veripo_kernels": ["py.typed"]},
+    package_data={"veripo_fast": ["py.typed", "demo/tiny_policy/*", "report/assets/*", "verifier/planted.jsonl"],
+                  "veripo_kernels": ["py.typed"]},
     include_package_data=False,
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel},

@@ -16,7 +16,7 @@ from veripo_fast import __version__
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
 PACKAGES = {"veripo_fast": REPOSITORY / "veripo_fast", "veripo_kernels": REPOSITORY / "kernels" / "veripo_kernels"}
-DATA_FOLDERS = ("demo/tiny_policy", "report/assets")
+DATA_FOLDERS, DATA_FILES = ("demo/tiny_policy", "report/assets"), ("verifier/planted.jsonl",)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,7 @@ def test_wheel_holds_the_two_packages_alone(wheel):
 def test_wheel_holds_every_module_and_data_file(wheel):
     expected = {f"{package}/{path.relative_to(folder).as_posix()}"
                 for package, folder in PACKAGES.items() for path in (*folder.rglob("*.py"), folder / "py.typed")}
+    expected |= {f"veripo_fast/{name}" for name in DATA_FILES}
     for name in DATA_FOLDERS:
         expected |= {f"veripo_fast/{name}/{path.name}" for path in (PACKAGES["veripo_fast"] / name).iterdir()}
     assert {name for name in wheel if ".dist-info/" not in name} == expected

@@ -83,6 +83,13 @@ def _verify(options: argparse.Namespace, overrides: list[str]) -> None:
     verify_files(options.rollouts, options.out, config)
 
 
+def _judge_eval(options: argparse.Namespace, overrides: list[str]) -> None:
+    config = _configuration(options, overrides)
+    from veripo_fast.report.judge_eval import judge_eval_command
+
+    print(judge_eval_command(config, options.set, options.limit, options.out))
+
+
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.report.page import write_report
 
@@ -177,6 +184,12 @@ COMMANDS: dict[str, Command] = {
     "verify": Command(_verify, "check stored rollouts and build preference pairs from them", (
         ("rollouts", {"type": Path, "nargs": "+", "metavar": "ROLLOUTS", "help": "Parquet files, or folders of them"}),
         ("--out", {"type": Path, "metavar": "DIR", "help": "folder of the result (default verifier, beside them)"}),
+        _CONFIG,
+    ), takes_overrides=True),
+    "judge-eval": Command(_judge_eval, "measure the verifier's judge on labelled reasonings, and refuse a weak one", (
+        ("--set", {"default": "planted", "metavar": "FILE", "help": "JSONL file (default planted, the shipped set)"}),
+        ("--limit", {"type": int, "metavar": "N", "help": "only so many items, spread over the kinds"}),
+        ("--out", {"type": Path, "metavar": "DIR", "help": "also write judge_eval.json and judge_eval.html there"}),
         _CONFIG,
     ), takes_overrides=True),
     "report": Command(_report, "write one self-contained HTML file about a run", (

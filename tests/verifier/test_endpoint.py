@@ -1,6 +1,7 @@
 """The endpoint judge against a real HTTP server on this machine."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -275,6 +276,16 @@ def test_read_reply():
     assert read_reply('<think>{"supported_answer": "A"} no {</think> {"supported_answer": "B"}', prompt()) == "B"
     with pytest.raises(NoReply):
         read_reply('{"supported_answer": "many"}', prompt("number", "1"))
+
+
+@pytest.mark.parametrize("to", [prompt(), prompt("number", "1"), prompt("text", "x")], ids=lambda to: to.problem_type)
+def test_no_answer_can_be_copied_out_of_the_task(to):
+    """Small models repeat the example of a prompt; what stands there is refused as an answer."""
+    task = judge_text(to, "why").rpartition(" -----")[2]
+    [example] = re.findall(r"\{.*?\}", task)
+    with pytest.raises(NoReply, match="names no possible answer"):
+        read_reply(example, to)
+    assert not re.search(r"\b(?:[B-HJ-Z]|\d+)\b", task.replace("JSON", ""))
 
 
 # The cache

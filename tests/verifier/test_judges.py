@@ -1,15 +1,18 @@
 """The rules judge, the likelihood judge, and what every judge shares."""
 
+import math
 import time
 
 import pytest
 
 from tests.support.verifier_groups import completion, group, prompt, written
+from veripo_fast.config.objectives import VerifierConfig
 from veripo_fast.types import RolloutGroup
 from veripo_fast.verifier.conclusions import reflectiveness, supported_answer
 from veripo_fast.verifier.judge_likelihood import LikelihoodJudge
 from veripo_fast.verifier.judge_rules import RulesJudge
 from veripo_fast.verifier.judges import Judgement, distinct_groups, judge_distinct, no_progress
+from veripo_fast.verifier.verify import make_judge
 
 CELLS = ("top left", "left", "bottom right", "right")
 
@@ -43,6 +46,25 @@ def test_no_single_conclusion(think):
     assert supported_answer(think, prompt()) is None
 
 
+@pytest.mark.parametrize("think", [
+    "so B. Wait, that is not right.", "so left. Actually, it turns around later.", "So it is up.\nHmm, wait. Dark",
+    "so B, wait no", "the answer is B. Let me check the last second again.", "so B. Let me recount.",
+    "so B. On second thought it may be up.", "so right. But wait: the camera moves.", "so B. That's wrong.",
+    "so B. No, hold on, it goes back.", "so B. That cannot be.", "so A. Wait, so B. Actually, that was mistaken.",
+])
+def test_a_conclusion_taken_into_doubt_is_none(think):
+    assert supported_answer(think, prompt()) is None
+
+
+@pytest.mark.parametrize("think", [
+    "so B. They wait for the bus.", "so it is, actually, right.", "so it is B, actually.", "so right. Actually",
+    "Wait, let me check again. so B.", "so B. The others are wrong.", "so B. That is correct.",
+    "so left. Wait, no. Let me look again. so right.", "so right. People wait, and the light turns green.",
+])
+def test_a_conclusion_that_nothing_takes_back_stays(think):
+    assert supported_answer(think, prompt()) == "B"
+
+
 @pytest.mark.parametrize(("think", "options", "letter"), [
     ("so top left.", CELLS, "A"), ("so bottom right", CELLS, "C"), ("so right", CELLS, "D"),
     ("so the ball is moving right", ("It moves to the left", "It moves to the right"), "B"),
@@ -57,7 +79,8 @@ def test_conclusion_stated_as_option_text(think, options, letter):
 
 @pytest.mark.parametrize(("think", "number"), [
     ("0s red. 1s blue. so 3.", "3"), ("so 2 + 1 = 3", "3"), ("so there are three circles", "3"), ("so one", "1"),
-    ("so there are 3 at 2s", "3"), ("the answer is 3 because 2 + 1", "3"), ("thus about 2.5 m", "2.5"),
+    ("so there are 3 at 2s", "3"), ("the answer is 3 because 2 + 1", "3"), ("thus about 2.5 m", "2.5 m"),
+    ("so 3 in all", "3"),
     ("so the answer is 1,000.", "1000"), ("so 50%", "50%"), ("hence -5", "-5"), ("so 40. so the end.", "40"),
     ("so the red one is left", None), ("so two or three", None), ("so 3 of the 5", None), ("3 balls", None),
 ])
@@ -101,7 +124,8 @@ def test_rules_judge_compares_with_the_given_answer():
 
 @pytest.mark.parametrize(("problem_type", "answer", "consistent"), [
     ("number", "3.0", True), ("number", "three", True), ("number", "3.1", False), ("estimate", "3.1", True),
-    ("estimate", "3.5", False), ("math", "3", True), ("math", r"\frac{6}{2}", True), ("math", "4", False),
+    ("estimate", "3.5", False), ("number", "3 m", True), ("math", "3", True), ("math", r"\frac{6}{2}", True),
+    ("math", "4", False),
     ("text", "3", True),
 ])
 def test_rules_judge_on_values(problem_type, answer, consistent):
@@ -109,6 +133,15 @@ def test_rules_judge_on_values(problem_type, answer, consistent):
     if problem_type in ("math", "text"):  # the candidates of open questions are the answers of the group
         group_.completions.append(completion(written("", "3"), group_.prompt))
     assert judged(RulesJudge(), group_)[0][0].consistent is consistent
+
+
+@pytest.mark.parametrize(("think", "answer", "consistent"), [
+    ("so it is 200 cm.", "2 m", True), ("so it is 200 cm.", "2 cm", False), ("so 4 minutes", "240 seconds", True),
+    ("so 4 minutes", "4", True), ("so 4", "4 minutes", True), ("so 4 m", "4 kg", False),
+    ("so 2 m or 3 m", "2 m", None),
+])
+def test_rules_judge_compares_measures(think, answer, consistent):
+    assert judged(RulesJudge(), group(written(think, answer), to=prompt("number", "9")))[0][0].consistent is consistent
 
 
 def test_rules_judge_never_sees_the_gold():
@@ -120,7 +153,7 @@ def test_rules_judge_never_sees_the_gold():
 # Likelihood
 
 class Scorer:
-    """Mean log-probabilities from a table of the continuation and the last word of the think span."""
+    """Log-probabilities from a table of the answer and the last word of the think span."""
 
     def __init__(self, table):
         self.table, self.calls = table, []
@@ -128,7 +161,8 @@ class Scorer:
     def __call__(self, to, prefixes, continuations):
         assert len(prefixes) == len(continuations)
         self.calls.append(list(zip(prefixes, continuations, strict=True)))
-        return [self.table[prefix.split("</think>")[0].split()[-1], continuation]
+        assert all(continuation.endswith("</answer>") for continuation in continuations)
+        return [self.table[prefix.split("</think>")[0].split()[-1], continuation.removesuffix("</answer>")]
                 for prefix, continuation in self.calls[-1]]
 
 
@@ -139,7 +173,7 @@ def letters_after(word, *logprobs):
 def test_likelihood_judge_on_choices():
     scorer = Scorer(letters_after("right", -3, -0.5, -4, -4) | letters_after("left", -0.2, -2.2, -9, -9))
     rows = judged(LikelihoodJudge(scorer), group(
-        written("so right", "B"), written("so right", "chair"), written("so left", "(B)"), "no tags"))
+        written("so right", "B"), written("so right", "chair"), written("so left", "b"), "no tags"))
     assert rows[0] == [Judgement(True, "B", 2.5), Judgement(None, "B", None), Judgement(False, "A", -2.0),
                        Judgement(None, None, None)]
     assert len(scorer.calls) == 1 and len(scorer.calls[0]) == 3 * 4
@@ -154,6 +188,46 @@ def test_likelihood_margin(margin, consistent):
         False if consistent else None)
 
 
+TEXTS = dict(zip("ABCD", ("left", "right", "up", "down"), strict=True))
+
+
+@pytest.mark.parametrize(("form", "answer"), [
+    ("{letter}", "B"), ("{text}", "right"), ("{letter}. {text}", "B. right"), ("({letter})", "(b)"),
+    ("{text}.", "Right."), ("$\\text{{{letter}}}$", r"$\text{B}$"), ("The answer is {letter}.", "The answer is B."),
+])
+def test_candidates_are_scored_in_the_form_of_the_answer(form, answer):
+    scorer = Scorer({("right", form.format(letter=letter, text=text)): -0.1 if letter == "B" else -5.0
+                     for letter, text in TEXTS.items()})
+    [row] = judged(LikelihoodJudge(scorer, floor=0.5), group(written("so right", answer)))
+    assert row == [Judgement(True, "B", pytest.approx(4.9))] and len(scorer.calls[0]) == 4
+
+
+def test_probabilities_of_the_forms_of_a_group_are_added():
+    """By letter A is likelier than B, by text B; a judge that read the letters alone would take A."""
+    table = dict(zip([*TEXTS, *TEXTS.values()], (0.2, 0.1, 0.0, 0.0, 0.05, 0.6, 0.05, 0.0), strict=True))
+    scorer = Scorer({("right", answer): math.log(value) if value else -math.inf for answer, value in table.items()})
+    [row] = judged(LikelihoodJudge(scorer, floor=0.9), group(written("so right", "B"), written("so right", "left")))
+    assert [(j.consistent, j.supported_answer) for j in row] == [(True, "B"), (False, "B")]
+    assert row[0].score == pytest.approx(math.log(0.7 / 0.25))
+
+
+@pytest.mark.parametrize(("floor", "consistent"), [(0.0, True), (0.029, True), (0.031, None), (1.0, None)])
+def test_likelihood_floor_is_of_all_candidates_together(floor, consistent):
+    """The model would say something else: which of four unlikely letters is the least unlikely means nothing."""
+    scorer = Scorer(letters_after("right", *map(math.log, (0.005, 0.015, 0.005, 0.005))))
+    [judgement] = judged(LikelihoodJudge(scorer, floor=floor), group(written("so right", "B")))[0]
+    assert judgement.consistent is consistent and judgement.why == ("" if consistent else "small probability")
+
+
+def test_the_floor_comes_from_the_configuration():
+    judge = make_judge(VerifierConfig(judge="likelihood", likelihood_floor=0.5),
+                       scorer=lambda: Scorer(letters_after("right", -3, -0.5, -4, -4)))
+    assert judged(judge, group(written("so right", "B")))[0][0].consistent is True
+    judge = make_judge(VerifierConfig(judge="likelihood", likelihood_floor=0.5),
+                       scorer=lambda: Scorer(letters_after("right", -3, -1.5, -4, -4)))
+    assert judged(judge, group(written("so right", "B")))[0][0].why == "small probability"
+
+
 def test_likelihood_tie_or_nan_is_no_verdict():
     scorer = Scorer(letters_after("right", -1, -1, -4, -4) | letters_after("left", -1, float("nan"), -4, -4))
     rows = judged(LikelihoodJudge(scorer), group(written("so right", "B"), written("so left", "A")))
@@ -161,8 +235,7 @@ def test_likelihood_tie_or_nan_is_no_verdict():
 
 
 def test_likelihood_judge_on_values_compares_the_answers_of_the_group():
-    scorer = Scorer({("1", "1</answer>"): -0.1, ("1", "10</answer>"): -2, ("10", "1</answer>"): -0.3,
-                     ("10", "10</answer>"): -0.4})
+    scorer = Scorer({("1", "1"): -0.1, ("1", "10"): -2, ("10", "1"): -0.3, ("10", "10"): -0.4})
     rows = judged(LikelihoodJudge(scorer), group(
         written("so 1", "1"), written("so 10", "10"), written("so 1", "1.0"), to=prompt("number", "1")))
     assert [j.consistent for j in rows[0]] == [True, False, True]

@@ -25,7 +25,7 @@ RIGHT, WRONG, LUCKY = (written(f"0s left. so {side}.", letter)
 
 
 def scores_b(to, prefixes, continuations):
-    return [-1.0 if continuation == "B" else -2.0 for continuation in continuations]
+    return [-1.0 if continuation == "B</answer>" else -2.0 for continuation in continuations]
 
 
 def groups():

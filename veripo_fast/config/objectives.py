@@ -217,9 +217,21 @@ class VerifierConfig:
     """The same as endpoint_max_failures, of the judge llm."""
     likelihood_margin: float = 0.0
     """likelihood: the answer given must beat every other candidate by this many nats to be consistent."""
+    likelihood_floor: float = 0.1
+    """likelihood: no verdict where all candidates together have a smaller probability, 0 to 1."""
+    calibration: str = ""
+    """Labelled set on which the judge is tried before it judges a stage: `planted` (shipped) or a JSONL file. A judge
+    under one of the floors, or one that always says the same, stops the run. Empty: no trial."""
+    min_precision: float = 0.9
+    """Floor: of what the judge calls inconsistent, the share that is."""
+    min_recall: float = 0.5
+    """Floor: of what is inconsistent, the share that the judge calls so."""
+    min_coverage: float = 0.5
+    """Floor: of the reasonings that support an answer, the share with a verdict."""
 
     def __post_init__(self) -> None:
-        unit_interval(self, "max_repetition", "endpoint_max_failures", "llm_max_failures", "min_length_ratio")
+        unit_interval(self, "max_repetition", "endpoint_max_failures", "llm_max_failures", "min_length_ratio",
+                      "likelihood_floor", "min_precision", "min_recall", "min_coverage")
         positive(self, "repetition_ngram", "max_pairs_per_prompt", "endpoint_concurrency", "endpoint_timeout_seconds")
         require(self.max_length_ratio >= 1, f"max_length_ratio must be at least 1, got {self.max_length_ratio}")
         require(self.length_match >= 1, f"length_match must be at least 1, got {self.length_match}")

@@ -1,4 +1,4 @@
-"""Mean log-probabilities of given answers: what the likelihood judge asks a policy for."""
+"""Log-probabilities of given answers: what the likelihood judge asks a policy for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def answer_scorer(policy: Policy, load: Callable[[Prompt], LoadedPrompt]
                   ) -> Callable[[Prompt, list[str], list[str]], list[float]]:
-    """Mean log-probability of continuations of a prompt, for the likelihood judge; `load` brings the prompt's media.
+    """Log-probability of continuations of a prompt, for the likelihood judge; `load` brings the prompt's media.
 
     The returned function takes a prompt, prefixes (what the policy wrote so far) and as many continuations, and gives
-    for each pair the mean over the continuation's tokens of log p(token | prompt, prefix, tokens before), in nats.
+    for each pair the sum over the continuation's tokens of log p(token | prompt, prefix, tokens before), in nats.
     """
 
     @torch.no_grad()
@@ -31,6 +31,6 @@ def answer_scorer(policy: Policy, load: Callable[[Prompt], LoadedPrompt]
                  for prefix, continuation in zip(prefixes, continuations, strict=True)]
         batch = pack([(loaded.encoded, [before + after for before, after in pairs])])
         logprobs = policy.completion_logprobs(batch, [loaded.features]).split(batch.cu_seqlens.diff().tolist())
-        return [float(row[len(before):].mean()) for row, (before, _) in zip(logprobs, pairs, strict=True)]
+        return [float(row[len(before):].sum()) for row, (before, _) in zip(logprobs, pairs, strict=True)]
 
     return score

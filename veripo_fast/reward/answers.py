@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 
 LONGEST_ANSWER = 2000
 """Characters; a longer answer names no choice and no number."""
@@ -40,18 +41,30 @@ _ARTICLE = re.compile(r"(?<![^\W_])(?:(?:\A\W*a|\A\W*A|(?<!\w)a)(?=\s+[^\W\d_]{2
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _KEPT_POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<![^\W_])\.(?=\d)|(?<![^\W_])-(?=[.\d])")
 
+_MARK_OF = {".": "\ue000", "-": "\ue001"}
+"""What holds the place of a point and a minus that stay: characters of private use, which are no part of a word."""
+_NO_MARKS = {ord(mark): " " for mark in _MARK_OF.values()}
+_POINT_OF = {ord(mark): point for point, mark in _MARK_OF.items()}
+
 
 def normalise_text(text: str) -> str:
     """Text for comparison: no LaTeX wrappers, case, punctuation or articles; single spaces.
 
     A point inside a number, the minus before one and the percent sign stay: "-2.5" is not "25".
     """
-    text = unicodedata.normalize("NFKC", plain(clean(text))).replace("\u2212", "-")
-    text = _ARTICLE.sub(" ", text).casefold()
+    text = _ARTICLE.sub(" ", compatible(plain(clean(text))).replace("\u2212", "-")).casefold()
     text = _THOUSANDS.sub("", re.sub(r"['’]", "", text))
-    kept = {match.start() for match in _KEPT_POINT.finditer(text)}
-    return " ".join("".join(character if index in kept or _is_word(character) else " "
-                            for index, character in enumerate(text)).split())
+    text = _KEPT_POINT.sub(lambda match: _MARK_OF[match.group()], text.translate(_NO_MARKS))
+    dropped = {ord(character): " " for character in set(text) if not _is_word(character)}
+    return " ".join(text.translate(dropped | _POINT_OF).split())
+
+
+def compatible(text: str) -> str:
+    """NFKC of a text; a text that it makes more than twice as long stays, because U+FDFA alone becomes 18 letters."""
+    if text.isascii():
+        return text
+    length = sum(count * len(unicodedata.normalize("NFKC", character)) for character, count in Counter(text).items())
+    return text if length > 2 * len(text) + 64 else unicodedata.normalize("NFKC", text)
 
 
 def _is_word(character: str) -> bool:

@@ -2,7 +2,8 @@
 
 A conclusion is what follows a marker ("so", "therefore", "the answer is") up to the end of its sentence, when it names
 exactly one answer: an option's letter, an option's text, a number, or one of the answers that the group gave. Precision
-before recall: without a marker, or with several answers after it, there is no conclusion.
+before recall: without a marker, or with several answers after it, there is no conclusion, and neither where the text
+takes its last one into doubt ("Wait, ...") and draws no other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from itertools import zip_longest
 from veripo_fast.reward.answers import normalise_text, plain
 from veripo_fast.reward.choice_answers import letters
 from veripo_fast.reward.number_answers import Number, find_numbers, read_number
+from veripo_fast.reward.units import measure
 from veripo_fast.types import Prompt
 
 _WEAK = (r"(?<!\bif )(?<!\bor )(?<!\bnot )\bso\b(?!\s+(?:far|that|many|much|long|as|on)\b)"
@@ -48,6 +50,8 @@ class Conclusion:
     """Letter, number or text; None when the sentence names several answers."""
     start: int
     """Where the marker stands, in the text without LaTeX wrappers."""
+    end: int = 0
+    """Where its sentence ends, or the part of it before a doubt ("so B, wait, no")."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,12 @@ class _Mention:
 
 def conclusions(think: str, prompt: Prompt, given: Sequence[str] = ()) -> list[Conclusion]:
     """Every conclusion of a reasoning text in order; `given` are the answers that open questions may end in."""
-    think = plain(think)
-    found = [Conclusion(match.group(1), match.start()) for match in _LETTER_IS_RIGHT.finditer(think)
+    return _conclusions(plain(think), prompt, given)
+
+
+def _conclusions(think: str, prompt: Prompt, given: Sequence[str]) -> list[Conclusion]:
+    """`think` without LaTeX wrappers, in which `start` and `end` count."""
+    found = [Conclusion(match.group(1), match.start(), match.end()) for match in _LETTER_IS_RIGHT.finditer(think)
              if prompt.problem_type == "choice" and match.group(1) in letters(prompt.options)]
     read = _Reader(prompt, tuple(given))
     markers = list(_MARKER.finditer(think))
@@ -69,17 +77,23 @@ def conclusions(think: str, prompt: Prompt, given: Sequence[str] = ()) -> list[C
         end = min(following.start() if following else len(think), marker.end() + _LONGEST_SENTENCE)
         begin = _BEGIN.search(think, marker.end(), end)
         sentence_end = _SENTENCE_END.search(think, begin.start() if begin else end, end)
-        span = think[marker.end():sentence_end.start() if sentence_end else end]
-        answers = read.answers(span, bool(marker["strong"]))
+        end = sentence_end.start() if sentence_end else end
+        strong = bool(marker["strong"])
+        answers = read.answers(think[marker.end():end], strong)
         if answers:
-            found.append(Conclusion(answers[0] if len(answers) == 1 else None, marker.start()))
+            doubt = _DOUBT.search(think, marker.end(), end)
+            if doubt and read.answers(think[marker.end():doubt.start()], strong):
+                end = doubt.start()
+            found.append(Conclusion(answers[0] if len(answers) == 1 else None, marker.start(), end))
     return sorted(found, key=lambda conclusion: conclusion.start)
 
 
 def supported_answer(think: str, prompt: Prompt, given: Sequence[str] = ()) -> str | None:
-    """The answer of the last conclusion, or None when the text draws none or its last one is ambiguous."""
-    found = conclusions(think, prompt, given)
-    return found[-1].answer if found else None
+    """The answer of the last conclusion; None when the text draws none, when the last is ambiguous, and when a
+    reflection follows that ends in no conclusion of its own."""
+    think = plain(think)
+    found = _conclusions(think, prompt, given)
+    return None if not found or _DOUBT.search(think, found[-1].end) else found[-1].answer
 
 
 class _Reader:
@@ -104,7 +118,8 @@ class _Reader:
         if self.prompt.problem_type == "choice":
             return _distinct(_choices(span, self.prompt.options), strong)
         if self.numeric:
-            return _numbers(span, strong)
+            stated = _numbers(span, strong)
+            return stated if self.prompt.problem_type in _MEASURED else [text.split()[0] for text in stated]
         mentions = _phrases(span, self.phrases)
         if not mentions and strong and span.strip(" :.,"):
             return [span.strip(" :.,")]
@@ -132,7 +147,7 @@ def _choices(span: str, options: tuple[str, ...]) -> list[_Mention]:
     values = _option_values(options)
     if len(values) == len(options) > 0:
         return _outermost(span, lettered) or [_Mention(values[value], 0, 0) for text in _numbers(span, strong=False)
-                                              if (value := float(text.rstrip("%"))) in values]
+                                              if (value := float(text.split()[0].rstrip("%"))) in values]
     phrases = _phrases(span, _phrase_patterns(options, tuple(allowed)))
     return _outermost(span, lettered + phrases) or _distinctive(span, options)
 
@@ -203,6 +218,8 @@ def _own_words(options: tuple[str, ...]) -> list[set[str]]:
 
 # Numbers
 
+_MEASURED = ("number", "rounded", "quantity", "estimate")
+"""Types whose answers are compared as measures."""
 _TIME = frozenset(("s", "sec", "secs", "second", "seconds", "st", "nd", "rd", "th"))
 _NOT_A_RESULT = frozenset(("at", "from", "frame", "frames", "second", "seconds", "of", "between", "option", "after",
                            "by"))
@@ -218,8 +235,14 @@ def _numbers(span: str, strong: bool) -> list[str]:
                    lambda number: number.before in _RESULT):
         if len({number.value for number in found}) > 1:
             found = [number for number in found if wanted(number)] or found
-    texts = list(dict.fromkeys(f"{number.value:.12g}{'%' if number.percent else ''}" for number in found))
-    return texts[:1] if strong else texts
+    texts = {f"{number.value:.12g}{'%' if number.percent else ''}": _unit(number) for number in reversed(found)}
+    stated = [f"{text}{texts[text]}" for text in dict.fromkeys(reversed(texts))]
+    return stated[:1] if strong else stated
+
+
+def _unit(number: Number) -> str:
+    """The unit of a measure, so that 200 cm are 2 m; `in` of "3 in all" and `a` are none."""
+    return f" {number.unit}" if measure(number.unit) and number.unit not in ("in", "a") else ""
 
 
 def _is_pronoun(number: Number, span: str) -> bool:
@@ -229,6 +252,17 @@ def _is_pronoun(number: Number, span: str) -> bool:
 
 # Reflection
 
+_DOUBT = re.compile(
+    r"(?<=[.!?;,:\n(\u2013\u2014-])\s{0,3}(?:(?:but|and|oh|hmm?|no)\b[\s,]{0,3})?"
+    r"(?:(?:wait|hold on)\b(?!\s+(?:for|until|till|at|in|on|to)\b)|actually\b(?=\s*,|\s+\w))"
+    r"|\b(?:on second thoughts?|scratch that|my mistake|i was wrong|i made a mistake"
+    r"|(?:let me|let['\u2019]?s|i (?:should|must|need to))\s+(?:\w+\s+){0,2}(?:double[- ]?check"
+    r"|re-?(?:check|count|examin|consider|evaluat|think)\w*|(?:look|check|think|count)\s+(?:\w+\s+){0,3}again)"
+    r"|(?:that|this)(?:['\u2019]s|\s+(?:is|was|seems|looks|must be))\s+(?:wrong|incorrect|mistaken"
+    r"|not\s+(?:right|correct))"
+    r"|(?:that|this)\s+can(?:not|['\u2019]t)\s+be\b)\b", re.IGNORECASE)
+"""A step back from what was just concluded. Narrower than `_REFLECTION`: behind a conclusion, "they wait for the bus"
+and "there are actually 3" step back from nothing."""
 _REFLECTION = re.compile(
     r"\b(?:wait|actually|hold on|on second thought|correction|my mistake|i was wrong|double[- ]?check"
     r"|re-?(?:check|examin|consider|evaluat)\w*|(?:look|check|think|count) again)\b", re.IGNORECASE)

@@ -97,7 +97,7 @@ def verify_files(paths: Sequence[Path], out: Path | None, config: Config,
         config = replace(config, model=replace(config.model, path=model_path or config.model.path))
         encoder = world.agreed(lambda: PromptEncoder(resolve_path(config.model.path)))
         groups = world.on_main(lambda: [group for file in files for group in read_groups(file)])
-        judge = make_judge(config.verifier, judge_cache(out, world), lambda: _scorer(config, stack),
+        judge = make_judge(config.verifier, judge_cache(out, world), lambda: policy_scorer(config, stack),
                            LocalTexts(config, world.size > 1))
         with math_budget(config.reward.math_seconds_per_batch):
             result = verify(groups, config.verifier, judge, lambda text: len(encoder.encode_completion(text)),
@@ -119,7 +119,7 @@ def _rollout_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _scorer(config: Config, stack: ExitStack) -> AnswerLogprobs:
+def policy_scorer(config: Config, stack: ExitStack) -> AnswerLogprobs:
     """Scores under the policy of the configuration; `stack` stops its decoding threads."""
     from veripo_fast.cache.loader import PromptLoader
     from veripo_fast.model.policy import load_policy

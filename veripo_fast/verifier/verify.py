@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from veripo_fast.distributed.world import World
 from veripo_fast.errors import JudgeError
 from veripo_fast.types import PreferencePair, RolloutGroup, Verdict
 from veripo_fast.verifier.account import Account
+from veripo_fast.verifier.calibration import Calibration, Item, check_judge, groups_of, read_set
 from veripo_fast.verifier.checks import check_group
 from veripo_fast.verifier.judge_likelihood import AnswerLogprobs, LikelihoodJudge
 from veripo_fast.verifier.judge_rules import RulesJudge
@@ -86,8 +87,15 @@ def make_judge(config: VerifierConfig, cache_path: Path | None = None,
     if config.judge == "likelihood":
         if scorer is None:
             raise JudgeError("judge `likelihood` needs a model to score answers with")
-        return LikelihoodJudge(scorer(), config.likelihood_margin)
+        return LikelihoodJudge(scorer(), config.likelihood_margin, config.likelihood_floor)
     return RulesJudge()
+
+
+def calibrate(items: Sequence[Item], judging: Judging) -> Calibration:
+    """What a judge says of labelled items."""
+    groups, where = groups_of(items)
+    judged = judging(groups)
+    return Calibration(tuple(items), tuple(judged[number][index] for number, index in where))
 
 
 def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, count_tokens: Callable[[str], int],
@@ -104,8 +112,14 @@ def verify(groups: list[RolloutGroup], config: VerifierConfig, judge: Judge, cou
         share: judges groups together with other ranks, which all verify the same ones.
 
     Raises:
-        JudgeError: the judge cannot give (enough) verdicts.
+        JudgeError: the judge cannot give (enough) verdicts, or fails the trial that the configuration asks for.
     """
+    if config.calibration:
+        def tried(some: list[RolloutGroup]) -> list[list[Judgement]]:
+            return judge_distinct(judge, some, lambda count: check())
+
+        trial = calibrate(read_set(config.calibration), tried if share is None else lambda some: share(some, tried))
+        check_judge(config.judge, trial, config)
     total = sum(len(group.completions) for group in groups)
     with tqdm(total=total, desc="verifier", unit="completion", disable=None if progress else True) as bar:
         def advance(count: int) -> None:
