@@ -20,7 +20,8 @@ from veripo_fast.distributed.shares import gathered, own_numbers
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import DataError
 from veripo_fast.evaluation.intervals import bootstrap_interval
-from veripo_fast.evaluation.items import majority_accuracy
+from veripo_fast.evaluation.items import answers_of, majority_accuracy
+from veripo_fast.evaluation.official import vsi_mra
 from veripo_fast.evaluation.progress import Progress
 from veripo_fast.reward.groups import reward_groups
 from veripo_fast.reward.score import scores_of
@@ -105,6 +106,7 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
 
     A completion without a verdict is neither consistent nor inconsistent. `inconsistency_rate` and `no_verdict_rate`
     are shares of all completions, so the first also falls when fewer reasonings can be read.
+    `mra` is our accuracy over prompts of type estimate, `mra_official` what VSI-Bench's own code gives (official.py).
     `majority_accuracy` is that of the most frequent answer of each prompt, `pass_rate` the share of prompts of which at
     least one completion scores 1 (pass@k with k completions; Chen et al. 2021, arXiv 2107.03374, equation 1 at n = k).
     `inconsistency_of_verdicts` is the share of those with a verdict, None when there is none. The accuracy over
@@ -120,10 +122,13 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     read = [verdict for verdict in verdicts if verdict is not None]
     estimates = [value for value, group in zip(accuracy, groups, strict=True)
                  if group.prompt.problem_type == "estimate"]
+    official = [_mean([vsi_mra(answer, group.prompt.gold) for answer in answers_of(group)])
+                for group in groups if group.prompt.problem_type == "estimate"]
     mean, low, high = bootstrap_interval(accuracy, config.eval.bootstrap, config.seed)
     wrong, wrong_low, wrong_high = bootstrap_interval(inconsistent, config.eval.bootstrap, config.seed)
     return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high,
-            "mra": _mean(estimates) if estimates else None, "format_rate": _mean(formats),
+            "mra": _mean(estimates) if estimates else None,
+            "mra_official": _mean(official) if official else None, "format_rate": _mean(formats),
             "inconsistency_rate": wrong, "inconsistency_low": wrong_low, "inconsistency_high": wrong_high,
             "inconsistency_of_verdicts": _mean([float(not verdict) for verdict in read]) if read else None,
             "no_verdict_rate": _mean([float(verdict is None) for verdict in verdicts]),

@@ -1,0 +1,33 @@
+"""Metrics as the authors of a suite compute them, where ours forgives more: numbers to stand beside published ones.
+
+VSI-Bench (Yang et al. 2024, arXiv 2412.14171; lmms_eval/tasks/vsibench/utils.py of thinking-in-space): the answer is
+its first word without a point at its end, read by Python's float, and the thresholds are floating-point numbers that
+nothing is forgiven at. Our own accuracy reads units and words, and forgives rounding (reward/quantities.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+_THRESHOLDS = 1 - np.linspace(0.5, 0.95, 10)
+
+
+def vsi_number(answer: str | None) -> float | None:
+    """The number of an answer; None without one."""
+    try:
+        return float((answer or "").split(" ")[0].rstrip(".").strip())
+    except ValueError:
+        return None
+
+
+def vsi_mra(answer: str | None, gold: str) -> float:
+    """Mean relative accuracy of an answer; 0 where it, or the gold, is no finite number. A gold of 0, by which the
+    formula divides, counts exact answers."""
+    number, wanted = vsi_number(answer), vsi_number(gold)
+    if number is None or wanted is None or not (math.isfinite(number) and math.isfinite(wanted)):
+        return 0.0
+    if not wanted:
+        return float(number == 0)
+    return float((abs(number - wanted) / wanted <= _THRESHOLDS).mean())
