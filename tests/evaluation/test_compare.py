@@ -16,7 +16,7 @@ from veripo_fast.evaluation.compare import compare, mcnemar
 
 
 def item(name: str, *accuracy: float, consistent: bool | None = True, **other: object) -> dict[str, object]:
-    return {"prompt_id": name, "gold": "3", "problem_type": "number", "accuracy": list(accuracy),
+    return {"prompt_id": name, "gold": "3", "media": [], "problem_type": "number", "accuracy": list(accuracy),
             "consistent": [consistent] * len(accuracy), **other}
 
 

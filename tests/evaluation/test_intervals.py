@@ -58,3 +58,35 @@ def test_refusals(call, words):
     with pytest.raises(ValueError) as caught:
         call()
     assert words in str(caught.value)
+
+
+def test_questions_about_one_video_are_drawn_together():
+    """20 videos with 5 questions that share their score: the interval is that of 20 prompts, not of 100."""
+    scores = np.random.default_rng(0).integers(0, 2, 20).astype(float)
+    each = bootstrap_interval(scores.tolist(), seed=3)
+    together = bootstrap_interval(scores.repeat(5).tolist(), seed=3, clusters=[n // 5 for n in range(100)])
+    alone = bootstrap_interval(scores.repeat(5).tolist(), seed=3)
+    assert together == pytest.approx(each)
+    assert (together.high - together.low) > 1.8 * (alone.high - alone.low)
+
+
+def test_clusters_of_one_are_prompts():
+    values = np.random.default_rng(1).random(40).tolist()
+    assert bootstrap_interval(values, clusters=[f"v{n}" for n in range(40)]) == bootstrap_interval(values)
+    before = np.random.default_rng(2).random(40).tolist()
+    assert paired_difference(before, values, clusters=list(range(40))) == paired_difference(before, values)
+
+
+def test_clusters_of_unequal_size_keep_the_mean_over_prompts():
+    interval = bootstrap_interval([1.0, 0.0, 0.0, 0.0], clusters=["a", "b", "b", "b"])
+    assert interval == pytest.approx((0.25, 0.0, 1.0))
+
+
+def test_all_alike_counts_videos():
+    """Wilson's bound of 0 of 4 videos, however many questions."""
+    assert bootstrap_interval([0.0] * 40, clusters=[n % 4 for n in range(40)]) == bootstrap_interval([0.0] * 4)
+
+
+def test_clusters_are_one_per_prompt():
+    with pytest.raises(ValueError, match="clusters must hold one entry per prompt, got 1 for 2"):
+        bootstrap_interval([0.0, 1.0], clusters=["a"])

@@ -111,10 +111,11 @@ def _compared(mode: str, before: Mapping[str, Item], after: Mapping[str, Item], 
     if other:
         raise UserError(f"{plural(len(other), 'prompt')} of both ask for another answer in each, "
                         f"{', '.join(other[:SHOWN])}{', ...' if len(other) > SHOWN else ''}: these are other data")
+    about = [tuple(pair.before["media"]) or pair.before["prompt_id"] for pair in pairs]
     accuracy = paired_difference([accuracy_of(pair.before) for pair in pairs],
-                                 [accuracy_of(pair.after) for pair in pairs], resamples, seed)
+                                 [accuracy_of(pair.after) for pair in pairs], resamples, seed, about)
     inconsistency = paired_difference([inconsistency_of(pair.before) for pair in pairs],
-                                      [inconsistency_of(pair.after) for pair in pairs], resamples, seed)
+                                      [inconsistency_of(pair.after) for pair in pairs], resamples, seed, about)
     right = [(pair.before["accuracy"][0] == 1, pair.after["accuracy"][0] == 1) for pair in pairs]
     gained, lost = right.count((False, True)), right.count((True, False))
     return Comparison(mode, pairs, (len(before) - len(pairs), len(after) - len(pairs)), accuracy, inconsistency,

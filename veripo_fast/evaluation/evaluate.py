@@ -1,6 +1,6 @@
 """Held-out evaluation: accuracy, MRA, format, think/answer inconsistency and length, greedy and sampled.
 
-One library scores training and evaluation (`reward.py`, `verifier/`). Intervals are bootstrapped over prompts.
+One library scores training and evaluation (`reward.py`, `verifier/`). Intervals are bootstrapped over videos.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def _advance(bar: Any, number: int, group: RolloutGroup) -> None:
 
 
 def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
-    """Scores over all completions of rewarded groups, with 95 % intervals over prompts.
+    """Scores over all completions of rewarded groups, with 95 % intervals over prompts; those about one video count as
+    one draw.
 
     A completion without a verdict is neither consistent nor inconsistent. `inconsistency_rate` and `no_verdict_rate`
     are shares of all completions, so the first also falls when fewer reasonings can be read.
@@ -124,8 +125,9 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
                  if group.prompt.problem_type == "estimate"]
     official = [_mean([vsi_mra(answer, group.prompt.gold) for answer in answers_of(group)])
                 for group in groups if group.prompt.problem_type == "estimate"]
-    mean, low, high = bootstrap_interval(accuracy, config.eval.bootstrap, config.seed)
-    wrong, wrong_low, wrong_high = bootstrap_interval(inconsistent, config.eval.bootstrap, config.seed)
+    about = [shown(group.prompt) for group in groups]
+    mean, low, high = bootstrap_interval(accuracy, config.eval.bootstrap, config.seed, clusters=about)
+    wrong, wrong_low, wrong_high = bootstrap_interval(inconsistent, config.eval.bootstrap, config.seed, clusters=about)
     return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high,
             "mra": _mean(estimates) if estimates else None,
             "mra_official": _mean(official) if official else None, "format_rate": _mean(formats),
@@ -149,6 +151,11 @@ def summary(record: dict[str, Any]) -> str:
     return (f"{printable(record['stage']):>8} {record['mode']:>7}: accuracy {record['accuracy']:.3f} "
             f"[{record['accuracy_low']:.3f}, {record['accuracy_high']:.3f}]{mra}, format {record['format_rate']:.3f}, "
             f"inconsistent {record['inconsistency_rate']:.3f}, {record['length_mean']:.0f} tokens")
+
+
+def shown(prompt: Prompt) -> tuple[str, ...]:
+    """What a prompt is about: its media, or itself."""
+    return tuple(medium.path for medium in prompt.media) or (prompt.prompt_id,)
 
 
 def _means_by(groups: Sequence[RolloutGroup], values: Sequence[float], field: str) -> dict[str, float]:
