@@ -50,7 +50,9 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
-    config = _configuration(options, overrides)
+    from veripo_fast.config.suites import suite_named
+
+    config = _configuration(options, [*(suite_named(options.suite).tokens() if options.suite else ()), *overrides])
     from veripo_fast.evaluation.command import evaluate_command
 
     evaluate_command(config, options.out)
@@ -157,6 +159,7 @@ COMMANDS: dict[str, Command] = {
     ), takes_overrides=True),
     "eval": Command(_eval, "score a policy on the held-out files, greedy and sampled", (
         _CONFIG_NEEDED,
+        ("--suite", {"metavar": "NAME", "help": "read data.eval as this suite's records (docs/answers.md)"}),
         ("--out", {"type": Path, "metavar": "DIR",
                    "help": "folder of scores and completions (default eval in the run folder)"}),
     ), takes_overrides=True),

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from veripo_fast.config.inputs import DataConfig
+from veripo_fast.config.load import load_config
+from veripo_fast.config.suites import SUITES, suite_named
 from veripo_fast.data.choices import options_in_text
 from veripo_fast.data.prompts import read_prompts
 from veripo_fast.errors import ConfigError, UserError
+from veripo_fast.recipes.view import side_of
 from veripo_fast.reward import text_grades
 from veripo_fast.reward.graders import answer_accuracy
 from veripo_fast.types import Image, Prompt, Video
@@ -159,6 +162,36 @@ PUBLISHED: dict[str, tuple[Row, dict[str, Any], tuple[Any, ...]]] = {
          "processed_question": "How many? Give a number.", "scene_name": "scene0011_00"}, {},
         ("number", "4", (), ["vsi/scene0011_00.mp4"])),
 }
+
+
+SUITE_OF = {"VSI-Bench, a count": "vsi-bench", "VSI-Bench, a choice": "vsi-bench", "Video-MME": "video-mme",
+            "MMVU, a choice": "mmvu", "MMVU, open": "mmvu", "Video-MMMU": "video-mmmu", "MVBench": "mvbench",
+            "TempCompass": "tempcompass", "TOMATO": "tomato", "LVBench": "lvbench", "LongVideoBench": "longvideobench",
+            "NExT-QA": "next-qa", "EgoSchema": "egoschema", "SEED-Bench-R1, validation": "seed-bench-r1",
+            "LongVILA-R1": "longvideo-reason", "VerIPO's evaluation": "veripo",
+            "VerIPO's evaluation, letters doubled": "veripo"}
+
+
+@pytest.mark.parametrize("name", SUITE_OF)
+def test_a_suite_by_its_name_reads_its_records(tmp_path: Path, name: str) -> None:
+    """With the options of the suite, typed as they would be, and the key of its tasks kept."""
+    row, _, (problem_type, gold, options, paths) = PUBLISHED[name]
+    suite = suite_named(SUITE_OF[name])
+    config = load_config(None, suite.tokens())
+    prompt = read(tmp_path, row, **{key: getattr(config.data, key) for key in (
+        "media_patterns", "answer_index", "keep_keys")})
+    assert isinstance(prompt, Prompt), prompt
+    assert (prompt.problem_type, prompt.gold, prompt.options) == (problem_type, gold, options)
+    assert [Path(path).name for path in media(prompt, tmp_path)] == [Path(path).name for path in paths]
+    assert config.eval.task_key == suite.task and (not suite.task or side_of(prompt)[suite.task] == row[suite.task])
+
+
+def test_suites_are_all_tried_and_misspelt_ones_named() -> None:
+    assert set(SUITE_OF.values()) == set(SUITES)
+    with pytest.raises(ConfigError, match=r"no suite 'vsibench'; did you mean vsi-bench\? there are vsi-bench"):
+        suite_named("vsibench")
+    with pytest.raises(ConfigError, match=r"eval.task_key kind is read of the records; name it in data.keep_keys"):
+        load_config(None, ["--eval.task-key", "kind"])
 
 
 def test_a_question_id_names_a_prompt(tmp_path: Path) -> None:

@@ -275,3 +275,38 @@ def test_majority_and_pass_rate(tmp_path):
     assert record["majority_accuracy"] == pytest.approx(1 / 3) and record["pass_rate"] == pytest.approx(2 / 3)
     assert record["by_source"] == {"": pytest.approx((2 / 3 + 1 / 3 + 0) / 3)}
     assert [item["answers"] for item in items_of(groups)] == [["2", "3", "3."], ["2", "2", "3"], [None]]
+
+
+def test_tasks_by_hand(tmp_path):
+    """Grades of a task are averaged first; numbers count as VSI-Bench counts them in the official mean."""
+    def group(task, accuracy, kind="choice", answer="A", gold="A"):
+        side = json.dumps({"question_type": task} if task else {})
+        asked = replace(prompt(f"{task}{accuracy}", kind, gold), side=side)
+        return RolloutGroup(asked, [written("", answer, accuracy)])
+
+    groups = [group("direction_easy", 1.0), group("direction_easy", 1.0), group("direction_hard", 0.0),
+              group("count", 1.0, "estimate", "about 4", "4"), group("", 0.0)]
+    config = runs.config(tmp_path, data__keep_keys=["question_type"], eval__task_key="question_type")
+    record = scores(groups, config)
+    assert record["by_task"] == {"count": 1.0, "direction": 0.5, "no task": 0.0}
+    assert record["accuracy_of_tasks"] == pytest.approx(0.5)
+    assert record["by_task_official"]["count"] == 0.0 and record["accuracy_of_tasks_official"] == pytest.approx(0.5 / 3)
+    assert "mean of tasks 0.500" in module.summary({"stage": "s", "mode": "greedy", **record})
+    assert "by_task" not in scores(groups, runs.config(tmp_path))
+
+
+def test_a_suite_by_its_name(config_file, tmp_path, capsys):
+    data = tmp_path / "data"
+    rows = [json.loads(line) for line in (runs.corpus() / "heldout.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        (data / "scannet").mkdir(parents=True, exist_ok=True)
+        shutil.copy(runs.corpus() / row.pop("path"), data / "scannet" / f"scene{number}.mp4")
+        row |= {"dataset": "scannet", "scene_name": f"scene{number}", "question_type": f"task_{number % 2}"}
+    (data / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--config", config_file(data__eval=[str(data / "test.jsonl")]), "--out", str(tmp_path / "out")]
+    assert main(["eval", "--suite", "vsi-bench", *arguments, "--eval.samples", "0"]) == 0
+    [record] = [json.loads(line) for line in (tmp_path / "out" / "evals.jsonl").read_text().splitlines()]
+    assert record["prompts"] == 4 and set(record["by_task"]) == {"task_0", "task_1"}
+    assert "mean of tasks" in capsys.readouterr().out
+    assert main(["eval", "--suite", "vsi", *arguments]) == 2
+    assert "there is no suite 'vsi'" in capsys.readouterr().err

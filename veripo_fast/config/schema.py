@@ -81,6 +81,9 @@ class EvalConfig:
     """Prompts sampled together."""
     bootstrap: int = 2000
     """Resamples behind each 95 % interval."""
+    task_key: str = ""
+    """Key of the records, also in data.keep_keys, that names a task: accuracy by task, and the mean of these; empty:
+    none."""
 
     def __post_init__(self) -> None:
         positive(self, "limit", "prompts_per_batch", "bootstrap")
@@ -188,6 +191,8 @@ class Config:
         require(self.verifier.judge != "llm" or self.rollout.tensor_parallel == 1,
                 "verifier.judge llm runs an engine of its own on each rank, which rollout.tensor_parallel "
                 f"{self.rollout.tensor_parallel} does not leave room for in vLLM; take verifier.judge endpoint")
+        require(not self.eval.task_key or self.eval.task_key in self.data.keep_keys,
+                f"eval.task_key {self.eval.task_key} is read of the records; name it in data.keep_keys")
         _check_plan(self)
         object.__setattr__(self, "stages", _named(self.stages))
 

@@ -21,8 +21,9 @@ from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import DataError
 from veripo_fast.evaluation.intervals import bootstrap_interval
 from veripo_fast.evaluation.items import answers_of, majority_accuracy
-from veripo_fast.evaluation.official import vsi_mra
+from veripo_fast.evaluation.official import task_means, vsi_mra
 from veripo_fast.evaluation.progress import Progress
+from veripo_fast.recipes.view import side_of
 from veripo_fast.reward.groups import reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.parity import ParityGate
@@ -108,8 +109,9 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     A completion without a verdict is neither consistent nor inconsistent. `inconsistency_rate` and `no_verdict_rate`
     are shares of all completions, so the first also falls when fewer reasonings can be read.
     `mra` is our accuracy over prompts of type estimate, `mra_official` what VSI-Bench's own code gives (official.py).
-    `majority_accuracy` is that of the most frequent answer of each prompt, `pass_rate` the share of prompts of which at
-    least one completion scores 1 (pass@k with k completions; Chen et al. 2021, arXiv 2107.03374, equation 1 at n = k).
+    `accuracy_of_tasks` is the mean of the means of the tasks (`eval.task_key`). `majority_accuracy` is that of the most
+    frequent answer of each prompt, `pass_rate` the share of prompts of which at least one completion scores 1 (pass@k
+    with k completions; Chen et al. 2021, arXiv 2107.03374, equation 1 at n = k).
     `inconsistency_of_verdicts` is the share of those with a verdict, None when there is none. The accuracy over
     completions is `accurate_and_consistent_rate` + `accurate_without_verdict_rate` + what is accurate and inconsistent.
     """
@@ -141,6 +143,7 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
             "majority_accuracy": _mean([majority_accuracy(group) for group in groups]),
             "pass_rate": _mean([float(max(scores_of(group, "accuracy")) == 1) for group in groups]),
             "prompts": len(groups), "completions": len(rows),
+            **_by_task(groups, accuracy, config.eval.task_key),
             "by_type": _means_by(groups, accuracy, "problem_type"),
             "by_source": _means_by(groups, accuracy, "data_source")}
 
@@ -148,6 +151,8 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
 def summary(record: dict[str, Any]) -> str:
     """One line for people."""
     mra = "" if record["mra"] is None else f", MRA {record['mra']:.3f}"
+    if "accuracy_of_tasks" in record:
+        mra += f", mean of tasks {record['accuracy_of_tasks']:.3f}"
     return (f"{printable(record['stage']):>8} {record['mode']:>7}: accuracy {record['accuracy']:.3f} "
             f"[{record['accuracy_low']:.3f}, {record['accuracy_high']:.3f}]{mra}, format {record['format_rate']:.3f}, "
             f"inconsistent {record['inconsistency_rate']:.3f}, {record['length_mean']:.0f} tokens")
@@ -156,6 +161,19 @@ def summary(record: dict[str, Any]) -> str:
 def shown(prompt: Prompt) -> tuple[str, ...]:
     """What a prompt is about: its media, or itself."""
     return tuple(medium.path for medium in prompt.media) or (prompt.prompt_id,)
+
+
+def _by_task(groups: Sequence[RolloutGroup], accuracy: Sequence[float], key: str) -> dict[str, Any]:
+    """Accuracy by task and its mean over tasks, ours and with VSI-Bench's numbers; nothing without a key."""
+    if not key:
+        return {}
+    tasks = [str(side_of(group.prompt).get(key, "no task")) for group in groups]
+    theirs = [_mean([vsi_mra(answer, group.prompt.gold) for answer in answers_of(group)])
+              if group.prompt.problem_type == "estimate" else value
+              for group, value in zip(groups, accuracy, strict=True)]
+    ours, official = task_means(tasks, accuracy), task_means(tasks, theirs)
+    return {"by_task": ours, "accuracy_of_tasks": _mean(list(ours.values())),
+            "by_task_official": official, "accuracy_of_tasks_official": _mean(list(official.values()))}
 
 
 def _means_by(groups: Sequence[RolloutGroup], values: Sequence[float], field: str) -> dict[str, float]:

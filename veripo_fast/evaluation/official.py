@@ -8,9 +8,12 @@ nothing is forgiven at. Our own accuracy reads units and words, and forgives rou
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
+_GRADES = ("_easy", "_medium", "_hard")
 _THRESHOLDS = 1 - np.linspace(0.5, 0.95, 10)
 
 
@@ -31,3 +34,17 @@ def vsi_mra(answer: str | None, gold: str) -> float:
     if not wanted:
         return float(number == 0)
     return float((abs(number - wanted) / wanted <= _THRESHOLDS).mean())
+
+
+def task_means(tasks: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """Mean of the values of each task. Tasks that are named as one but for `_easy`, `_medium` or `_hard` at the end are
+    one, whose mean is that of its grades (relative direction of VSI-Bench)."""
+    by_task: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for task, value in zip(tasks, values, strict=True):
+        grade = next((grade for grade in _GRADES if task.endswith(grade)), "")
+        by_task[task.removesuffix(grade)][grade].append(value)
+    return {task: _mean([_mean(those) for those in grades.values()]) for task, grades in sorted(by_task.items())}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
