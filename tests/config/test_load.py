@@ -112,10 +112,10 @@ def test_names_of_data_keep_their_dashes_and_dots(tmp_path):
     changed = with_options(base, ["--grpo.sampler-options.weights.a.b-c", "5",
                                   "--grpo.sampler-options.weights.synth-count=7"])
     assert changed.grpo.sampler_options == {"weights": {"a.b-c": 5, "synth-count": 7}}
-    for given in ({"grpo": {"sampler": "mixed", "sampler_options": {"weights": {"x.y-z": 2, "w": 3}}}},
+    for changes in ({"grpo": {"sampler": "mixed", "sampler_options": {"weights": {"x.y-z": 2, "w": 3}}}},
                   {"grpo.sampler": "mixed", "grpo.sampler_options.weights": {"x.y-z": 2, "w": 3}}):
         for config in (Config(), base):
-            staged = check_stages(replace(config, stages=(StageConfig("grpo", set=given),)))
+            staged = check_stages(replace(config, stages=(StageConfig("grpo", set=changes),)))
             (tmp_path / "config.yaml").write_text(to_yaml(staged))
             for read in (staged, load_config(tmp_path / "config.yaml")):
                 (stage,) = read.stages
