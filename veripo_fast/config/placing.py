@@ -152,7 +152,8 @@ def value_at(tree: Any, name: str) -> object:
     if not isinstance(tree, list) and name in tree:
         return tree[name]
     head, _, rest = name.partition(".")
-    inner = tree[_number(tree, head) if isinstance(tree, list) else head]
+    key: Any = _number(tree, head) if isinstance(tree, list) else head
+    inner = tree[key]
     return value_at(inner, rest) if rest else inner
 
 
