@@ -105,6 +105,25 @@ def test_option_mends_a_file_that_alone_conflicts(tmp_path):
     assert load("video: {num_frames: 8}", tmp_path, "--video.fps", "null").video.num_frames == 8
 
 
+def test_names_of_data_keep_their_dashes_and_dots(tmp_path):
+    """Of data sources, on the command line, in a stage, and in the file that a resume reads."""
+    weights = {"a.b-c": 1, "synth-count": 1}
+    base = Config(grpo=GrpoConfig(sampler="mixed", sampler_options={"weights": weights}))
+    changed = with_options(base, ["--grpo.sampler-options.weights.a.b-c", "5",
+                                  "--grpo.sampler-options.weights.synth-count=7"])
+    assert changed.grpo.sampler_options == {"weights": {"a.b-c": 5, "synth-count": 7}}
+    for changes in ({"grpo": {"sampler": "mixed", "sampler_options": {"weights": {"x.y-z": 2, "w": 3}}}},
+                  {"grpo.sampler": "mixed", "grpo.sampler_options.weights": {"x.y-z": 2, "w": 3}}):
+        for config in (Config(), base):
+            staged = check_stages(replace(config, stages=(StageConfig("grpo", set=changes),)))
+            (tmp_path / "config.yaml").write_text(to_yaml(staged))
+            for read in (staged, load_config(tmp_path / "config.yaml")):
+                (stage,) = read.stages
+                assert apply_overrides(read, stage.set).grpo.sampler_options == {"weights": {"x.y-z": 2, "w": 3}}
+    staged = check_stages(replace(base, stages=(StageConfig("grpo", set={"grpo.sampler_options.weights.a.b-c": 4}),)))
+    assert apply_overrides(staged, staged.stages[0].set).grpo.sampler_options["weights"] == weights | {"a.b-c": 4}
+
+
 def test_split_overrides():
     assert split_overrides(["--a.b-c", "1", "--d=x=y", "--e", "--f", "-2"]) == [
         ("a.b_c", "1"), ("d", "x=y"), ("e", None), ("f", "-2")]

@@ -13,6 +13,8 @@ from veripo_fast.cli import main
 from veripo_fast.config.describe import to_yaml
 from veripo_fast.errors import UserError
 from veripo_fast.evaluation.compare import compare, mcnemar
+from veripo_fast.rollout.store import read_groups, write_groups
+from veripo_fast.types import Completion, Message, Prompt, RolloutGroup
 
 
 def item(name: str, *accuracy: float, consistent: bool | None = True, **other: object) -> dict[str, object]:
@@ -78,6 +80,45 @@ def test_refusals(tmp_path: Path) -> None:
         compare(whole, whole)
 
 
+@pytest.mark.parametrize("line", [
+    {"a": 1}, item("x"), item("x", 1) | {"consistent": []}, item("x", 1) | {"accuracy": ["1"]}, item("x", 2)])
+def test_a_line_that_is_none_of_an_evaluation(tmp_path: Path, line: dict[str, object]) -> None:
+    whole, other = folder(tmp_path / "a", greedy=[item("x", 1)]), folder(tmp_path / "b", greedy=[line])
+    with pytest.raises(UserError, match=r"greedy.jsonl is damaged: prompt 1 is no line of an evaluation"):
+        compare(whole, other)
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("", "evals.jsonl is empty"), ('{"stage": "x"}', "names no mode")])
+def test_an_account_that_names_no_mode(tmp_path: Path, text: str, sentence: str) -> None:
+    whole = folder(tmp_path / "a", greedy=[item("x", 1)])
+    (whole / "evals.jsonl").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        compare(whole, whole)
+
+
+def test_a_folder_in_which_another_evaluation_was_stopped(tmp_path: Path) -> None:
+    """Its evals.jsonl is of the one before, and greedy.parquet may be of the new one."""
+    whole = folder(tmp_path / "a", greedy=[item("x", 1)])
+    (whole / "parts").mkdir()
+    with pytest.raises(UserError, match="it was stopped; the same `veripo eval` goes on"):
+        compare(whole, whole)
+
+
+def test_completions_that_are_not_those_of_the_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (folder(tmp_path / name, greedy=[item("x", score)]) for name, score in (("a", 1), ("b", 0)))
+    assert main(["compare", str(one), str(other), "--out", str(tmp_path / "page")]) == 2
+    assert f"{one}/greedy.parquet is missing: it holds the completions" in capsys.readouterr().err
+    for path in (one, other):
+        prompt = Prompt("x", (Message("user", ("?",)),), "number", "3")
+        write_groups(path / "greedy.parquet", [RolloutGroup(prompt, [Completion([1], "3", [0.0], "stop", 0, 1.0)])],
+                     "eval", 0)
+    assert main(["compare", str(one), str(other), "--out", str(tmp_path / "page")]) == 2
+    assert f"{other}/greedy.parquet and greedy.jsonl are of two evaluations" in capsys.readouterr().err
+    (one / "inputs.json").write_text('{"options": {"a": "no JSON"}}')
+    assert main(["compare", str(one), str(one), "--out", str(tmp_path / "page")]) == 2
+    assert f"{one}/inputs.json is damaged" in capsys.readouterr().err
+
+
 def test_two_real_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of two seeds: greedy completions are equal, sampled ones are not all."""
     for seed in (0, 1):
@@ -94,6 +135,9 @@ def test_two_real_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     moved = same | {"accuracy": [1 - same["accuracy"][0]]}
     rest = (tmp_path / "1" / "greedy.jsonl").read_text().splitlines()[1:]
     (tmp_path / "1" / "greedy.jsonl").write_text("\n".join([json.dumps(moved), *rest]))
+    first, *others = read_groups(tmp_path / "1" / "greedy.parquet")
+    first.completions[0].accuracy = moved["accuracy"][0]
+    write_groups(tmp_path / "1" / "greedy.parquet", [first, *others], "eval", 0)
     assert main(["compare", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path)]) == 0
     html = (tmp_path / "compare.html").read_text()
     assert html.count("data:image/jpeg;base64,") >= 4 and same["prompt_id"] in html and "Gold answer:" in html

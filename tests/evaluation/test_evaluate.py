@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -14,7 +15,7 @@ from veripo_fast.cli import main
 from veripo_fast.config.describe import to_yaml
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.data.prompts import load_prompts
-from veripo_fast.errors import DataError
+from veripo_fast.errors import ConfigError, DataError
 from veripo_fast.evaluation import evaluate as module
 from veripo_fast.evaluation.evaluate import evaluate, scores
 from veripo_fast.evaluation.items import items_of
@@ -244,6 +245,45 @@ def test_a_part_that_says_of_nothing_is_begun_anew(config_file, tmp_path, monkey
     assert command(config_file, tmp_path / "out") == 0
     assert command(config_file, tmp_path / "whole") == 0
     assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+def test_a_folder_with_other_files_is_left_alone(config_file, tmp_path, capsys):
+    """`parts` is a common name: what is in it and is none of an evaluation's must not be deleted."""
+    own = tmp_path / "out" / "parts" / "notes.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    assert command(config_file, tmp_path / "out") == 2
+    assert "parts holds notes.txt, which is no part of an evaluation; name another folder" in capsys.readouterr().err
+    assert own.read_text() == "mine" and not (tmp_path / "out" / "inputs.json").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/"])
+def test_the_folder_of_a_run_is_not_written_over(config_file, tmp_path, capsys, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).mkdir() if name.endswith("/") else (run / name).touch()
+    (run / "inputs.json").write_text("the run's")
+    assert command(config_file, run) == 2
+    assert "is the folder of a run, whose evals.jsonl and inputs.json an evaluation would replace" in (
+        capsys.readouterr().err)
+    assert (run / "inputs.json").read_text() == "the run's"
+
+
+def test_out_that_cannot_be_made(config_file, tmp_path, capsys):
+    """It is said before the policy is loaded."""
+    (tmp_path / "file").touch()
+    assert command(config_file, tmp_path / "file" / "out", model__path="nowhere") == 2
+    assert f"out cannot be made: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
+    assert command(config_file, Path("/proc/veripo")) == 2
+    assert "--out /proc/veripo cannot be made" in capsys.readouterr().err
+
+
+def test_parts_of_another_process_are_not_taken(config_file, tmp_path, monkeypatch):
+    """One that began behind our look at the folder, and died."""
+    assert command(config_file, tmp_path / "out", monkeypatch, 2) == 130
+    now = json.loads((tmp_path / "out" / "inputs.json").read_text())
+    with pytest.raises(ConfigError, match="seed has changed"):
+        Progress(tmp_path / "out", now | {"options": now["options"] | {"seed": "9"}})
 
 
 def test_a_damaged_part_is_named(config_file, tmp_path, monkeypatch, capsys):

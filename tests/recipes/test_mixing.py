@@ -70,6 +70,26 @@ def test_shares_are_within_one_of_the_weights(groups, epoch: int, length: int) -
         assert abs(counts[source] - length * weight / sum(weights.values())) < 1
 
 
+def test_a_source_whose_prompts_are_all_dropped_ends_no_run(caplog: pytest.LogCaptureFixture) -> None:
+    """grpo.drop_easy decides in the middle of a run; a source that is misspelt is refused all the same."""
+    def order(**weights: float) -> PromptOrder:
+        config = GrpoConfig(sampler="mixed", drop_easy=1.0, sampler_options={"weights": weights})
+        return prompt_order(PROMPTS, config, 3)
+
+    with_gone = order(video=1, image=1, text=1, gone=5).take(0, 30)
+    assert with_gone == order_of({"video": 1, "image": 1, "text": 1}).take(0, 30)
+    assert "no prompt is left of data_source 'gone'" in caplog.text
+    with pytest.raises(ConfigError, match="weights leave out text"):
+        order(video=1, image=1, texxt=1)
+
+
+def test_a_source_that_never_comes_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Its share of an epoch is below a prompt, and every epoch has the same shares."""
+    order_of({"video": 1000, "image": 1000, "text": 1}, length=7).take(0, 40)
+    (record,) = caplog.records
+    assert "the weight of text is too small for an epoch of 7 prompts, so none of its prompts" in record.getMessage()
+
+
 @pytest.mark.parametrize(("weights", "sentence"), [
     ({"video": 1, "image": 1}, "weights leave out text; a weight of 0 leaves its prompts out"),
     ({"video": 1, "image": 1, "text": 1, "audio": 1}, "no prompt has the data_source 'audio'; there are image, text, "

@@ -124,6 +124,17 @@ def test_a_map_counts_for_right_answers_and_a_useless_one_takes_them_back() -> N
     assert column(group_of([said(2), said(2)]), "spatial_map") == [0.0, 0.0]
 
 
+def test_numbers_beyond_all_floats_earn_nothing_and_stop_nothing() -> None:
+    """A policy may write any number of digits; a run must not end by it."""
+    huge = "9" * 400
+    group = group_of([f'<think>so</think><map>{{"sofa": [[{huge}, 2]]}}</map><answer>2</answer>', said(2)],
+                     side='{"cognitive_map": {"sofa": [[1, 2]]}}', form=Form(("think", "map?", "answer")))
+    assert column(group, "spatial_map") == [-1.0, 0.0]
+    box = f"[0, 0, {huge}, {huge}]"
+    assert column(group_of([said(box, box), said("[0, 0, 1, 1]", "[0, 0, 1, 1]")], kind="box", gold="[0, 0, 1, 1]"),
+                  "agreement") == [0.0, 1.0]
+
+
 def test_reasoning_that_agrees_with_its_answer() -> None:
     choice = group_of([said("A", "not B but A"), said("A", "A, no, B"), said("A", "hm")], gold="A", kind="choice",
                       options=("x", "y"))

@@ -204,6 +204,16 @@ def test_a_limit_takes_of_every_kind() -> None:
     assert sorted(map(id, read_set("planted", 10_000))) and len(read_set("planted", 10_000)) == len(SET)
 
 
+@pytest.mark.parametrize(("line", "sentence"), [
+    ("[" * 100_000, "is no item of a calibration set: RecursionError"),
+    (json.dumps({"kind": "k", "question": "q", "think": "t", "answer": "a", "consistent": True, "problem_type": "odd"}),
+     "line 1: problem_type 'odd' is not known")])
+def test_an_odd_line_is_named(tmp_path: Path, line: str, sentence: str) -> None:
+    (tmp_path / "set.jsonl").write_text(line)
+    with pytest.raises(DataError, match=sentence):
+        read_set(str(tmp_path / "set.jsonl"))
+
+
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +240,8 @@ def test_the_command_refuses_and_still_writes(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--limit", "0"], "--limit must be at least 1, got 0"), (["--set", "nowhere"], "set nowhere cannot be read"),
-    (["--out", __file__], "is not a folder")])
+    (["--out", __file__], "is not a folder"), (["--out", __file__ + "/x"], "is not a folder"),
+    (["--out", "/proc/veripo"], "--out /proc/veripo cannot be made")])
 def test_the_command_names_what_it_cannot_use(arguments: list[str], message: str,
                                               capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["judge-eval", *arguments]) == 2

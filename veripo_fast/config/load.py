@@ -18,7 +18,7 @@ import yaml
 
 from veripo_fast.config.describe import is_section, join, kinds, strip_optional, to_tree, words
 from veripo_fast.config.objectives import SAMPLING
-from veripo_fast.config.placing import Reader, flatten, is_free, mismatch, place, unknown, value_at
+from veripo_fast.config.placing import Reader, flatten, is_free, mismatch, place, typed, unknown, value_at
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 
@@ -74,7 +74,7 @@ def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str | None]]:
             raise ConfigError(f"unexpected argument {token!r}; options are written --name value")
         name, equals, text = token[2:].partition("=")
         takes_next = not equals and bool(rest) and not rest[0].startswith("--")
-        pairs.append((name.replace("-", "_"), rest.pop(0) if takes_next else text if equals else None))
+        pairs.append((typed(name), rest.pop(0) if takes_next else text if equals else None))
     return pairs
 
 

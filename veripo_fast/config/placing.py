@@ -103,12 +103,34 @@ def _number(items: Sequence[Any], head: str) -> int | None:
 
 
 def flatten(changes: Mapping[str, object], where: str = "") -> Iterator[tuple[str, object]]:
-    """`{"grpo": {"steps": 1}, "dpo.epochs": 2}` -> ("grpo.steps", 1), ("dpo.epochs", 2)."""
+    """`{"grpo": {"steps": 1}, "dpo.epochs": 2}` -> ("grpo.steps", 1), ("dpo.epochs", 2).
+
+    A mapping that a function takes as one argument stays whole: its keys are data, and may have dots.
+    """
     for key, value in changes.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, join(where, key))
+        name = join(where, key)
+        if isinstance(value, dict) and value and not _is_data(name):
+            yield from flatten(value, name)
         else:
-            yield join(where, key), value
+            yield name, value
+
+
+def typed(name: str) -> str:
+    """An option's name as the command line has it: a dash is an underscore, but not in the names of data."""
+    parts = name.split(".")
+    plain = [part.replace("-", "_") for part in parts]
+    for depth in range(1, len(parts)):
+        if _is_data(".".join(plain[:depth])):
+            return ".".join([*plain[:depth], *parts[depth:]])
+    return ".".join(plain)
+
+
+def _is_data(name: str) -> bool:
+    """Whether a name lies in a mapping that a function takes."""
+    try:
+        return kind_at(Config, name.split(".")) is Any
+    except ConfigError:
+        return False
 
 
 def kind_at(cls: Any, parts: Sequence[str]) -> Any:
@@ -126,11 +148,13 @@ def kind_at(cls: Any, parts: Sequence[str]) -> Any:
 
 
 def value_at(tree: Any, name: str) -> object:
-    """The value at a dotted name of a whole tree."""
-    for part in name.split("."):
-        key: Any = _number(tree, part) if isinstance(tree, list) else part
-        tree = tree[key]
-    return tree
+    """The value at a dotted name of a whole tree, as `place` puts it there."""
+    if not isinstance(tree, list) and name in tree:
+        return tree[name]
+    head, _, rest = name.partition(".")
+    key: Any = _number(tree, head) if isinstance(tree, list) else head
+    inner = tree[key]
+    return value_at(inner, rest) if rest else inner
 
 
 # Refusals

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 
 from veripo_fast.config.objectives import GrpoConfig
@@ -11,6 +13,8 @@ from veripo_fast.recipes.own import described, named
 from veripo_fast.recipes.samplers import permutation
 from veripo_fast.recipes.tables import SAMPLERS
 from veripo_fast.types import Prompt
+
+_LOG = logging.getLogger(__name__)
 
 
 class PromptOrder:
@@ -51,7 +55,22 @@ def prompt_order(prompts: Sequence[Prompt], config: GrpoConfig, seed: int) -> Pr
     """
     if config.sampler == "shuffled":
         return PromptOrder(len(prompts), seed)
+    if config.sampler == "mixed" and config.drop_easy:
+        config = _without_dropped(prompts, config)
     return PromptOrder(len(prompts), seed, epoch=_Epochs(prompts, config, seed))
+
+
+def _without_dropped(prompts: Sequence[Prompt], config: GrpoConfig) -> GrpoConfig:
+    """Without the weights of sources that have no prompt: all of theirs may have been easy, which nobody could know
+    when the run began. A misspelt source is refused all the same, because the true one has no weight."""
+    weights, there = config.sampler_options.get("weights"), {prompt.data_source for prompt in prompts}
+    if not isinstance(weights, dict) or there >= set(weights):
+        return config
+    gone = sorted(set(weights) - there)
+    _LOG.warning("sampler mixed: no prompt is left of data_source %s, because of grpo.drop_easy; the weights "
+                 "of the others stand", ", ".join(map(repr, gone)))
+    kept = {source: weight for source, weight in weights.items() if source in there}
+    return replace(config, sampler_options={**config.sampler_options, "weights": kept})
 
 
 class _Epochs:

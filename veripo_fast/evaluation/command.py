@@ -23,6 +23,7 @@ from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
 from veripo_fast.rollout.store import read_groups
 from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.run.folder import check_out, make_out
 from veripo_fast.run.inputs import take_inputs
 from veripo_fast.run.jsonlines import dump_objects
 from veripo_fast.run.lock import RunLock
@@ -87,7 +88,7 @@ def _inputs(config: Config, folder: Path) -> dict[str, Any]:
 
 def _progress(folder: Path, inputs: dict[str, Any], held: ExitStack) -> Progress:
     """Of the folder, which is this process's alone until `held` closes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_out(folder)
     held.enter_context(RunLock(folder))
     return Progress(folder, inputs)
 
@@ -98,8 +99,7 @@ def _checked_folder(config: Config, out: Path | str | None, world: World) -> Pat
         raise ConfigError("data.eval names no files to evaluate on")
     check_functions(config)
     folder = eval_folder(config, out)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is not a folder")
+    check_out(folder)
     return folder
 
 

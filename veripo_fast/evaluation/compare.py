@@ -82,16 +82,33 @@ def mcnemar(gained: int, lost: int) -> float:
 
 def _items(folder: Path) -> dict[str, dict[str, Item]]:
     """Mode -> prompt id -> its line."""
+    if (folder / "parts").is_dir():  # whatever else is there may be of an evaluation before
+        raise UserError(f"{folder} holds no finished evaluation: it was stopped; the same `veripo eval` goes on")
     if not (folder / "evals.jsonl").is_file():
-        raise UserError(f"{folder} holds no finished evaluation: evals.jsonl is missing"
-                        + ("; the same `veripo eval` goes on" if (folder / "parts").is_dir() else ""))
+        raise UserError(f"{folder} holds no finished evaluation: evals.jsonl is missing")
     modes: dict[str, dict[str, Item]] = {}
     for record in _objects(folder / "evals.jsonl"):
-        file = folder / f"{record.get('mode')}.jsonl"
+        if not isinstance(record.get("mode"), str):
+            raise UserError(f"{folder / 'evals.jsonl'} is damaged: a line names no mode")
+        file = folder / f"{record['mode']}.jsonl"
         if not file.is_file():
             raise UserError(f"{file} is missing: evaluate again, earlier versions wrote no line for each prompt")
-        modes[str(record["mode"])] = {str(item["prompt_id"]): item for item in _objects(file)}
+        items = _objects(file)
+        for number, item in enumerate(items, 1):
+            if not _is_item(item):
+                raise UserError(f"{file} is damaged: prompt {number} is no line of an evaluation")
+        modes[record["mode"]] = {str(item["prompt_id"]): item for item in items}
+    if not modes:
+        raise UserError(f"{folder} holds no finished evaluation: evals.jsonl is empty")
     return modes
+
+
+def _is_item(item: Item) -> bool:
+    """Whether an object has what is compared."""
+    scores, verdicts = item.get("accuracy"), item.get("consistent")
+    return (all(isinstance(item.get(key), str) for key in ("prompt_id", "gold", "problem_type"))
+            and isinstance(scores, list) and isinstance(verdicts, list) and 0 < len(scores) == len(verdicts)
+            and all(isinstance(score, int | float) and 0 <= score <= 1 for score in scores))
 
 
 def _objects(path: Path) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ SECTIONS = ("data", "eval", "model", "reward", "rollout", "seed", "video")
 """Of the configuration: what decides about completions and scores."""
 ASIDE = {"data.train", "model.path", "rollout.weights", "rollout.kv_cache_gb"}
 """Of these, what does not; the checkpoint counts by its files."""
+_PART = re.compile(r"(\.tmp-)?[a-z]+-\d{8}\.parquet(-\d+-[0-9a-f]+)?")
+"""The name of a stored batch, or of one that a crash left half written."""
 
 
 def provenance(config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,13 +43,25 @@ def provenance(config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same(folder: Path, now: dict[str, Any]) -> None:
-    """Raises ConfigError where the folder holds a part of another evaluation; names what differs."""
+    """Raises ConfigError where the folder is a run's, or holds a part of another evaluation, by what differs, or files
+    in `parts` that are none of an evaluation."""
+    if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"{folder} is the folder of a run, whose evals.jsonl and inputs.json an evaluation would "
+                          "replace; name another folder by --out")
+    strange = [path.name for path in _entries(folder / "parts") if not _PART.fullmatch(path.name)]
+    if strange:
+        raise ConfigError(f"{folder / 'parts'} holds {strange[0]}, which is no part of an evaluation; name another "
+                          "folder by --out")
     before = _before(folder)
     changes = [f"{kind}: {phrase}" for kind in ("data", "model", "code", "options", "versions")
                for phrase in differences(before, now, kind)] if before else []
     if changes:
         raise ConfigError(f"{folder} holds a part of another evaluation ({'; '.join(changes[:4])}"
                           f"{' and more' if len(changes) > 4 else ''}); remove it, or name another folder by --out")
+
+
+def _entries(parts: Path) -> list[Path]:
+    return sorted(parts.iterdir()) if parts.is_dir() else [parts] if parts.exists() else []
 
 
 def _before(folder: Path) -> dict[str, Any]:
@@ -58,14 +73,18 @@ class Progress:
     """The done batches of an evaluation, in `folder`/parts, and `folder`/inputs.json, which says of what.
 
     Args:
-        now: from `provenance`; `check_same` was asked.
+        now: from `provenance`.
+
+    Raises:
+        ConfigError: as `check_same`.
     """
 
     def __init__(self, folder: Path, now: dict[str, Any]) -> None:
         self.parts = folder / "parts"
+        check_same(folder, now)  # again: another process may have begun and died since it was asked
         before = _before(folder)
-        if not before and self.parts.exists():
-            shutil.rmtree(self.parts)
+        if not before:
+            self.finish()
         write_inputs(folder / "inputs.json", now, before.get("commands", []))
         self.parts.mkdir(exist_ok=True)
 
@@ -88,8 +107,12 @@ class Progress:
         write_groups(self._file(mode, start), groups, "eval", start)
 
     def finish(self) -> None:
-        """All is written elsewhere."""
-        shutil.rmtree(self.parts)
+        """All is written elsewhere. Files that are not this module's stay."""
+        for path in _entries(self.parts):
+            if _PART.fullmatch(path.name):
+                path.unlink()
+        with suppress(OSError):  # not there, or it holds something else
+            self.parts.rmdir()
 
     def _file(self, mode: str, start: int) -> Path:
         return self.parts / f"{mode}-{start:08d}.parquet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -40,8 +41,8 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _last_box(text: str) -> tuple[float, ...] | None:
-    numbers = [float(number) for number in _NUMBER.findall(text)]
-    return tuple(numbers[-4:]) if len(numbers) >= 4 else None
+    numbers = [float(number) for number in _NUMBER.findall(text)][-4:]
+    return tuple(numbers) if len(numbers) == 4 and all(map(math.isfinite, numbers)) else None
 
 
 def overlap(one: Sequence[float] | None, other: Sequence[float] | None) -> float:

@@ -73,8 +73,14 @@ def cells_of(value: Any) -> dict[str, list[Cell]] | None:
 
 
 def _is_cell(value: Any) -> bool:
-    return (isinstance(value, list) and len(value) == 2
-            and all(type(number) in (int, float) and math.isfinite(number) for number in value))
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _parsed(text: str) -> Any:

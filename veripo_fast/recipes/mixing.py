@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import isfinite
 
 from veripo_fast.recipes.samplers import permutation
 from veripo_fast.types import Prompt
+
+_LOG = logging.getLogger(__name__)
 
 
 def mixed(prompts: Sequence[Prompt], epoch: int, seed: int, weights: Mapping[str, float], length: int | None = None
@@ -33,12 +37,22 @@ def mixed(prompts: Sequence[Prompt], epoch: int, seed: int, weights: Mapping[str
     if size < 1:
         raise ValueError(f"length must be at least 1, got {size}")
     placed = []
-    for source, count in _shares({source: weights[source] for source in members}, size).items():
+    shares = _shares({source: weights[source] for source in members}, size)
+    if starved := [source for source, count in shares.items() if not count]:
+        _say_starved(_named(starved), size)
+    for source, count in shares.items():
         for slot in range(count):
             lap, place = divmod(epoch * count + slot, len(members[source]))
             number = members[source][permutation(len(members[source]), seed, lap)[place]]
             placed.append(((slot + _unit(seed, epoch, source, slot)) / count, source, number))
     return [number for _, _, number in sorted(placed)]
+
+
+@lru_cache
+def _say_starved(names: str, size: int) -> None:
+    """Once for all epochs, which are alike."""
+    _LOG.warning("sampler mixed: the weight of %s is too small for an epoch of %d prompts, so none of its prompts is "
+                 "ever taken; raise the weight, or length", names, size)
 
 
 def _members(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> dict[str, list[int]]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veripo_fast.errors import ConfigError
+from veripo_fast.errors import ConfigError, UserError
 from veripo_fast.evaluation.compare import Comparison, Pair, accuracy_of, compare, inconsistency_of
 from veripo_fast.evaluation.intervals import Interval
 from veripo_fast.report.frames import DEFAULT_FACTOR, FrameStrips, video_contract
 from veripo_fast.report.page import page_environment
 from veripo_fast.report.scores import Table
+from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.store import read_groups
 from veripo_fast.run.atomic import atomic_write_bytes
 from veripo_fast.run.inputs import read_inputs
@@ -49,9 +50,10 @@ def compare_command(before: Path, after: Path, out: Path) -> None:
     for one in found:
         print("\n".join(lines_of(one)))
     target = out / "compare.html" if out.is_dir() else out
+    page = page_of(found, before, after).encode(errors="replace")  # a text may hold half of a surrogate pair
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(target, page_of(found, before, after).encode())
+        atomic_write_bytes(target, page)
     except OSError as error:
         raise ConfigError(f"--out {target} cannot be written: {error.strerror or error}") from error
     print(f"page: {target}")
@@ -76,14 +78,27 @@ def page_of(found: Sequence[Comparison], before: Path, after: Path) -> str:
     strips = _strips(before)
     modes = []
     for one in found:
-        groups = [{group.prompt.prompt_id: group for group in read_groups(folder / f"{one.mode}.parquet")}
-                  for folder in (before, after)]
-        names = [str(pair.before["prompt_id"]) for pair in one.flipped[:MOST_SHOWN]]
-        chosen = [(pair, groups[0][name], groups[1][name]) for pair, name in zip(one.flipped, names, strict=False)]
+        pairs = one.flipped[:MOST_SHOWN]
+        first = _groups(before / f"{one.mode}.parquet", [pair.before for pair in pairs])
+        second = _groups(after / f"{one.mode}.parquet", [pair.after for pair in pairs])
+        chosen = list(zip(pairs, first, second, strict=True))
         strips.load([medium for _, group, _ in chosen for medium in group.prompt.media])
         modes.append({"name": one.mode, "lines": lines_of(one), "table": _table(one), "moved": len(one.flipped),
                       "shown": [_shown(pair, first, second, strips) for pair, first, second in chosen]})
     return page_environment().get_template("compare.html").render(before=str(before), after=str(after), modes=modes)
+
+
+def _groups(path: Path, items: Sequence[Mapping[str, Any]]) -> list[RolloutGroup]:
+    """The completions of some prompts. Raises UserError where the file does not hold those that were scored."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: it holds the completions that the page shows; evaluate again")
+    groups = {group.prompt.prompt_id: group for group in read_groups(path)}
+    for item in items:
+        name = item["prompt_id"]
+        if name not in groups or scores_of(groups[name], "accuracy") != item["accuracy"]:
+            raise UserError(f"{path} and {path.with_suffix('.jsonl').name} are of two evaluations: they differ in "
+                            f"prompt {name}; evaluate again")
+    return [groups[item["prompt_id"]] for item in items]
 
 
 def _changes(one: Comparison) -> dict[str, tuple[float, float, Interval]]:
@@ -131,7 +146,10 @@ def _verdict(consistent: bool | None) -> str:
 
 def _strips(folder: Path) -> FrameStrips:
     """Frames under the video contract that the evaluation noted."""
-    noted = read_inputs(folder / "inputs.json").get("options", {})
-    options = {name: json.loads(value) for name, value in noted.items()}
+    noted = read_inputs(folder / "inputs.json").get("options")
+    try:
+        options = {name: json.loads(value) for name, value in (noted or {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'inputs.json'} is damaged: {error}; evaluate again") from error
     video = {name.removeprefix("video."): value for name, value in options.items() if name.startswith("video.")}
     return FrameStrips(video_contract({"video": video}), DEFAULT_FACTOR, Path(options.get("data.media_root") or "."))

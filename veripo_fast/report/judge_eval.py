@@ -17,6 +17,7 @@ from veripo_fast.report.page import page_environment
 from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.rollout.local_texts import LocalTexts
 from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.run.folder import check_out, make_out
 from veripo_fast.text import plural, printable, rank_prefix
 from veripo_fast.verifier.calibration import SHIPPED, Calibration, check_judge, read_set
 from veripo_fast.verifier.judges import no_progress
@@ -57,6 +58,8 @@ def judge_eval_command(config: Config, name: str, limit: int | None, out: Path |
         raise UserError("judge-eval runs in one process; start it without torchrun")
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, got {limit}")
+    if out is not None:
+        check_out(out)
     calibration = evaluate_judge(config, name, limit)
     if out is not None:
         _write(out, config, name, calibration)
@@ -121,9 +124,7 @@ def has_scores(calibration: Calibration) -> bool:
 
 
 def _write(out: Path, config: Config, name: str, calibration: Calibration) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is not a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_out(out)
     atomic_write_text(out / "judge_eval.json", json.dumps(as_json(config, name, calibration), indent=2) + "\n")
     page = page_environment().get_template("judge_eval.html").render(
         judge=config.verifier.judge, name=name, items=len(calibration.items),

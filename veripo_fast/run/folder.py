@@ -22,7 +22,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from veripo_fast.errors import ConfigError
 
 
 class RunDir:
@@ -57,3 +60,26 @@ class RunDir:
 
     def eval_rows(self, stage: str, mode: str) -> Path:
         return self.root / "eval" / f"{stage}_{mode}.parquet"
+
+
+def check_out(folder: Path) -> None:
+    """Refuse a folder of results that could not be made or written, before they cost anything.
+
+    Raises:
+        ConfigError: naming what is in the way.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--out {folder} is not a folder" if there == folder else
+                          f"--out {folder} cannot be made: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {folder} cannot be written: {there} is read-only for this user")
+
+
+def make_out(folder: Path) -> None:
+    """Make a folder of results, or take the one that is there. Raises ConfigError."""
+    check_out(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # some file systems take no folder, whoever asks
+        raise ConfigError(f"--out {folder} cannot be made: {error.strerror or error}") from error

@@ -75,14 +75,16 @@ def _item(line: str, where: str) -> Item:
     try:
         record: dict[str, Any] = json.loads(line)
         kind, think, answer, question = (_string(record, key) for key in ("kind", "think", "answer", "question"))
-        declared, label, options = record.get("problem_type", ""), record["consistent"], record.get("options") or []
-        problem_type = DECLARED_TYPES[type_name(str(declared))]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        declared, label, options = record.get("problem_type") or "", record["consistent"], record.get("options") or []
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{where} is no item of a calibration set: {type(error).__name__} {error}") from error
     if label not in (True, False, None) or not isinstance(label, bool | None):
         raise DataError(f"{where}: consistent must be true, false or null, got {label!r}")
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise DataError(f"{where}: options must be a list of texts, got {options!r}")
+    if type_name(str(declared)) not in DECLARED_TYPES:
+        raise DataError(f"{where}: problem_type {declared!r} is not known")
+    problem_type = DECLARED_TYPES[type_name(str(declared))]
     text = question_text(question, options, problem_type)
     # a judge never sees a gold answer, so there is none
     prompt = Prompt(question, (Message("user", (text,)),), problem_type, "", tuple(options))
