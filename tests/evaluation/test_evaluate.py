@@ -167,7 +167,12 @@ def test_the_command_prints_a_line_per_mode(config_file, tmp_path, capsys):
     for line, record in zip(out, records, strict=False):
         assert f"{record['mode']}: accuracy {record['accuracy']:.3f} [" in line
         assert len(read_groups(tmp_path / "out" / f"{record['mode']}.parquet")) == record["prompts"] == 4
-    assert out[2:] == ["skipped: 1 records at load, 1 while decoding", f"completions and scores: {tmp_path / 'out'}"]
+    why = tmp_path / "out" / "skipped.jsonl"
+    assert out[2:] == [f"skipped: 1 records at load, 1 while decoding; {why} says why",
+                       f"completions and scores: {tmp_path / 'out'}"]
+    rows = [json.loads(line) for line in why.read_text().splitlines()]
+    assert [Path(row["path"]).name for row in rows] == ["missing.mp4", "empty.mp4"] and all(
+        row["reason"] for row in rows)
     assert not (tmp_path / "run").exists()
 
 
@@ -237,6 +242,17 @@ def test_a_part_of_another_evaluation_is_not_taken(config_file, tmp_path, monkey
     assert "data: " in capsys.readouterr().err
     assert command(config_file, tmp_path / "other", rollout__temperature=0.5) == 0
     assert command(config_file, tmp_path / "other") == 0  # what is whole is replaced
+
+
+def test_nothing_that_can_be_decoded_leaves_the_reasons_and_no_part(config_file, tmp_path, capsys):
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html></html>")
+    (tmp_path / "e.jsonl").write_text(json.dumps({"problem": "What?", "answer": "yes", "path": "page.mp4"}) + "\n")
+    out = tmp_path / "out"
+    assert command(config_file, out, data__eval=[str(tmp_path / "e.jsonl")]) == 2
+    assert "skipped.jsonl says why for each" in capsys.readouterr().err
+    assert "page.mp4" in (out / "skipped.jsonl").read_text() and not (out / "parts").exists()
+    assert command(config_file, out) == 0  # another evaluation finds no part of this one
+    assert not (out / "skipped.jsonl").exists()
 
 
 def test_a_part_that_says_of_nothing_is_begun_anew(config_file, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.schema import Config, DistributedConfig
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.data.remote import local_files
+from veripo_fast.data.skipped import Skipped, SkippedLog
 from veripo_fast.distributed.choice import check_backend, distribute
 from veripo_fast.distributed.world import World, joined
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.evaluate import evaluate, summary
 from veripo_fast.evaluation.items import items_of
-from veripo_fast.evaluation.progress import Progress, check_same, provenance
+from veripo_fast.evaluation.progress import SKIPPED, Progress, check_same, provenance
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import load_policy
 from veripo_fast.recipes.checked import check_functions, own_files
@@ -28,6 +30,7 @@ from veripo_fast.run.inputs import take_inputs
 from veripo_fast.run.jsonlines import dump_objects
 from veripo_fast.run.lock import RunLock
 from veripo_fast.text import rank_prefix
+from veripo_fast.types import Prompt
 
 
 def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[str, Any]]:
@@ -36,8 +39,8 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
     Ranks that torchrun started share the prompts. One that was stopped goes on where it was, with the same result.
 
     Args:
-        out: folder for evals.jsonl, the completions (MODE.parquet), a line for each prompt (MODE.jsonl) and what was
-            evaluated (inputs.json); None: `eval` in the run folder.
+        out: folder for evals.jsonl, the completions (MODE.parquet), a line for each prompt (MODE.jsonl), what was
+            evaluated (inputs.json) and what was left out (skipped.jsonl); None: `eval` in the run folder.
 
     Returns:
         one record per mode, as evals.jsonl holds them; `skipped_records` were left out at load, `skipped_prompts`
@@ -54,8 +57,18 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
         policy = world.agreed(lambda: load_policy(config.model))
         progress = world.agreed(lambda: _progress(folder, inputs, held) if world.main else None)
         distribute(policy, DistributedConfig(), world)  # nothing is trained, so nothing of DeepSpeed's is needed
-        loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, lambda prompt, reason: None,
-                              config.cache)
+        left_out: list[Skipped] = []
+        log = SkippedLog(folder / SKIPPED) if world.main else None
+
+        def skip(prompt: Prompt, reason: str) -> None:
+            paths = ", ".join(medium.path for medium in prompt.media)
+            left_out.append(Skipped(prompt.prompt_id, paths, reason))
+            if log:
+                log.add(left_out[-1])
+
+        if log:
+            log.add(*skipped)
+        loader = PromptLoader(policy, config.video, config.data.max_prompt_tokens, skip, config.cache)
         try:
             engine = make_engine(config, policy)
             try:
@@ -66,10 +79,11 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
                 engine.close()
         finally:
             loader.close()
-        asked = len(prompts[:config.eval.limit])
+        asked, others = len(prompts[:config.eval.limit]), world.gather(left_out)
         records = [record | {"skipped_records": len(skipped), "skipped_prompts": asked - record["prompts"]}
                    for record in records]
-        if progress:
+        if progress and log:
+            log.add(*itertools.chain.from_iterable(others))
             for record in records:
                 groups = read_groups(folder / f"{record['mode']}.parquet")
                 atomic_write_text(folder / f"{record['mode']}.jsonl", dump_objects(items_of(groups)))
@@ -115,7 +129,8 @@ def evaluate_command(config: Config, out: Path | None) -> None:
         return
     for record in records:
         print(summary(record))
+    folder = eval_folder(config, out)
     at_load, decoding = records[0]["skipped_records"], records[0]["skipped_prompts"]
     if at_load or decoding:
-        print(f"skipped: {at_load} records at load, {decoding} while decoding")
-    print(f"completions and scores: {eval_folder(config, out)}")
+        print(f"skipped: {at_load} records at load, {decoding} while decoding; {folder / SKIPPED} says why")
+    print(f"completions and scores: {folder}")

@@ -89,6 +89,8 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
                 bar.update(start + len(batch) - bar.n)
                 check()
         if not groups:
+            if progress:
+                progress.finish()  # there is nothing to go on from
             raise DataError("no evaluation prompt could be loaded; skipped.jsonl says why for each")
         reward_groups(groups, config)  # the advantages of all, as one process gives them
         if world.main:

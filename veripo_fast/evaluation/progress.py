@@ -24,6 +24,7 @@ from veripo_fast.types import RolloutGroup
 log = logging.getLogger(__name__)
 SECTIONS = ("data", "eval", "model", "reward", "rollout", "seed", "video")
 """Of the configuration: what decides about completions and scores."""
+SKIPPED = "skipped.jsonl"
 ASIDE = {"data.train", "model.path", "rollout.weights", "rollout.kv_cache_gb"}
 """Of these, what does not; the checkpoint counts by its files."""
 _PART = re.compile(r"(\.tmp-)?[a-z]+-\d{8}\.parquet(-\d+-[0-9a-f]+)?")
@@ -85,6 +86,7 @@ class Progress:
         before = _before(folder)
         if not before:
             self.finish()
+            (folder / SKIPPED).unlink(missing_ok=True)
         write_inputs(folder / "inputs.json", now, before.get("commands", []))
         self.parts.mkdir(exist_ok=True)
 
