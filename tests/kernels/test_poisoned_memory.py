@@ -256,8 +256,9 @@ def test_tokens_that_no_completion_owns_have_slope_0(bounded: tuple[int, ...]) -
         *_, slopes, entropy_slopes = grpo._forward(
             tokens, None, advantages, cu_seqlens, None, None, None, tokens, grpo._kinds(loss), grpo._numbers(loss), 4,
             True)
-        numbers = as_tensor(0.1, 0.0, 1.0, 0.0)
-        _, _, pair_slopes = dpo._forward(tokens, tokens, cu_seqlens, None, "sigmoid", numbers, False, 2)
+        numbers = as_tensor(0.1, 0.0, 1.0, 0.0, 0.05, 0.5)
+        _, _, pair_slopes = dpo._forward(tokens, tokens, cu_seqlens, None, None, "sigmoid reverse_kl", numbers, False,
+                                         2)
     for values in (slopes, entropy_slopes, pair_slopes):
         assert torch.equal(values != 0, owned)
     for impl in ("torch", "triton"):

@@ -16,6 +16,7 @@ from veripo_fast.config.terms import RewardTerm
 from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.recipes.checked import check_functions, own_files
 from veripo_fast.recipes.own import own_function
+from veripo_fast.recipes.tables import REWARDS
 from veripo_fast.reward.groups import StreamedScores, reward_groups
 from veripo_fast.stages.rollout_metrics import column_metrics
 from veripo_fast.types import Completion, RolloutGroup
@@ -195,7 +196,7 @@ def test_an_error_in_the_thread_reaches_the_caller(own: Callable[..., str]) -> N
 
 
 @pytest.mark.parametrize(("terms", "sentence"), [
-    ([{"use": "acuracy"}], "use must be one of accuracy, format, length_window, overlong, or a function of your own as "
+    ([{"use": "acuracy"}], f"use must be one of {', '.join(REWARDS)}, or a function of your own as "
                            "module:function or path/file.py:function, got 'acuracy'; did you mean accuracy?"),
     ([{}], "got ''"),
     ([], "reward: terms is empty"),
