@@ -1,6 +1,7 @@
 """metrics.jsonl and TensorBoard: valid JSON always, torn lines survived, resumes that forget what came later."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -72,6 +73,7 @@ def test_tensorboard_scalars_and_their_resume(tmp_path):
         for step in (1, 2, 3):
             log.log({"stage": "grpo-1", "global_step": step, "loss": step / 2, "seconds": {"rollout": 1.0},
                      "skipped": True, "kl": float("nan")})
+    time.sleep(1.01)  # files of one second are ordered by a count as text, 10 before 9; a resume is later
     with MetricsLog(tmp_path / "m.jsonl", folder) as log:
         log.truncate_after(1)
         log.log({"global_step": 2, "loss": 9.0})
