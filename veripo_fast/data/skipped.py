@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from veripo_fast.run.jsonlines import append_objects, read_objects
+from veripo_fast.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Skipped:
     """The file at fault: the medium, or the data file."""
     reason: str
     """One sentence."""
+
+    @classmethod
+    def of_prompt(cls, prompt: Prompt, reason: str) -> Skipped:
+        """A prompt whose media cannot be read."""
+        return cls(prompt.prompt_id, ", ".join(medium.path for medium in prompt.media), reason)
 
 
 class SkippedLog:

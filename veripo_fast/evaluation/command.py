@@ -61,8 +61,7 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
         log = SkippedLog(folder / SKIPPED) if world.main else None
 
         def skip(prompt: Prompt, reason: str) -> None:
-            paths = ", ".join(medium.path for medium in prompt.media)
-            left_out.append(Skipped(prompt.prompt_id, paths, reason))
+            left_out.append(Skipped.of_prompt(prompt, reason))
             if log:
                 log.add(left_out[-1])
 

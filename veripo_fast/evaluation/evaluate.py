@@ -127,8 +127,10 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     read = [verdict for verdict in verdicts if verdict is not None]
     estimates = [value for value, group in zip(accuracy, groups, strict=True)
                  if group.prompt.problem_type == "estimate"]
-    official = [_mean([vsi_mra(answer, group.prompt.gold) for answer in answers_of(group)])
-                for group in groups if group.prompt.problem_type == "estimate"]
+    theirs = [_mean([vsi_mra(answer, group.prompt.gold) for answer in answers_of(group)])
+              if group.prompt.problem_type == "estimate" else value
+              for group, value in zip(groups, accuracy, strict=True)]
+    official = [value for value, group in zip(theirs, groups, strict=True) if group.prompt.problem_type == "estimate"]
     about = [shown(group.prompt) for group in groups]
     mean, low, high = bootstrap_interval(accuracy, config.eval.bootstrap, config.seed, clusters=about)
     wrong, wrong_low, wrong_high = bootstrap_interval(inconsistent, config.eval.bootstrap, config.seed, clusters=about)
@@ -145,7 +147,7 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
             "majority_accuracy": _mean([majority_accuracy(group) for group in groups]),
             "pass_rate": _mean([float(max(scores_of(group, "accuracy")) == 1) for group in groups]),
             "prompts": len(groups), "completions": len(rows),
-            **_by_task(groups, accuracy, config.eval.task_key),
+            **_by_task(groups, accuracy, theirs, config.eval.task_key),
             "by_type": _means_by(groups, accuracy, "problem_type"),
             "by_source": _means_by(groups, accuracy, "data_source")}
 
@@ -165,14 +167,12 @@ def shown(prompt: Prompt) -> tuple[str, ...]:
     return tuple(medium.path for medium in prompt.media) or (prompt.prompt_id,)
 
 
-def _by_task(groups: Sequence[RolloutGroup], accuracy: Sequence[float], key: str) -> dict[str, Any]:
+def _by_task(groups: Sequence[RolloutGroup], accuracy: Sequence[float], theirs: Sequence[float], key: str
+             ) -> dict[str, Any]:
     """Accuracy by task and its mean over tasks, ours and with VSI-Bench's numbers; nothing without a key."""
     if not key:
         return {}
     tasks = [str(side_of(group.prompt).get(key, "no task")) for group in groups]
-    theirs = [_mean([vsi_mra(answer, group.prompt.gold) for answer in answers_of(group)])
-              if group.prompt.problem_type == "estimate" else value
-              for group, value in zip(groups, accuracy, strict=True)]
     ours, official = task_means(tasks, accuracy), task_means(tasks, theirs)
     return {"by_task": ours, "accuracy_of_tasks": _mean(list(ours.values())),
             "by_task_official": official, "accuracy_of_tasks_official": _mean(list(official.values()))}

@@ -37,8 +37,7 @@ class Books:
 
     def skip_prompt(self, prompt: Prompt, reason: str) -> None:
         """Note a prompt whose media cannot be read."""
-        paths = ", ".join(medium.path for medium in prompt.media)
-        skipped = Skipped(record=prompt.prompt_id, path=paths, reason=reason)
+        skipped = Skipped.of_prompt(prompt, reason)
         if self.world.main:
             self.skipped.add(skipped)
         else:
