@@ -167,6 +167,10 @@ class Completion:
     advantage: float | None = None
     columns: dict[str, float | None] = field(default_factory=dict)
     """The number of each term of the reward, before gate and weight; None where its function failed."""
+    reference_logprobs: list[float] | None = None
+    """Those of the reference of the stage, at the temperature of the rollout; None unless the reward asks for them."""
+    answer_tokens: tuple[int, int] | None = None
+    """Where its answer begins and ends among its tokens; None without an answer, and unless the reward asks for it."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support import policies
 from veripo_fast.config.objectives import GrpoConfig
+from veripo_fast.config.schema import Config
 from veripo_fast.data.order import PromptOrder, prompt_order
 from veripo_fast.errors import ConfigError
 from veripo_fast.recipes.tables import REFERENCES
@@ -69,10 +70,12 @@ def test_a_broken_sampler_is_named(tmp_path: Path, body: str, sentence: str) -> 
 def test_references(tmp_path: Path) -> None:
     model, started_from = tmp_path / "model", tmp_path / "step_000002"
     assert {name: function(model, started_from) for name, function in REFERENCES.items()} == {
-        "stage_start": started_from, "base": model}
+        "stage_start": started_from, "base": model, "ema": started_from}
     teacher = own(tmp_path, "return model.parent / 'teacher'", "model, started_from")
     assert reference_folder(teacher, model, started_from) == tmp_path / "teacher"
     with pytest.raises(ConfigError, match="names no folder: TypeError"):
         reference_folder(own(tmp_path, "return None", "model, started_from"), model, started_from)
-    with pytest.raises(ConfigError, match="reference changes nothing while kl_coef is 0"):
-        GrpoConfig(reference="base")
+    with pytest.raises(ConfigError, match=r"grpo.reference changes nothing while grpo.kl_coef is 0"):
+        Config(grpo=GrpoConfig(reference="base"))
+    with pytest.raises(ConfigError, match="change nothing while reference is stage_start"):
+        GrpoConfig(reference_decay=0.9)

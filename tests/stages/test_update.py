@@ -22,6 +22,7 @@ from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig
 from veripo_fast.config.schema import Config, OptimizerConfig
 from veripo_fast.demo.corpus import write_clip
 from veripo_fast.demo.world import random_clip
+from veripo_fast.errors import ConfigError
 from veripo_fast.model import encoding
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy, load_policy
@@ -98,6 +99,41 @@ def test_every_option_of_a_loss_reaches_it() -> None:
     dpo = {"loss": "robust", "dpo_beta": 0.3, "nll_coef": 0.5, "length_normalize": True, "label_smoothing": 0.1,
            "ld_alpha": 0.4, "divergence": "alpha", "divergence_alpha": 0.3}
     assert preference_loss_of(config_of(dpo=DpoConfig(**dpo))) == PreferenceLoss(**dpo)
+
+
+@pytest.mark.parametrize(("loss", "options"), [
+    ("sapo", {"sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.2, "entropy_coef": 0.01}),
+    ("sapo_sequence", {"sapo_temperature_neg": 1.2}),
+    ("vespo", {"vespo_k_pos": 1.0, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.5}),
+    ("grpo", {"entropy_coef": -0.01}),
+])
+def test_numbers_of_a_loss_reach_it(loss: str, options: dict[str, float]) -> None:
+    expected = PolicyLoss(loss, constant_length=MAX_NEW_TOKENS, **options)
+    assert policy_loss_of(config_of(loss=loss, loss_options=options)) == expected
+
+
+def test_numbers_of_another_loss_are_refused() -> None:
+    assert preference_loss_of(config_of(dpo=DpoConfig(loss="discopop", loss_options={"discopop_tau": 0.1}))
+                              ).discopop_tau == 0.1
+    with pytest.raises(ConfigError, match=r"loss_options.vespo_k_pos changes nothing while loss is grpo"):
+        GrpoConfig(loss_options={"vespo_k_pos": 1.0})
+    with pytest.raises(ConfigError, match=r"loss_options.discopop_tau changes nothing while loss is sigmoid"):
+        DpoConfig(loss_options={"discopop_tau": 0.1})
+    for value in (0, "much", float("nan")):
+        with pytest.raises(ConfigError, match=r"must be a number above 0"):
+            GrpoConfig(loss="sapo", loss_options={"sapo_temperature_neg": value})
+
+
+@pytest.mark.parametrize("max_tokens", [WHOLE, 1])
+def test_an_entropy_bonus_is_a_metric(policy: Policy, max_tokens: int) -> None:
+    """The mean entropy, whatever micro-batches there are; the bonus lowers the loss by its weight times that."""
+    prompts, groups = groups_of(policy)
+    values = {}
+    for weight in (0.0, 0.25):
+        config = config_of(max_tokens, loss_options={"entropy_coef": weight} if weight else {})
+        values[weight] = GrpoUpdate(policy, optimizer_of(policy, config), config, None).run(prompts, groups)
+    assert "entropy" not in values[0.0] and values[0.25]["entropy"] > 0
+    assert values[0.25]["loss"] == pytest.approx(values[0.0]["loss"] - 0.25 * values[0.25]["entropy"], abs=1e-5)
 
 
 def optimizer_of(policy: Policy, config: Config, kind: type[Optimizer] = Gradients, peak: float = 1e-3) -> Optimizer:

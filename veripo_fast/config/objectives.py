@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -26,8 +27,12 @@ SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
 VLLM_OPTIONS = ("tensor_parallel", "weights", "vision", "kv_cache_gb", "max_sequences", "parity_every",
                 "parity_tolerance", "stall_seconds")
 """Fields of `RolloutConfig` that only the engine vllm reads."""
+_POLICY_OPTIONS = dict.fromkeys(("sapo", "sapo_sequence"), ("sapo_temperature_pos", "sapo_temperature_neg")) | {
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")}
 SamplerName = Literal["shuffled", "sequential", "curriculum", "prioritized", "mixed"]
-ReferenceName = Literal["stage_start", "base"]
+ReferenceName = Literal["stage_start", "base", "ema"]
+MovingAdvantage = Literal["task_std"]
+"""Advantages that remember earlier steps: keys of `recipes.tables.MOVING_ADVANTAGES`."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,9 @@ class RewardConfig:
     """When a function of your own fails: stop the run, or count it, and its column is 0 for all of that prompt."""
     number_tolerance: float = 1e-6
     """Relative tolerance of typed numbers (`number`); estimates use MRA instead."""
+    reference_logprobs: bool = False
+    """Rewards are told each completion's log-probs under `grpo.reference`, which runs over a rollout batch before it is
+    scored; nothing is scored while others are sampled then."""
     streamed: bool = True
     """Completions are scored while others are still sampled; false: behind the rollout, with the same scores."""
     math_seconds_per_batch: float = 60.0
@@ -104,6 +112,11 @@ class RewardConfig:
     def needs_contrast(self) -> bool:
         """Whether a term compares with a contrast group."""
         return any(term.use == "temporal" for term in self.terms)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a shipped term reads log-probs of the reference."""
+        return any(term.use == "likely_answer" for term in self.terms)
 
 
 @dataclass(frozen=True)
@@ -125,11 +138,17 @@ class GrpoConfig:
     """Keyword arguments of the sampler."""
     advantage: str = "std"
     """`std`: (r - mean) / std of the group; `no_std`: r - mean (Dr. GRPO); `leave_one_out`: r - mean of the others
-    (RLOO); `batch_std`: over the std of the batch; or a function of your own, on the rewards of a group."""
+    (RLOO); `batch_std`: over the std of the batch; `task_std`: over a std of the task that moves from step to step
+    (OneThinker); or a function of your own, on the rewards of a group."""
     advantage_options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the advantage; `std` and `batch_std` take eps, what is added to the std (1e-6)."""
+    """Keyword arguments of the advantage; `std` and `batch_std` take eps, what is added to the std (1e-6);
+    `task_std` also decay (0.99), guard (5.0) and by: problem_type, data_source or a key of data.keep_keys."""
     loss: PolicyLossName = "grpo"
     """The policy loss; formulas and sources: veripo_kernels.PolicyLoss."""
+    loss_options: dict[str, float] = field(default_factory=dict)
+    """Other numbers of the loss: entropy_coef, the weight of an entropy bonus, of any; sapo_temperature_pos and
+    sapo_temperature_neg of sapo and sapo_sequence; vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg of
+    vespo. Their defaults: veripo_kernels.PolicyLoss."""
     clip_low: float = 0.2
     """Ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.2
@@ -139,8 +158,13 @@ class GrpoConfig:
     kl_coef: float = 0.0
     """Weight of the KL to the reference; 0: no reference model is run."""
     reference: str = "stage_start"
-    """What the KL pulls towards: the policy at the start of the stage, `base`: that of `model.path`, or what a function
-    of your own names."""
+    """What the KL pulls towards, and what rewards are told the log-probs of: the policy at the start of the stage;
+    `base`: that of `model.path`; `ema`: a moving mean of the policy (GRPO-CARE); or what a function of your own
+    names."""
+    reference_decay: float = 0.995
+    """Of `ema`: mean = reference_decay * mean + (1 - reference_decay) * policy, from the start of the stage on."""
+    reference_every: int = 10
+    """Of `ema`: steps from one such move to the next."""
     kl_kind: KlKind = "k3"
     """Estimator of the KL (Schulman 2020)."""
     aggregation: Aggregation | None = None
@@ -156,23 +180,45 @@ class GrpoConfig:
     """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
 
     def __post_init__(self) -> None:
-        positive(self, "steps", "prompts_per_step", "updates_per_rollout", "learning_rate")
+        positive(self, "steps", "prompts_per_step", "updates_per_rollout", "learning_rate", "reference_every")
         require(self.prompts_per_step % self.updates_per_rollout == 0,
                  f"prompts_per_step {self.prompts_per_step} must be divisible by "
                  f"updates_per_rollout {self.updates_per_rollout}")
         require(0 <= self.clip_low <= 1, f"clip_low must be in [0, 1], got {self.clip_low}")
         require(self.clip_high >= 0, f"clip_high must be 0 or larger, got {self.clip_high}")
-        with as_config_error():
-            PolicyLoss(self.loss, aggregation=self.aggregation, constant_length=1, clip_low=self.clip_low,
-                       clip_high=self.clip_high, dual_clip=self.dual_clip, kl_coef=self.kl_coef, kl_kind=self.kl_kind)
+        self.policy_loss(1)
         known_or_own("sampler", self.sampler, get_args(SamplerName))
-        known_or_own("advantage", self.advantage, get_args(AdvantageKind))
+        known_or_own("advantage", self.advantage, get_args(AdvantageKind) + get_args(MovingAdvantage))
         known_or_own("reference", self.reference, get_args(ReferenceName))
-        require(self.kl_coef > 0 or self.reference == "stage_start", "reference changes nothing while kl_coef is 0")
+        require(self.reference == "ema" or (self.reference_decay, self.reference_every) == (0.995, 10),
+                f"reference_decay and reference_every change nothing while reference is {self.reference}")
+        require(0 <= self.reference_decay < 1, f"reference_decay must be in [0, 1), got {self.reference_decay}")
         require(0 <= self.importance_floor < self.importance_cap,
                 f"importance_floor must be at least 0 and below importance_cap, got {self.importance_floor} and "
                 f"{self.importance_cap}")
         unit_interval(self, "drop_easy")
+
+    def policy_loss(self, constant_length: int) -> PolicyLoss:
+        """The loss that these options describe; `constant_length` divides sums of aggregation `constant`.
+
+        Raises:
+            ConfigError: it does not exist.
+        """
+        _check_loss_options(self.loss, self.loss_options, (*_POLICY_OPTIONS.get(self.loss, ()), "entropy_coef"))
+        with as_config_error():
+            return PolicyLoss(
+                self.loss, aggregation=self.aggregation, constant_length=constant_length, clip_low=self.clip_low,
+                clip_high=self.clip_high, dual_clip=self.dual_clip, kl_coef=self.kl_coef, kl_kind=self.kl_kind,
+                importance=self.importance or "token_truncate", importance_floor=self.importance_floor,
+                importance_cap=self.importance_cap, **self.loss_options)
+
+
+def _check_loss_options(loss: str, given: dict[str, float], known: tuple[str, ...]) -> None:
+    for name, value in given.items():
+        require(name in known, f"loss_options.{name} changes nothing while loss is {loss}"
+                + (f"; it takes {', '.join(known)}" if known else ""))
+        require(isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or name == "entropy_coef"),
+                f"loss_options.{name} must be a number above 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -254,6 +300,8 @@ class DpoConfig:
 
     loss: PreferenceLossName = "sigmoid"
     """The preference loss; formulas and sources: veripo_kernels.formulas."""
+    loss_options: dict[str, float] = field(default_factory=dict)
+    """Other numbers of the loss: discopop_tau (0.05) of discopop."""
     dpo_beta: float = 0.1
     """Strength of the pull towards the reference (VerIPO Table 1: 0.1)."""
     nll_coef: float = 0.0
@@ -281,10 +329,16 @@ class DpoConfig:
         positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps")
         require(self.divergence == "alpha" or self.divergence_alpha == 0.5,
                 "divergence_alpha changes nothing unless divergence is alpha")
+        self.preference_loss()
+
+    def preference_loss(self) -> PreferenceLoss:
+        """The loss that these options describe. Raises ConfigError where there is none."""
+        _check_loss_options(self.loss, self.loss_options, ("discopop_tau",) if self.loss == "discopop" else ())
         with as_config_error():
-            PreferenceLoss(self.loss, dpo_beta=self.dpo_beta, label_smoothing=self.label_smoothing,
-                           length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef,
-                           divergence=self.divergence, divergence_alpha=self.divergence_alpha)
+            return PreferenceLoss(
+                self.loss, dpo_beta=self.dpo_beta, label_smoothing=self.label_smoothing,
+                length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef,
+                divergence=self.divergence, divergence_alpha=self.divergence_alpha, **self.loss_options)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,16 @@ where the paper gives one (G 8, temperature 1.0, dpo_beta 0.1, drop_easy 0.8).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
-from veripo_fast.config.checks import OWN, positive, require
+from veripo_kernels.options import AdvantageKind
+
+from veripo_fast.config.checks import positive, require
 from veripo_fast.config.inputs import CacheConfig, DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.objectives import (
     DpoConfig,
     GrpoConfig,
+    MovingAdvantage,
     RewardConfig,
     RolloutConfig,
     SftConfig,
@@ -175,6 +178,11 @@ class Config:
     stages: tuple[StageConfig, ...] = ()
     """Stages in order; each continues from the policy of the one before."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a GRPO stage runs a reference policy beside the policy."""
+        return self.grpo.kl_coef > 0 or self.reward.reference_logprobs
+
     def __post_init__(self) -> None:
         positive(self, "threads")
         require(bool(self.run_dir), "run_dir must name a folder")
@@ -193,8 +201,22 @@ class Config:
                 f"{self.rollout.tensor_parallel} does not leave room for in vLLM; take verifier.judge endpoint")
         require(not self.eval.task_key or self.eval.task_key in self.data.keep_keys,
                 f"eval.task_key {self.eval.task_key} is read of the records; name it in data.keep_keys")
+        _check_reference(self)
+        task = self.grpo.advantage_options.get("by") if self.grpo.advantage in get_args(MovingAdvantage) else None
+        require(task in (None, "problem_type", "data_source", *self.data.keep_keys),
+                f"grpo.advantage_options.by {task} is read of the records; name it in data.keep_keys")
         _check_plan(self)
         object.__setattr__(self, "stages", _named(self.stages))
+
+
+def _check_reference(config: Config) -> None:
+    """ConfigError where a reference and its readers do not go together."""
+    require(config.reward.reference_logprobs or not config.reward.needs_reference,
+            "reward likely_answer reads log-probs of the reference; set reward.reference_logprobs to true")
+    require(not config.reward.reference_logprobs or config.plan.pairing == "own",
+            "reward.reference_logprobs cannot be combined with plan.pairing all")
+    require(config.needs_reference or config.grpo.reference == "stage_start",
+            "grpo.reference changes nothing while grpo.kl_coef is 0 and reward.reference_logprobs is false")
 
 
 def _check_plan(config: Config) -> None:
@@ -208,8 +230,8 @@ def _check_plan(config: Config) -> None:
     if plan.pairing == "all":
         require(config.grpo.importance is None, "grpo.importance cannot be combined with plan.pairing all: the engine "
                 "gave no log-probs of a completion under another wording")
-        require(OWN.fullmatch(config.grpo.advantage) is None, "plan.pairing all needs one of the shipped advantages, "
-                f"which it takes over two kinds of groups; got {config.grpo.advantage}")
+        require(config.grpo.advantage in get_args(AdvantageKind), "plan.pairing all takes the advantage over two kinds "
+                f"of groups, so it needs one of {', '.join(get_args(AdvantageKind))}; got {config.grpo.advantage}")
     require(plan.contrast != "none" or not config.reward.needs_contrast,
             "reward temporal compares with a contrast group; set plan.contrast to shuffle or reverse")
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from veripo_fast.config.checks import OWN, known_or_own, require
 
 RewardName = Literal["accuracy", "format", "length_window", "overlong", "shortness", "temporal", "spatial_map",
-                     "agreement"]
+                     "agreement", "likely_answer"]
 """The rewards that are shipped: keys of `recipes.tables.REWARDS`."""
 SCORED = ("accuracy", "format")
 """Columns that every completion has, whatever it is rewarded for."""
@@ -46,8 +46,8 @@ class RewardTerm:
     """A column of the reward, with a number for every completion of a prompt."""
 
     use: str = ""
-    """accuracy, format, length_window, overlong, shortness, temporal, spatial_map, agreement, or your own:
-    module:function or path/file.py:function."""
+    """accuracy, format, length_window, overlong, shortness, temporal, spatial_map, agreement, likely_answer,
+    or your own: module:function or path/file.py:function."""
     name: str = ""
     """Of the column, in metrics, gates and rollout files; empty: that of the function."""
     weight: float = 1.0

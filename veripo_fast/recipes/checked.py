@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.recipes.own import check_call, named, own_file
-from veripo_fast.recipes.tables import ADVANTAGES, REFERENCES, REWARDS, SAMPLERS
+from veripo_fast.recipes.tables import ADVANTAGES, MOVING_ADVANTAGES, REFERENCES, REWARDS, SAMPLERS
 
 
 class Use(NamedTuple):
@@ -30,10 +30,17 @@ def uses_of(config: Config) -> Iterator[Use]:
         grpo = part.grpo
         for term in part.reward.terms:
             yield Use("reward", term.use, REWARDS, ("asked",), term.options)
-        given = ("rewards", "group_ids") if grpo.advantage in ADVANTAGES else ("rewards",)
-        yield Use("advantage", grpo.advantage, ADVANTAGES, given, grpo.advantage_options)
+        yield Use("advantage", grpo.advantage, {**ADVANTAGES, **MOVING_ADVANTAGES}, _given(grpo.advantage),
+                  grpo.advantage_options)
         yield Use("sampler", grpo.sampler, SAMPLERS, ("prompts", "epoch", "seed"), grpo.sampler_options)
         yield Use("reference", grpo.reference, REFERENCES, ("model", "started_from"), {})
+
+
+def _given(advantage: str) -> tuple[str, ...]:
+    """What an advantage is called with beside its options."""
+    if advantage in MOVING_ADVANTAGES:
+        return "rewards", "group_ids", "tasks", "moments"
+    return ("rewards", "group_ids") if advantage in ADVANTAGES else ("rewards",)
 
 
 def check_functions(config: Config) -> None:

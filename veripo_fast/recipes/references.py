@@ -13,6 +13,11 @@ def stage_start(model: Path, started_from: Path) -> Path:
     return started_from
 
 
+def ema(model: Path, started_from: Path) -> Path:
+    """The policy at the start of the stage, which it then follows (`stages.reference.MovingReference`)."""
+    return started_from
+
+
 def base(model: Path, started_from: Path) -> Path:
     """The model of the configuration, in every stage."""
     return model

@@ -12,8 +12,10 @@ from typing import Any
 from veripo_fast.recipes import (
     advantages,
     agreement,
+    likely,
     maps,
     mixing,
+    moving,
     pass_rates,
     references,
     rewards,
@@ -24,16 +26,20 @@ from veripo_fast.recipes import (
 REWARDS: Mapping[str, Callable[..., Any]] = {
     "accuracy": rewards.accuracy, "format": rewards.format, "length_window": rewards.length_window,
     "overlong": rewards.overlong, "shortness": rewards.shortness, "temporal": temporal.temporal,
-    "spatial_map": maps.spatial_map, "agreement": agreement.agreement}
+    "spatial_map": maps.spatial_map, "agreement": agreement.agreement,
+    "likely_answer": likely.likely_answer}
 """(PromptView, **options) -> column."""
 ADVANTAGES: Mapping[str, Callable[..., Any]] = {
     "std": advantages.std, "no_std": advantages.no_std, "leave_one_out": advantages.leave_one_out,
     "batch_std": advantages.batch_std}
 """(rewards [S], group ids [S], **options) -> [S]; one of your own: (rewards [G] of a group, **options) -> column."""
+MOVING_ADVANTAGES: Mapping[str, Callable[..., Any]] = {"task_std": moving.task_std}
+"""(rewards [S], group ids [S], tasks of the groups, moments, **options) -> [S] and the moments behind the step, which
+the checkpoint holds. An option `by` says what a task is."""
 SAMPLERS: Mapping[str, Callable[..., Any]] = {
     "shuffled": samplers.shuffled, "sequential": samplers.sequential, "curriculum": pass_rates.curriculum,
     "prioritized": pass_rates.prioritized, "mixed": mixing.mixed}
 """(prompts, epoch, seed, **options) -> numbers of the prompts."""
 REFERENCES: Mapping[str, Callable[[Path, Path], Path]] = {
-    "stage_start": references.stage_start, "base": references.base}
+    "stage_start": references.stage_start, "base": references.base, "ema": references.ema}
 """(folder of the model, folder that the stage began from) -> folder of the reference."""

@@ -46,6 +46,12 @@ class CompletionView:
     """0 to 1."""
     format: float
     """0 or 1."""
+    reference_logprobs: Sequence[float] | None = None
+    """Of each token under `grpo.reference`, at the temperature of the rollout; None without
+    `reward.reference_logprobs`."""
+    answer_tokens: tuple[int, int] | None = None
+    """Where the answer begins and ends among the tokens; None where there is none, and without
+    `reward.reference_logprobs`."""
 
     @property
     def think(self) -> str | None:

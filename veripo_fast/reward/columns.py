@@ -35,7 +35,8 @@ def _completions(group: RolloutGroup, parsed: Sequence[Parsed]) -> Completions:
     for row, item in zip(group.completions, parsed, strict=True):
         assert row.accuracy is not None and row.format is not None
         completions.append(CompletionView(row.text, item.spans, row.token_ids, row.rollout_logprobs,
-                                          row.finish_reason == "stop", row.accuracy, row.format))
+                                          row.finish_reason == "stop", row.accuracy, row.format, row.reference_logprobs,
+                                          row.answer_tokens))
     return Completions(completions)
 
 

@@ -11,8 +11,9 @@ import torch
 from veripo_fast.config.objectives import GrpoConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.errors import TrainingError
+from veripo_fast.recipes.moving import PROBLEM_TYPE, Moments, task_of
 from veripo_fast.recipes.own import as_column, described, named
-from veripo_fast.recipes.tables import ADVANTAGES
+from veripo_fast.recipes.tables import ADVANTAGES, MOVING_ADVANTAGES
 from veripo_fast.reward.columns import columns_of, total, view_of
 from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.reward.score import parsed_score, scores_of
@@ -21,24 +22,31 @@ from veripo_fast.schedule.timeline import span
 from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 
-def reward_groups(groups: Sequence[RolloutGroup], config: Config, loaded: Sequence[LoadedPrompt | None] = ()) -> None:
+def reward_groups(groups: Sequence[RolloutGroup], config: Config, loaded: Sequence[LoadedPrompt | None] = (),
+                  moments: Moments | None = None) -> Moments:
     """Fill in accuracy, format, reward and advantage of every completion; those that have a reward keep it.
 
     Args:
         loaded: the prompts of the groups as the policy reads them, for rewards that look at their media.
+        moments: what the advantage remembers of earlier steps.
+
+    Returns:
+        What it remembers after these groups, if they are those of a step; empty for an advantage without a memory.
 
     Raises:
         TrainingError: a function of the user's failed.
     """
     score_groups(groups, config, loaded)
     if not any(group.completions for group in groups):
-        return
+        return moments or {}
     owners = torch.tensor([number for number, group in enumerate(groups) for _ in group.completions])
     rewards = torch.tensor([value for group in groups for value in scores_of(group, "reward")], dtype=torch.float64)
-    advantages = iter(advantages_of(rewards, owners, groups, config.grpo))
+    values, moments = advantages_of(rewards, owners, groups, config.grpo, moments or {})
+    advantages = iter(values)
     for group in groups:
         for completion in group.completions:
             completion.advantage = next(advantages)
+    return moments
 
 
 def score_groups(groups: Sequence[RolloutGroup], config: Config, loaded: Sequence[LoadedPrompt | None] = ()) -> None:
@@ -51,17 +59,21 @@ def score_groups(groups: Sequence[RolloutGroup], config: Config, loaded: Sequenc
                 _graded(group.contrast, config)  # the group was stored, and its contrast is not
 
 
-def advantages_of(rewards: torch.Tensor, owners: torch.Tensor, groups: Sequence[RolloutGroup], config: GrpoConfig
-                  ) -> list[float]:
-    """One number for each reward: of an entry of ADVANTAGES in one call, of a user's function group by group.
+def advantages_of(rewards: torch.Tensor, owners: torch.Tensor, groups: Sequence[RolloutGroup], config: GrpoConfig,
+                  moments: Moments) -> tuple[list[float], Moments]:
+    """One number for each reward: of a shipped function in one call, of a user's group by group.
 
     Args:
         rewards, owners: float64 [S] of all completions in a row, int64 [S] the number of the group of each.
+        moments: see `reward_groups`, also for the second value that is returned.
     """
+    if config.advantage in MOVING_ADVANTAGES:
+        tasks = [task_of(group.prompt, config.advantage_options.get("by", PROBLEM_TYPE)) for group in groups]
+        moved, after = MOVING_ADVANTAGES[config.advantage](rewards, owners, tasks, moments, **config.advantage_options)
+        return moved.tolist(), after
     function = named(config.advantage, ADVANTAGES)
     if config.advantage in ADVANTAGES:
-        whole: list[float] = function(rewards, owners, **config.advantage_options).tolist()
-        return whole
+        return function(rewards, owners, **config.advantage_options).tolist(), {}
     advantages: list[float] = []
     for number, group in enumerate(groups):
         what = f"advantage {config.advantage}, on prompt {group.prompt.prompt_id},"
@@ -70,7 +82,7 @@ def advantages_of(rewards: torch.Tensor, owners: torch.Tensor, groups: Sequence[
         except Exception as error:  # of whatever a user's function does
             raise TrainingError(f"{what} failed: {described(error)}") from error
         advantages += as_column(values, len(group.completions), what)
-    return advantages
+    return advantages, {}
 
 
 class StreamedScores:

@@ -90,6 +90,12 @@ def answer_prefix(text: str, form: Form = THINK_ANSWER) -> str | None:
     return text[:start] + re.match(r"\s*", text[start:]).group()  # type: ignore[union-attr]
 
 
+def answer_bounds(text: str, form: Form = THINK_ANSWER) -> tuple[int, int] | None:
+    """Where the answer of a completion begins and ends, white space around it left out; None without an answer."""
+    prefix, answer = answer_prefix(text, form), parse_completion(text, form=form).answer
+    return None if prefix is None or answer is None else (len(prefix), len(prefix) + len(answer))
+
+
 def answer_end(text: str, form: Form) -> int:
     """Where the answer span of a completion that has one ends, its closing included."""
     return _answer_place(text, form).end

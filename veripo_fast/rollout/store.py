@@ -22,6 +22,8 @@ from veripo_fast.run.atomic import atomic_open
 from veripo_fast.types import Completion, Form, Image, Message, Prompt, RolloutGroup, Sampling, Video
 
 _SCORES = ("accuracy", "format", "reward", "advantage")
+_TOLD = ("reference_logprobs", "answer_tokens")
+"""What rewards were told, which a stored group that has its rewards needs no more."""
 
 
 def prompt_to_json(prompt: Prompt) -> str:
@@ -77,10 +79,11 @@ def write_groups(path: Path, groups: Iterable[RolloutGroup], stage: str, step: i
     for number, group in enumerate(groups):
         prompt = prompt_to_json(group.prompt)
         for index, completion in enumerate(group.completions):
+            fields = {name: value for name, value in asdict(completion).items() if name not in _TOLD}
             rows.append({"stage": stage, "step": step, "prompt_id": group.prompt.prompt_id,
                          "problem_type": group.prompt.problem_type, "gold": group.prompt.gold,
                          "group": number, "index": index, "prompt": prompt,
-                         "think_opened": group.think_opened, **asdict(completion),
+                         "think_opened": group.think_opened, **fields,
                          "columns": json.dumps(completion.columns)})
     write_table(pa.Table.from_pylist(rows), path)
 

@@ -237,7 +237,7 @@ def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, live
         flops.append(group_flops(cost, prompt, [mean] * size) + tower)
     share = math.ceil(groups / config.grpo.updates_per_rollout)
     most, idle = _fullest(tuple(flops), ranks, share)
-    passes = _recomputed(config) + (1 / 3 if config.grpo.kl_coef else 0.0)
+    passes = _recomputed(config) + (1 / 3 if config.needs_reference else 0.0)
     return most * passes * live / groups, idle
 
 

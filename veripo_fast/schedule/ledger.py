@@ -25,7 +25,7 @@ from veripo_fast.schedule.activations import (
     working_bytes,
 )
 from veripo_fast.schedule.judge import JudgeShape, judging_owners
-from veripo_fast.schedule.placement import Held, Owners, Placement, frozen_bytes, held_by
+from veripo_fast.schedule.placement import Held, Owners, Placement, held_by, reference_owners
 from veripo_fast.schedule.shapes import ModelShape
 from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, itemsize_of, steps_of, workload_of
 
@@ -112,7 +112,7 @@ class Ledger:
         self.away = {name: self.held.resident[name] for name in ("masters", "AdamW's moments") if offloads}
         """In host memory from a rollout to the step behind it."""
         self.reference: Owners = {}
-        """The policy of a KL term, which is there for all of a stage."""
+        """The reference of a GRPO stage, which is there for all of it."""
         self.one_step = False  # whether the stage ends with its first step, before which AdamW has no moments
 
     def phases(self, kind: str) -> list[Phase]:
@@ -131,7 +131,7 @@ class Ledger:
             prompts = self.work.pairs
             return [self._load(), self._vision(prompts), self._reference(row), self._update(row, prompts, prompts),
                     self._checkpoint()]
-        self.reference = self._kl()
+        self.reference = reference_owners(self.shape, self.config, self.ranks, self.itemsize)
         trained = self.work.group_size * (self.config.plan.wordings if self.config.plan.pairing == "all" else 1)
         row = row_of(self.work.prompt_tokens, trained, self.work.completion_tokens, self.work.groups,
                      self.config.optimizer.max_tokens)
@@ -254,11 +254,6 @@ class Ledger:
             kept = prompts * work.patches * tower.features * self.itemsize
             return {"tower output": prompts * entry, "host patches" if self.on_gpu else "patches of the step": kept}
         return {"tower output": max(prompts * entry, cached)}
-
-    def _kl(self) -> Owners:
-        if not self.config.grpo.kl_coef:
-            return {}
-        return {"reference policy": frozen_bytes(self.shape, self.ranks, self.itemsize, tower=True)}
 
     def _forward(self, row: Row) -> Owners:
         return {"activations": working_bytes(self.shape, row.tokens, self.itemsize)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from veripo_fast.config.schema import DistributedConfig
+from veripo_fast.config.schema import Config, DistributedConfig
 from veripo_fast.schedule.shapes import ModelShape, Shape
 
 Owners = Mapping[str, int]
@@ -123,3 +123,12 @@ def frozen_bytes(shape: ModelShape, ranks: int, itemsize: int, tower: bool) -> i
     """Of a policy that only gives log-probs; `tower`: with its own."""
     language = rows_share(shape.language, ranks) if ranks > 1 else shape.language_numbers
     return (language + (shape.vision_numbers if tower else 0)) * itemsize
+
+
+def reference_owners(shape: ModelShape, config: Config, ranks: int, itemsize: int) -> Owners:
+    """The reference of a GRPO stage, and the float32 mean behind one that follows the policy."""
+    if not config.needs_reference:
+        return {}
+    moves = config.grpo.reference == "ema" and itemsize < 4
+    return {"reference policy": frozen_bytes(shape, ranks, itemsize, tower=True),
+            "mean of the policy": frozen_bytes(shape, ranks, 4, tower=not config.model.freeze_vision) if moves else 0}

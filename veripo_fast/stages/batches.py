@@ -17,6 +17,7 @@ from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.order import PromptOrder
 from veripo_fast.data.wordings import worded
 from veripo_fast.errors import DataError
+from veripo_fast.model.policy import Policy
 from veripo_fast.reward.groups import StreamedScores, advantages_of, has_signal, reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.plans import pair_all
@@ -24,6 +25,7 @@ from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import write_groups
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.plan_metrics import contrast_metrics, round_metrics
+from veripo_fast.stages.reference import tell_logprobs
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup, Video
 
@@ -46,15 +48,17 @@ class Sampler:
 
     Args:
         prompts: of the stage. order: in which they are taken.
+        reference: of the stage, for rewards that are told its log-probs.
 
     Raises:
         DataError: the plan needs what the prompts do not have.
     """
 
     def __init__(self, session: Session, prompts: Sequence[Prompt], order: PromptOrder, stage: StageConfig,
-                 config: Config) -> None:
+                 config: Config, reference: Policy | None = None) -> None:
         self.session, self.prompts, self.order, self.stage, self.config = session, prompts, order, stage, config
         self.plan = config.plan
+        self.told_by = reference if config.reward.reference_logprobs else None
         if self.plan.contrast != "none" and not any(_shows_video(prompt) for prompt in prompts):
             raise DataError(f"stage {stage.name} has plan.contrast {self.plan.contrast}, and none of its "
                             f"{len(prompts)} prompts shows a video")
@@ -74,7 +78,7 @@ class Sampler:
             contrast_runs += runs
             with self.session.phase("reward"):
                 groups |= self.session.gathered(own)
-                reward_groups(list(groups.values()), self.config)
+                moments = reward_groups(list(groups.values()), self.config, moments=self.session.state.moments)
             rounds, taken = rounds + 1, taken + len(batch)
             live = [number for number, group in groups.items() if has_signal(group)]
             if self.plan.selects:
@@ -91,7 +95,9 @@ class Sampler:
         if self.plan.selects:
             metrics |= round_metrics(rounds, len(everything), len(live), wanted)
             with self.session.phase("reward"):
-                reward_groups([groups[number] for number in numbers], self.config)  # a std of the batch is of these
+                moments = reward_groups([groups[number] for number in numbers], self.config,  # a std is of these
+                                        moments=self.session.state.moments)
+        self.session.state.moments = moments
         trained = {number: groups[number] for number in numbers}
         if self.plan.pairing == "all":
             trained = self._paired(trained)
@@ -131,13 +137,17 @@ class Sampler:
         with StreamedScores(self.config, items) as scores:
             def add(place: int, group: RolloutGroup) -> None:
                 group.contrast = contrasts.get(numbers[place])
-                scores.add(place, group)
+                if self.told_by is None:
+                    scores.add(place, group)
 
             numbers = list(own)
             groups = session.generate(own, sampling(self.stage, self.config, step), add,
                                       session.run.rollouts(self.stage.name, step) if rounds == 0 else None)
             for number, group in groups.items():
                 group.contrast = contrasts.get(number)  # those that were stored were not added
+            if self.told_by is not None:
+                with session.phase("reference"):
+                    tell_logprobs(self.told_by, own, groups, self.config.rollout.temperature, session)
             with session.phase("reward"):
                 scores.wait(list(groups.values()))
         return groups, runs
@@ -172,7 +182,7 @@ class Sampler:
         own = [scores_of(group, "advantage") for group in kept]
         owners = torch.tensor([place // wordings for place, group in enumerate(kept) for _ in group.completions])
         rewards = torch.tensor([value for group in kept for value in scores_of(group, "reward")], dtype=torch.float64)
-        values = iter(advantages_of(rewards, owners, kept, self.config.grpo))
+        values = iter(advantages_of(rewards, owners, kept, self.config.grpo, {})[0])
         shared = [[next(values) for _ in group.completions] for group in kept]
         paired = pair_all(kept, wordings, own, shared)
         for group, alone, together in zip(kept, own, shared, strict=True):

@@ -236,10 +236,7 @@ def pair_logprobs(policy: Policy, rows: Sequence[PairRow], loss: PreferenceLoss)
 
 def preference_loss_of(config: Config) -> PreferenceLoss:
     """The loss that a configuration describes."""
-    dpo = config.dpo
-    return PreferenceLoss(dpo.loss, dpo_beta=dpo.dpo_beta, label_smoothing=dpo.label_smoothing,
-                          length_normalize=dpo.length_normalize, ld_alpha=dpo.ld_alpha, nll_coef=dpo.nll_coef,
-                          divergence=dpo.divergence, divergence_alpha=dpo.divergence_alpha)
+    return config.dpo.preference_loss()
 
 
 def pair_length(row: PairRow) -> int:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from veripo_kernels import PolicyLoss
@@ -33,7 +33,7 @@ from veripo_fast.stages.batches import Sampler
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
 from veripo_fast.stages.optimizer import Optimizer, step_policy
-from veripo_fast.stages.reference import stage_reference
+from veripo_fast.stages.reference import MovingReference, stage_reference
 from veripo_fast.stages.rollout_metrics import column_metrics, rollout_metrics
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, Media, Prompt, RolloutGroup
@@ -45,11 +45,13 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
     """Explore for `grpo.steps` steps, from where the session stands."""
     prompts = stage_prompts(session, stage, config)
     order = prompt_order(prompts, config.grpo, derive_seed(config.seed, stage.name, "order"))
-    sampler = Sampler(session, prompts, order, stage, config)
     optimizer = session.stage_optimizer(config, config.grpo.learning_rate,
                                         config.grpo.steps * config.grpo.updates_per_rollout)
-    reference = stage_reference(session, config.grpo.reference) if config.grpo.kl_coef else None
-    update = GrpoUpdate(session.policy, optimizer, config, reference, session.dealer)
+    reference = stage_reference(session, config.grpo.reference) if config.needs_reference else None
+    follows = reference is not None and config.grpo.reference == "ema"
+    moving = MovingReference(session, cast(Policy, reference), optimizer, config.grpo) if follows else None
+    sampler = Sampler(session, prompts, order, stage, config, reference)
+    update = GrpoUpdate(session.policy, optimizer, config, reference if config.grpo.kl_coef else None, session.dealer)
     health = StageHealth(stage.name, [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
     for step in session.steps(stage, config.grpo.steps, optimizer):
         batch = sampler.step(step)
@@ -60,6 +62,9 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         counts = health.observe(batch.groups, means) if session.world.main else {}
         with session.phase("update"):
             values = means | counts | update.run(batch.prompts, batch.trained)
+        if moving is not None:
+            with session.phase("reference"):
+                moving.step_done(step)
         session.finish_step(values, reward=values["reward_mean"], accuracy=values["accuracy_mean"])
 
 
@@ -180,7 +185,7 @@ class GrpoUpdate:
         counts = (len(completions), sum(len(c.token_ids) for c in completions))
         lengths = [packed_length(row.prompt.encoded, [c.token_ids for c in row.group.completions]) for row in own]
         metrics = {"loss": 0.0, "clip_share": 0.0, "kl": 0.0, "packed_tokens": float(sum(lengths)), "ratio_max": 0.0,
-                   "parity_max": 0.0}
+                   "parity_max": 0.0} | ({"entropy": 0.0} if self.loss.entropy_coef else {})
         for numbers in padded(micro_batches(lengths, self.config.optimizer.max_tokens), self.world):
             if numbers is None:
                 self._idle()
@@ -222,8 +227,10 @@ class GrpoUpdate:
             rollout_logprobs=rollout_logprobs if self.config.grpo.importance else None))
         loss = self.optimizer.backward(output.loss)
         clipped = output.metrics["clip_low_share"] + output.metrics["clip_high_share"]
-        return {"loss": loss, "parity_max": parity(output.logprobs, rollout_logprobs), "clip_share": clipped.item(),
-                "kl": output.metrics["kl"].item(), "ratio_max": output.metrics["ratio_max"].item()}
+        bonus = {"entropy": output.metrics["entropy"].item()} if self.loss.entropy_coef else {}
+        return bonus | {
+            "loss": loss, "parity_max": parity(output.logprobs, rollout_logprobs), "clip_share": clipped.item(),
+            "kl": output.metrics["kl"].item(), "ratio_max": output.metrics["ratio_max"].item()}
 
 
 def _joined(parts: Sequence[torch.Tensor | None], otherwise: torch.Tensor) -> torch.Tensor:
@@ -243,8 +250,4 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def policy_loss_of(config: Config) -> PolicyLoss:
     """The loss that a configuration describes."""
-    grpo = config.grpo
-    return PolicyLoss(grpo.loss, aggregation=grpo.aggregation, constant_length=config.rollout.max_new_tokens,
-                      clip_low=grpo.clip_low, clip_high=grpo.clip_high, dual_clip=grpo.dual_clip, kl_coef=grpo.kl_coef,
-                      kl_kind=grpo.kl_kind, importance=grpo.importance or "token_truncate",
-                      importance_floor=grpo.importance_floor, importance_cap=grpo.importance_cap)
+    return config.grpo.policy_loss(config.rollout.max_new_tokens)

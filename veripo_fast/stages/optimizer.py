@@ -56,6 +56,8 @@ class Optimizer:
         self.steps = self.bad_steps = 0
         self.loss = 0.0
         """Sum of the losses given to `backward` since the last step, on this rank."""
+        self.beside: dict[str, torch.Tensor] = {}
+        """What else the checkpoints of the stage hold, by names with a slash; `load` leaves it alone."""
         self._away = HostCopies()
         backend.begin(config, peak)
 
@@ -107,7 +109,7 @@ class Optimizer:
     def state(self) -> dict[str, Any]:
         """What `load` needs, of this rank. Collective."""
         self.onload()
-        return self.backend.optimizer_state() | {"steps": torch.tensor(self.steps)}
+        return self.backend.optimizer_state() | {"steps": torch.tensor(self.steps)} | self.beside
 
     def load(self, folder: Path) -> None:
         """Continue from a `state` that was written to a folder; the weights themselves come with the model. Collective.

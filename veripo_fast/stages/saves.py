@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class State:
     """Optimizer steps behind the weights, when the state was written."""
     stage_start: str = ""
     """Name of the checkpoint that the current stage began from; empty: the model of the configuration."""
+    moments: dict[str, list[float]] = field(default_factory=dict)
+    """What the stage's advantage remembers of each task; empty for most."""
 
 
 def read_state(checkpoint: Path | None) -> State:
