@@ -154,6 +154,9 @@ class GrpoConfig:
     """Largest such weight."""
     drop_easy: float = 0.0
     """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
+    dpo_rate: float = 0.0
+    """Weight of a preference loss beside the policy loss, on pairs that the verifier builds from the step's own
+    rollouts: at most dpo.pairs_per_step in each optimizer step, against `reference`. 0: no pairs are built."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "prompts_per_step", "updates_per_rollout", "learning_rate")
@@ -168,11 +171,18 @@ class GrpoConfig:
         known_or_own("sampler", self.sampler, get_args(SamplerName))
         known_or_own("advantage", self.advantage, get_args(AdvantageKind))
         known_or_own("reference", self.reference, get_args(ReferenceName))
-        require(self.kl_coef > 0 or self.reference == "stage_start", "reference changes nothing while kl_coef is 0")
+        require(self.dpo_rate >= 0, f"dpo_rate must be 0 or larger, got {self.dpo_rate}")
+        require(self.needs_reference or self.reference == "stage_start",
+                "reference changes nothing while kl_coef is 0 and dpo_rate is 0")
         require(0 <= self.importance_floor < self.importance_cap,
                 f"importance_floor must be at least 0 and below importance_cap, got {self.importance_floor} and "
                 f"{self.importance_cap}")
         unit_interval(self, "drop_easy")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a term compares with the reference."""
+        return self.kl_coef > 0 or self.dpo_rate > 0
 
 
 @dataclass(frozen=True)
@@ -258,6 +268,13 @@ class DpoConfig:
     """Strength of the pull towards the reference (VerIPO Table 1: 0.1)."""
     nll_coef: float = 0.0
     """Weight of the negative log-likelihood of the chosen completion."""
+    guard: Literal["none", "stop", "nll"] = "none"
+    """What is done where chosen completions become less likely than under the reference (chosen_drift below
+    -guard_drift), which is said in any case: nothing; end the run; or add guard_nll to nll_coef in the step after."""
+    guard_drift: float = 0.2
+    """How far their mean log-prob may fall, in nats per token."""
+    guard_nll: float = 1.0
+    """nll: what is added, as long as they lie so low."""
     length_normalize: bool = False
     """Divide each log-ratio by the number of its tokens."""
     label_smoothing: float = 0.0
@@ -278,7 +295,8 @@ class DpoConfig:
     """Stop after so many optimizer steps; null: all pairs."""
 
     def __post_init__(self) -> None:
-        positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps")
+        positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps", "guard_drift", "guard_nll")
+        require(self.guard == "nll" or self.guard_nll == 1.0, f"guard_nll changes nothing while guard is {self.guard}")
         require(self.divergence == "alpha" or self.divergence_alpha == 0.5,
                 "divergence_alpha changes nothing unless divergence is alpha")
         with as_config_error():

@@ -194,6 +194,9 @@ class Config:
         require(not self.eval.task_key or self.eval.task_key in self.data.keep_keys,
                 f"eval.task_key {self.eval.task_key} is read of the records; name it in data.keep_keys")
         _check_plan(self)
+        require(not self.grpo.dpo_rate or self.verifier.judge in ("rules", "endpoint"),
+                f"grpo.dpo_rate judges the rollouts of every step, for which verifier.judge {self.verifier.judge} "
+                "would load a model or run the policy each time; take rules or endpoint")
         object.__setattr__(self, "stages", _named(self.stages))
 
 
@@ -210,6 +213,8 @@ def _check_plan(config: Config) -> None:
                 "gave no log-probs of a completion under another wording")
         require(OWN.fullmatch(config.grpo.advantage) is None, "plan.pairing all needs one of the shipped advantages, "
                 f"which it takes over two kinds of groups; got {config.grpo.advantage}")
+    require(plan.wordings == 1 or not config.grpo.dpo_rate, "grpo.dpo_rate cannot be combined with plan.wordings: a "
+            "pair belongs to one wording of its prompt")
     require(plan.contrast != "none" or not config.reward.needs_contrast,
             "reward temporal compares with a contrast group; set plan.contrast to shuffle or reverse")
 

@@ -256,7 +256,7 @@ class Ledger:
         return {"tower output": max(prompts * entry, cached)}
 
     def _kl(self) -> Owners:
-        if not self.config.grpo.kl_coef:
+        if not self.config.grpo.needs_reference:
             return {}
         return {"reference policy": frozen_bytes(self.shape, self.ranks, self.itemsize, tower=True)}
 
