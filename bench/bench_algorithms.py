@@ -4,7 +4,7 @@
 
 `grpo`: GRPO alone. `veripo`: GRPO, verifier and DPO, GRPO. `agreement`: GRPO with a reward for reasonings that agree
 with the answer. `online`: GRPO with a preference term on pairs of the step's own rollouts (grpo.dpo_rate). Per seed
-`veripo` runs first; the others get as many GRPO steps, two thirds of them at the first learning rate, as cost its FLOPs.
+`veripo` runs first; the others get as many GRPO steps as cost its FLOPs, two thirds of them at the first learning rate.
 What a step of each costs is measured by a pilot of three steps. Corpus, policy, video contract and both learning rates
 are the same. Inconsistency is reported by the rules, which also chose the pairs of `veripo` and `online`.
 
