@@ -18,8 +18,8 @@ from veripo_fast.types import Completion, Message, Prompt, RolloutGroup
 
 
 def item(name: str, *accuracy: float, consistent: bool | None = True, **other: object) -> dict[str, object]:
-    return {"prompt_id": name, "gold": "3", "media": [], "problem_type": "number", "accuracy": list(accuracy),
-            "consistent": [consistent] * len(accuracy), **other}
+    return {"prompt_id": name, "question": f"{name}?", "gold": "3", "media": [], "problem_type": "number",
+            "accuracy": list(accuracy), "consistent": [consistent] * len(accuracy), **other}
 
 
 def folder(path: Path, **modes: list[dict[str, object]]) -> Path:

@@ -7,10 +7,11 @@ where the paper gives one (G 8, temperature 1.0, dpo_beta 0.1, drop_easy 0.8).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from veripo_fast.config.checks import OWN, positive, require
 from veripo_fast.config.inputs import CacheConfig, DataConfig, ModelConfig, VideoConfig
+from veripo_fast.config.judges import reporting
 from veripo_fast.config.objectives import (
     DpoConfig,
     GrpoConfig,
@@ -84,10 +85,17 @@ class EvalConfig:
     task_key: str = ""
     """Key of the records, also in data.keep_keys, that names a task: accuracy by task, and the mean of these; empty:
     none."""
+    judge: Literal["rules", "endpoint", "llm"] = "rules"
+    """Who says whether answer and reasoning agree. Each result says whether the same judge also chose pairs."""
+    judge_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the section `verifier` in which this judge differs: {llm_path: ...}."""
+    controls: tuple[Literal["blind", "shuffled"], ...] = ()
+    """Ask again without the media (`blind`), or with the temporal patches of videos in another order (`shuffled`)."""
 
     def __post_init__(self) -> None:
         positive(self, "limit", "prompts_per_batch", "bootstrap")
         require(self.samples >= 0, f"samples must be 0 or larger, got {self.samples}")
+        require(len(set(self.controls)) == len(self.controls), f"controls names one twice: {', '.join(self.controls)}")
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,15 @@ class Config:
         require(not self.grpo.dpo_rate or self.verifier.judge in ("rules", "endpoint"),
                 f"grpo.dpo_rate judges the rollouts of every step, for which verifier.judge {self.verifier.judge} "
                 "would load a model or run the policy each time; take rules or endpoint")
+        require("shuffled" not in self.eval.controls or self.rollout.vision == "output",
+                "eval.controls shuffled needs rollout.vision output: it reorders what the tower gave")
         object.__setattr__(self, "stages", _named(self.stages))
+        reporting(self.verifier, self.eval.judge, self.eval.judge_options)
+
+    @property
+    def reporting_judge(self) -> VerifierConfig:
+        """Of evaluations: who says whether answer and reasoning agree."""
+        return reporting(self.verifier, self.eval.judge, self.eval.judge_options)
 
 
 def _check_plan(config: Config) -> None:

@@ -40,13 +40,13 @@ class Shown:
     strips: list[Mapping[str, Any]]
 
 
-def compare_command(before: Path, after: Path, out: Path) -> None:
+def compare_command(before: Path, after: Path, out: Path, other_wording: bool = False) -> None:
     """Print the comparison and write the page.
 
     Raises:
         UserError: as `compare`; or the page cannot be written.
     """
-    found = compare(before, after)
+    found = compare(before, after, other_wording=other_wording)
     for one in found:
         print("\n".join(lines_of(one)))
     target = out / "compare.html" if out.is_dir() else out
