@@ -77,7 +77,9 @@ def test_the_numbers_by_hand():
     assert found["as_well_rate"] == pytest.approx(1 / 3)  # b; c is never answered, which is no answer from the text
     assert found["chance"] == pytest.approx((1 / 4 + 0 + 1 / 2) / 3)
     [line] = control_lines({"blind": found})
-    assert "without the media: accuracy 0.333 of 3 prompts, the media add +0.167 [+0.000, +0.500]; 33% are" in line
+    assert "without the media: accuracy 0.333 of 3 prompts, the media add +0.167 [+0.000, +0." in line
+    assert line.endswith("]; 33% are answered as well, guesses are right in 25%")
+    assert "their order adds +0.167" in control_lines({"shuffled": found})[0]
     items = items_of(whole, None, {"blind": blind})
     assert [item["controls"].get("blind", {}).get("as_well") for item in items] == [False, True, False, None]
     assert items[1]["controls"]["blind"] == {"answers": ["0", "1"], "accuracy": [0, 1], "as_well": True}

@@ -14,6 +14,7 @@ from veripo_fast.config.objectives import DpoConfig
 from veripo_fast.distributed.world import ONE
 from veripo_fast.errors import ConfigError
 from veripo_fast.run.folder import RunDir
+from veripo_fast.schedule.costs import Lengths, grpo_work
 from veripo_fast.schedule.ledger import predict
 from veripo_fast.schedule.shapes import read_shape
 from veripo_fast.stages.dealer import Dealer
@@ -136,6 +137,15 @@ def test_off_nothing_is_built(forks, tmp_path):
 def test_what_is_refused(tmp_path, changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         runs.config(tmp_path, **(ONLINE | changes))
+
+
+def test_a_plan_counts_the_pairs(tmp_path):
+    """As many as an update may have: twice as many cost twice as much, and none cost nothing."""
+    shape, lengths = read_shape(runs.model()), Lengths(60, 64, 20, 24)
+    changes = {"grpo__dpo_rate": 0.0}, {"dpo__pairs_per_step": 4}, {"dpo__pairs_per_step": 8}
+    none, some, more = (grpo_work(shape, runs.config(tmp_path, **(ONLINE | one)), 1, lengths).update_flops
+                        for one in changes)
+    assert none < some < more and more - none == pytest.approx(2 * (some - none))
 
 
 def test_the_reference_is_in_the_ledger(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class Comparison:
     lost: int
     p_value: float
     """McNemar's exact test of `gained` against `lost`."""
+    judges: tuple[str, str] = ("", "")
+    """Who said what is inconsistent in each; empty of evaluations that do not say."""
 
     @property
     def flipped(self) -> list[Pair]:
@@ -73,7 +75,9 @@ def compare(before: Path, after: Path, resamples: int = 2000, seed: int = 0, oth
         raise UserError(f"{before} has {', '.join(found[0])} and {after} has {', '.join(found[1])}: no mode is in both")
     for mode in shared:
         _check_same(found[0][mode], found[1][mode], (before, after), other_wording)
-    return [_compared(mode, found[0][mode], found[1][mode], resamples, seed) for mode in shared]
+    judges = [_judges(Path(folder)) for folder in (before, after)]
+    return [replace(_compared(mode, found[0][mode], found[1][mode], resamples, seed),
+                    judges=(judges[0][mode], judges[1][mode])) for mode in shared]
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -84,6 +88,11 @@ def mcnemar(gained: int, lost: int) -> float:
         return 1.0
     tail = sum(math.comb(total, count) for count in range(min(gained, lost) + 1))
     return min(1.0, 2 * (tail / 2 ** total if total < 1000 else math.exp(math.log(tail) - total * math.log(2))))
+
+
+def _judges(folder: Path) -> dict[str, str]:
+    """Mode -> the judge that reported on it."""
+    return {str(record["mode"]): str(record.get("judge") or "") for record in _objects(folder / "evals.jsonl")}
 
 
 def items_in(folder: Path) -> dict[str, dict[str, Item]]:

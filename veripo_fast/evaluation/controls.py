@@ -19,6 +19,7 @@ from veripo_fast.run.seeds import derive_seed
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
 
 TITLES = {"blind": "without the media", "shuffled": "with shuffled frames"}
+_ADDS = {"blind": "the media add", "shuffled": "their order adds"}
 
 
 def controlled(encoder: PromptEncoder, loaded: Mapping[int, LoadedPrompt], control: str, seed: int
@@ -83,7 +84,7 @@ def accuracy_of(group: RolloutGroup) -> float:
 
 def control_lines(controls: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What the terminal says of them."""
-    return [f"{'':>17} {TITLES[name]}: accuracy {one['accuracy']:.3f} of {one['prompts']} prompts, the media add "
+    return [f"{'':>17} {TITLES[name]}: accuracy {one['accuracy']:.3f} of {one['prompts']} prompts, {_ADDS[name]} "
             f"{one['gain']:+.3f} [{one['gain_low']:+.3f}, {one['gain_high']:+.3f}]; {one['as_well_rate']:.0%} are "
             f"answered as well, guesses are right in {one['chance']:.0%}" for name, one in controls.items()]
 

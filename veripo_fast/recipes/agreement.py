@@ -26,8 +26,8 @@ def _agrees(completion: CompletionView, kind: str) -> float:
     if think is None or answer is None:
         return 0.0
     if kind in ("box", "boxes"):
-        boxes = _last_box(think), _last_box(answer)
-        return iou(*boxes) if boxes[0] and boxes[1] else 0.0
+        thought, given = _last_box(think), _last_box(answer)
+        return iou(thought, given) if thought and given else 0.0
     if kind == "choice":
         return float(_last(_LETTER, think) is not None and _last(_LETTER, think) == _last(_LETTER, answer))
     if kind in ("number", "rounded", "estimate", "quantity", "timestamp"):

@@ -273,5 +273,5 @@ def control_table(run: RunData) -> Table | None:
                          percent(one.get("accuracy_whole")), percent(one.get("accuracy")),
                          f"{low_high[0]} ({low_high[1]} to {low_high[2]})", percent(one.get("as_well_rate")),
                          percent(one.get("chance"))])
-    header = ["", "prompts", "accuracy", "without", "the media add", "as well", "guesses"]
+    header = ["", "prompts", "accuracy", "control", "difference", "as well", "guesses"]
     return Table("Controls, %", header, rows) if rows else None
