@@ -61,7 +61,7 @@ def test_other_words_are_compared_only_when_asked_for(tmp_path: Path) -> None:
     [one] = compare(before, after, other_wording=True)
     assert one.lost == 1
     old = folder(tmp_path / "old", greedy=[{key: value for key, value in item("x", 1).items() if key != "question"}])
-    with pytest.raises(UserError, match="greedy.jsonl holds no questions: evaluate again, earlier versions wrote none"):
+    with pytest.raises(UserError, match="holds no questions: evaluate again, earlier versions wrote none"):
         compare(old, before)
 
 
