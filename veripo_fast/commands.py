@@ -61,7 +61,14 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> None:
 def _compare(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.report.compare import compare_command
 
-    compare_command(options.before, options.after, options.out)
+    compare_command(options.before, options.after, options.out, options.other_wording)
+
+
+def _export_lmms_eval(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.evaluation.export import export
+
+    for path in export(options.evaluation, options.out, options.mode, options.task, options.model):
+        print(path)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -93,9 +100,14 @@ def _judge_eval(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, overrides: list[str]) -> None:
+    if len(options.run_dir) > 1:
+        from veripo_fast.report.runs import write_runs
+
+        print(write_runs(options.run_dir, options.out))
+        return
     from veripo_fast.report.page import write_report
 
-    print(write_report(options.run_dir, options.out))
+    print(write_report(options.run_dir[0], options.out))
 
 
 def _timeline(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -168,6 +180,14 @@ COMMANDS: dict[str, Command] = {
         ("after", {"type": Path, "metavar": "B", "help": "another one, of the same questions"}),
         ("--out", {"type": Path, "default": Path("compare.html"), "metavar": "FILE",
                    "help": "page, a file or a folder (default compare.html)"}),
+        ("--other-wording", {"action": "store_true", "help": "prompts of one id may be worded otherwise"}),
+    )),
+    "export-lmms-eval": Command(_export_lmms_eval, "an evaluation in the files that lmms-eval writes", (
+        ("evaluation", {"type": Path, "metavar": "EVAL", "help": "folder of `veripo eval`"}),
+        ("--out", {"type": Path, "required": True, "metavar": "DIR", "help": "folder, as --output_path of lmms-eval"}),
+        ("--mode", {"default": "greedy", "metavar": "MODE", "help": "greedy (default) or sampled"}),
+        ("--task", {"default": "veripo", "metavar": "NAME", "help": "name of the task (default veripo)"}),
+        ("--model", {"required": True, "metavar": "NAME", "help": "name of the model, as the results call it"}),
     )),
     "inspect": Command(_inspect, "probe videos: what they are, what would be skipped, what the contract costs", (
         ("data", {"type": Path, "nargs": "+", "metavar": "DATA", "help": "data files, videos, archives, or folders"}),
@@ -195,9 +215,9 @@ COMMANDS: dict[str, Command] = {
         ("--out", {"type": Path, "metavar": "DIR", "help": "also write judge_eval.json and judge_eval.html there"}),
         _CONFIG,
     ), takes_overrides=True),
-    "report": Command(_report, "write one self-contained HTML file about a run", (
-        ("run_dir", {"type": Path, "metavar": "RUN", "help": "run folder"}),
-        ("--out", {"type": Path, "metavar": "FILE", "help": "HTML file (default RUN/report.html)"}),
+    "report": Command(_report, "write one self-contained HTML file about a run, or about several side by side", (
+        ("run_dir", {"type": Path, "nargs": "+", "metavar": "RUN", "help": "run folder; several: one page"}),
+        ("--out", {"type": Path, "metavar": "FILE", "help": "HTML file (default RUN/report.html, or runs.html)"}),
     )),
     "timeline": Command(_timeline, "where the time of each step went, on every rank, and a trace of it for Perfetto", (
         ("run_dir", {"type": Path, "metavar": "RUN", "help": "run folder"}),

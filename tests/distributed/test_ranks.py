@@ -50,7 +50,8 @@ def test_rank_0_alone_writes_into_the_run_folder() -> None:
 @pytest.mark.parametrize("options", [
     {"model__freeze_vision": False, "grpo__kl_coef": 0.05},
     {"grpo__updates_per_rollout": 2, "grpo__importance": "token_truncate", "optimizer__max_tokens": 400},
-], ids=["trained tower and reference", "old log-probs and many micro-batches"])
+    {"grpo__dpo_rate": 0.5, "grpo__updates_per_rollout": 2, "optimizer__max_tokens": 400},
+], ids=["trained tower and reference", "old log-probs and many micro-batches", "a preference term"])
 def test_options(tmp_path: Path, options: dict[str, object]) -> None:
     one, two = (trained(tmp_path, size, **GRPO, **options) for size in (1, 2))
     assert_close(two, one)
@@ -58,9 +59,11 @@ def test_options(tmp_path: Path, options: dict[str, object]) -> None:
 
 
 def test_more_ranks_than_prompts(tmp_path: Path) -> None:
-    """The third rank has nothing to sample in any step, and of the evaluation's last batch only one has something."""
-    options = {"grpo__prompts_per_step": 2, "grpo__kl_coef": 0.05, "eval__at": "ends", "eval__prompts_per_batch": 3,
-               "dpo__pairs_per_step": 2, "stages": [{"kind": "grpo"}, {"kind": "dpo"}]}
+    """The third rank has nothing to sample in any step, and of the evaluation's last batch only one has something: for
+    its controls too."""
+    options = {"eval__controls": ["blind", "shuffled"], "grpo__prompts_per_step": 2, "grpo__kl_coef": 0.05,
+               "eval__at": "ends", "eval__prompts_per_batch": 3, "dpo__pairs_per_step": 2,
+               "stages": [{"kind": "grpo"}, {"kind": "dpo"}]}
     one, three = (trained(tmp_path, size, **options) for size in (1, 3))
     assert_close(three, one)
 

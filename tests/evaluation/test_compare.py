@@ -13,13 +13,14 @@ from veripo_fast.cli import main
 from veripo_fast.config.describe import to_yaml
 from veripo_fast.errors import UserError
 from veripo_fast.evaluation.compare import compare, mcnemar
+from veripo_fast.report.compare import lines_of
 from veripo_fast.rollout.store import read_groups, write_groups
 from veripo_fast.types import Completion, Message, Prompt, RolloutGroup
 
 
 def item(name: str, *accuracy: float, consistent: bool | None = True, **other: object) -> dict[str, object]:
-    return {"prompt_id": name, "gold": "3", "media": [], "problem_type": "number", "accuracy": list(accuracy),
-            "consistent": [consistent] * len(accuracy), **other}
+    return {"prompt_id": name, "question": f"{name}?", "gold": "3", "media": [], "problem_type": "number",
+            "accuracy": list(accuracy), "consistent": [consistent] * len(accuracy), **other}
 
 
 def folder(path: Path, **modes: list[dict[str, object]]) -> Path:
@@ -41,6 +42,27 @@ def test_by_hand(tmp_path: Path) -> None:
     assert one.inconsistency.mean == pytest.approx(-1 / 3)
     assert [pair.before["prompt_id"] for pair in one.flipped] == ["x", "y", "z"]  # losses first among equals
     assert one.p_value == 1.0
+
+
+def test_two_judges_are_named(tmp_path: Path) -> None:
+    before, after = (folder(tmp_path / name, greedy=[item("x", 1)]) for name in ("a", "b"))
+    (after / "evals.jsonl").write_text(json.dumps({"mode": "greedy", "judge": "llm big"}) + "\n")
+    [one] = compare(before, after)
+    said = "  inconsistent is what a judge that is not named says before and llm big after, so its change says little"
+    assert one.judges == ("", "llm big") and said in lines_of(one)
+    assert not any("says little" in line for line in lines_of(compare(after, after)[0]))
+
+
+def test_other_words_are_compared_only_when_asked_for(tmp_path: Path) -> None:
+    before = folder(tmp_path / "a", greedy=[item("x", 1)])
+    after = folder(tmp_path / "b", greedy=[item("x", 0, question="X, please?")])
+    with pytest.raises(UserError, match="1 prompt of both ask in other words in each, x: these are other data, or"):
+        compare(before, after)
+    [one] = compare(before, after, other_wording=True)
+    assert one.lost == 1
+    old = folder(tmp_path / "old", greedy=[{key: value for key, value in item("x", 1).items() if key != "question"}])
+    with pytest.raises(UserError, match="holds no questions: evaluate again, earlier versions wrote none"):
+        compare(old, before)
 
 
 @pytest.mark.parametrize(("gained", "lost", "expected"), [

@@ -75,7 +75,7 @@ def test_references(tmp_path: Path) -> None:
     assert reference_folder(teacher, model, started_from) == tmp_path / "teacher"
     with pytest.raises(ConfigError, match="names no folder: TypeError"):
         reference_folder(own(tmp_path, "return None", "model, started_from"), model, started_from)
-    with pytest.raises(ConfigError, match=r"grpo.reference changes nothing while grpo.kl_coef is 0"):
+    with pytest.raises(ConfigError, match=r"grpo.reference changes nothing while"):
         Config(grpo=GrpoConfig(reference="base"))
     with pytest.raises(ConfigError, match="change nothing while reference is stage_start"):
         GrpoConfig(reference_decay=0.9)

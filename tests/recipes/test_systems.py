@@ -15,7 +15,7 @@ from veripo_fast.config.terms import RewardTerm
 from veripo_fast.data.order import prompt_order
 from veripo_fast.data.wordings import worded
 from veripo_fast.errors import ConfigError, DataError
-from veripo_fast.recipes.agreement import overlap
+from veripo_fast.recipes.boxes import iou
 from veripo_fast.recipes.maps import likeness
 from veripo_fast.recipes.pass_rates import curriculum, prioritized
 from veripo_fast.recipes.temporal import chance, opens
@@ -142,8 +142,8 @@ def test_reasoning_that_agrees_with_its_answer() -> None:
     assert column(group_of([said(2, "3 then 2.0"), said(2, "2 then 3")]), "agreement") == [1.0, 0.0]
     assert column(group_of([said("a red  car", "I see A red car."), said("a bus", "a car")], kind="text", gold="a bus"),
                   "agreement") == [1.0, 0.0]
-    assert overlap((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
-    assert overlap((0, 0, 1, 1), (2, 2, 3, 3)) == 0 and overlap((0, 0, 0, 0), (0, 0, 0, 0)) == 0
+    assert iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
+    assert iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0 and iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0
     boxes = group_of([said("[0, 0, 2, 2]", "at [9, 9, 9, 9], no, [1, 0, 3, 2]")], kind="box", gold="[0, 0, 2, 2]")
     assert column(boxes, "agreement") == [pytest.approx(1 / 3)]
 

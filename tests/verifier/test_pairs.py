@@ -89,6 +89,19 @@ def test_reflection_pair_masks_the_wrong_prefix():
     assert set(pair.rejected_loss_mask) == {1}
 
 
+@pytest.mark.parametrize(("wrong", "kept"), [
+    ("0s left. so left. It is clear.", "0s left. so left."),
+    ("so left. I see it go left. so left! And that is all, I am sure.  ", "so left. I see it go left. so left!"),
+    ("  so left\nThe rest is sky.", "  so left"),
+    ("so $A$. It is clear.", "so $A$. It is clear.")])  # places do not count in text with LaTeX
+def test_a_spliced_side_takes_the_wrong_reasoning_up_to_its_conclusion(wrong, kept):
+    (pair,), account = pairs_of(group(written(wrong, "A"), RIGHT), families=("reflection",))
+    masked = decode([token for token, bit in zip(pair.chosen_ids, pair.chosen_loss_mask, strict=True) if not bit])
+    assert masked == f"<think>{kept}"
+    assert learned(pair.chosen_ids, pair.chosen_loss_mask).endswith(" 0s left. so right.</think><answer>B</answer>\0")
+    assert account.to_json()["spliced"] == {"reflection": 1} and account.kept == {"reflection": 1}
+
+
 def test_reflection_prefers_a_rollout_that_corrected_itself():
     natural = written("so left. Wait, let me check again. so right.", "B")
     pairs, _ = pairs_of(group(WRONG, RIGHT, natural), families=("reflection",), max_pairs_per_prompt=1)

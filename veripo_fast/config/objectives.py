@@ -178,6 +178,9 @@ class GrpoConfig:
     """Largest such weight."""
     drop_easy: float = 0.0
     """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
+    dpo_rate: float = 0.0
+    """Weight of a preference loss beside the policy loss, on pairs that the verifier builds from the step's own
+    rollouts: at most dpo.pairs_per_step in each optimizer step, against `reference`. 0: no pairs are built."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "prompts_per_step", "updates_per_rollout", "learning_rate", "reference_every")
@@ -190,6 +193,7 @@ class GrpoConfig:
         known_or_own("sampler", self.sampler, get_args(SamplerName))
         known_or_own("advantage", self.advantage, get_args(AdvantageKind) + get_args(MovingAdvantage))
         known_or_own("reference", self.reference, get_args(ReferenceName))
+        require(self.dpo_rate >= 0, f"dpo_rate must be 0 or larger, got {self.dpo_rate}")
         require(self.reference == "ema" or (self.reference_decay, self.reference_every) == (0.995, 10),
                 f"reference_decay and reference_every change nothing while reference is {self.reference}")
         require(0 <= self.reference_decay < 1, f"reference_decay must be in [0, 1), got {self.reference_decay}")
@@ -197,6 +201,11 @@ class GrpoConfig:
                 f"importance_floor must be at least 0 and below importance_cap, got {self.importance_floor} and "
                 f"{self.importance_cap}")
         unit_interval(self, "drop_easy")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a term of the loss compares with the reference."""
+        return self.kl_coef > 0 or self.dpo_rate > 0
 
     def policy_loss(self, constant_length: int) -> PolicyLoss:
         """The loss that these options describe; `constant_length` divides sums of aggregation `constant`.
@@ -306,6 +315,13 @@ class DpoConfig:
     """Strength of the pull towards the reference (VerIPO Table 1: 0.1)."""
     nll_coef: float = 0.0
     """Weight of the negative log-likelihood of the chosen completion."""
+    guard: Literal["none", "stop", "nll"] = "none"
+    """What is done where chosen completions become less likely than under the reference (chosen_drift below
+    -guard_drift), which is said in any case: nothing; end the run; or add guard_nll to nll_coef in the step after."""
+    guard_drift: float = 0.2
+    """How far their mean log-prob may fall, in nats per token."""
+    guard_nll: float = 1.0
+    """nll: what is added, as long as they lie so low."""
     length_normalize: bool = False
     """Divide each log-ratio by the number of its tokens."""
     label_smoothing: float = 0.0
@@ -326,7 +342,8 @@ class DpoConfig:
     """Stop after so many optimizer steps; null: all pairs."""
 
     def __post_init__(self) -> None:
-        positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps")
+        positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps", "guard_drift", "guard_nll")
+        require(self.guard == "nll" or self.guard_nll == 1.0, f"guard_nll changes nothing while guard is {self.guard}")
         require(self.divergence == "alpha" or self.divergence_alpha == 0.5,
                 "divergence_alpha changes nothing unless divergence is alpha")
         self.preference_loss()

@@ -7,12 +7,13 @@ where the paper gives one (G 8, temperature 1.0, dpo_beta 0.1, drop_easy 0.8).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from veripo_kernels.options import AdvantageKind
 
 from veripo_fast.config.checks import positive, require
 from veripo_fast.config.inputs import CacheConfig, DataConfig, ModelConfig, VideoConfig
+from veripo_fast.config.judges import reporting
 from veripo_fast.config.objectives import (
     DpoConfig,
     GrpoConfig,
@@ -87,10 +88,17 @@ class EvalConfig:
     task_key: str = ""
     """Key of the records, also in data.keep_keys, that names a task: accuracy by task, and the mean of these; empty:
     none."""
+    judge: Literal["rules", "endpoint", "llm"] = "rules"
+    """Who says whether answer and reasoning agree. Each result says whether the same judge also chose pairs."""
+    judge_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the section `verifier` in which this judge differs: {llm_path: ...}."""
+    controls: tuple[Literal["blind", "shuffled"], ...] = ()
+    """Ask again without the media (`blind`), or with the temporal patches of videos in another order (`shuffled`)."""
 
     def __post_init__(self) -> None:
         positive(self, "limit", "prompts_per_batch", "bootstrap")
         require(self.samples >= 0, f"samples must be 0 or larger, got {self.samples}")
+        require(len(set(self.controls)) == len(self.controls), f"controls names one twice: {', '.join(self.controls)}")
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ class Config:
     @property
     def needs_reference(self) -> bool:
         """Whether a GRPO stage runs a reference policy beside the policy."""
-        return self.grpo.kl_coef > 0 or self.reward.reference_logprobs
+        return self.grpo.needs_reference or self.reward.reference_logprobs
 
     def __post_init__(self) -> None:
         positive(self, "threads")
@@ -206,7 +214,18 @@ class Config:
         require(task in (None, "problem_type", "data_source", *self.data.keep_keys),
                 f"grpo.advantage_options.by {task} is read of the records; name it in data.keep_keys")
         _check_plan(self)
+        require(not self.grpo.dpo_rate or self.verifier.judge in ("rules", "endpoint"),
+                f"grpo.dpo_rate judges the rollouts of every step, for which verifier.judge {self.verifier.judge} "
+                "would load a model or run the policy each time; take rules or endpoint")
+        require("shuffled" not in self.eval.controls or self.rollout.vision == "output",
+                "eval.controls shuffled needs rollout.vision output: it reorders what the tower gave")
         object.__setattr__(self, "stages", _named(self.stages))
+        reporting(self.verifier, self.eval.judge, self.eval.judge_options)
+
+    @property
+    def reporting_judge(self) -> VerifierConfig:
+        """Of evaluations: who says whether answer and reasoning agree."""
+        return reporting(self.verifier, self.eval.judge, self.eval.judge_options)
 
 
 def _check_reference(config: Config) -> None:
@@ -216,7 +235,8 @@ def _check_reference(config: Config) -> None:
     require(not config.reward.reference_logprobs or config.plan.pairing == "own",
             "reward.reference_logprobs cannot be combined with plan.pairing all")
     require(config.needs_reference or config.grpo.reference == "stage_start",
-            "grpo.reference changes nothing while grpo.kl_coef is 0 and reward.reference_logprobs is false")
+            "grpo.reference changes nothing while grpo.kl_coef and grpo.dpo_rate are 0 and reward.reference_logprobs "
+            "is false")
 
 
 def _check_plan(config: Config) -> None:
@@ -232,6 +252,8 @@ def _check_plan(config: Config) -> None:
                 "gave no log-probs of a completion under another wording")
         require(config.grpo.advantage in get_args(AdvantageKind), "plan.pairing all takes the advantage over two kinds "
                 f"of groups, so it needs one of {', '.join(get_args(AdvantageKind))}; got {config.grpo.advantage}")
+    require(plan.wordings == 1 or not config.grpo.dpo_rate, "grpo.dpo_rate cannot be combined with plan.wordings: a "
+            "pair belongs to one wording of its prompt")
     require(plan.contrast != "none" or not config.reward.needs_contrast,
             "reward temporal compares with a contrast group; set plan.contrast to shuffle or reverse")
 

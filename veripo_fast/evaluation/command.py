@@ -16,14 +16,12 @@ from veripo_fast.distributed.choice import check_backend, distribute
 from veripo_fast.distributed.world import World, joined
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.evaluate import evaluate, summary
-from veripo_fast.evaluation.items import items_of
 from veripo_fast.evaluation.progress import SKIPPED, Progress, check_same, provenance
 from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.model.policy import load_policy
 from veripo_fast.recipes.checked import check_functions, own_files
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
-from veripo_fast.rollout.store import read_groups
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.folder import check_out, make_out
 from veripo_fast.run.inputs import take_inputs
@@ -73,7 +71,7 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
             try:
                 records = evaluate(engine, loader, prompts, config, stage="eval", world=world,
                                    rows=lambda mode: folder / f"{mode}.parquet", gate=gate_of(config, policy, engine),
-                                   progress=progress)
+                                   progress=progress, lines=lambda mode: folder / f"{mode}.jsonl")
             finally:
                 engine.close()
         finally:
@@ -83,9 +81,6 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
                    for record in records]
         if progress and log:
             log.add(*itertools.chain.from_iterable(others))
-            for record in records:
-                groups = read_groups(folder / f"{record['mode']}.parquet")
-                atomic_write_text(folder / f"{record['mode']}.jsonl", dump_objects(items_of(groups)))
             atomic_write_text(folder / "evals.jsonl", dump_objects(records))
             progress.finish()
     return records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class Comparison:
     lost: int
     p_value: float
     """McNemar's exact test of `gained` against `lost`."""
+    judges: tuple[str, str] = ("", "")
+    """Who said what is inconsistent in each; empty of evaluations that do not say."""
 
     @property
     def flipped(self) -> list[Pair]:
@@ -56,18 +58,26 @@ class Comparison:
         return sorted(moved, key=lambda pair: (-abs(pair.moved), pair.moved))
 
 
-def compare(before: Path, after: Path, resamples: int = 2000, seed: int = 0) -> list[Comparison]:
+def compare(before: Path, after: Path, resamples: int = 2000, seed: int = 0, other_wording: bool = False
+            ) -> list[Comparison]:
     """Every mode that two folders of `veripo eval` have.
 
+    Args:
+        other_wording: questions of one id may be worded, or instructed, otherwise.
+
     Raises:
-        UserError: a folder holds no finished evaluation, they share no mode or no prompt, or they ask one question with
-            two gold answers.
+        UserError: a folder holds no finished evaluation, they share no mode or no prompt, or prompts of one id ask for
+            another answer or in other words.
     """
-    found = [_items(Path(folder)) for folder in (before, after)]
+    found = [items_in(Path(folder)) for folder in (before, after)]
     shared = [mode for mode in found[0] if mode in found[1]]
     if not shared:
         raise UserError(f"{before} has {', '.join(found[0])} and {after} has {', '.join(found[1])}: no mode is in both")
-    return [_compared(mode, found[0][mode], found[1][mode], (before, after), resamples, seed) for mode in shared]
+    for mode in shared:
+        _check_same(found[0][mode], found[1][mode], (before, after), other_wording)
+    judges = [_judges(Path(folder)) for folder in (before, after)]
+    return [replace(_compared(mode, found[0][mode], found[1][mode], resamples, seed),
+                    judges=(judges[0][mode], judges[1][mode])) for mode in shared]
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -80,8 +90,13 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * (tail / 2 ** total if total < 1000 else math.exp(math.log(tail) - total * math.log(2))))
 
 
-def _items(folder: Path) -> dict[str, dict[str, Item]]:
-    """Mode -> prompt id -> its line."""
+def _judges(folder: Path) -> dict[str, str]:
+    """Mode -> the judge that reported on it."""
+    return {str(record["mode"]): str(record.get("judge") or "") for record in _objects(folder / "evals.jsonl")}
+
+
+def items_in(folder: Path) -> dict[str, dict[str, Item]]:
+    """Mode -> prompt id -> its line, of a folder of `veripo eval`. Raises UserError, see `compare`."""
     if (folder / "parts").is_dir():  # whatever else is there may be of an evaluation before
         raise UserError(f"{folder} holds no finished evaluation: it was stopped; the same `veripo eval` goes on")
     if not (folder / "evals.jsonl").is_file():
@@ -97,6 +112,8 @@ def _items(folder: Path) -> dict[str, dict[str, Item]]:
         for number, item in enumerate(items, 1):
             if not _is_item(item):
                 raise UserError(f"{file} is damaged: prompt {number} is no line of an evaluation")
+            if "question" not in item:
+                raise UserError(f"{file} holds no questions: evaluate again, earlier versions wrote none")
         modes[record["mode"]] = {str(item["prompt_id"]): item for item in items}
     if not modes:
         raise UserError(f"{folder} holds no finished evaluation: evals.jsonl is empty")
@@ -118,8 +135,9 @@ def _objects(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def _compared(mode: str, before: Mapping[str, Item], after: Mapping[str, Item], folders: Sequence[Path],
-              resamples: int, seed: int) -> Comparison:
+def _check_same(before: Mapping[str, Item], after: Mapping[str, Item], folders: Sequence[Path], other_wording: bool
+                ) -> None:
+    """UserError unless the prompts of both ask for the same."""
     pairs = [Pair(item, after[name]) for name, item in before.items() if name in after]
     if not pairs:
         raise UserError(f"{folders[0]} and {folders[1]} have no prompt in common")
@@ -127,7 +145,21 @@ def _compared(mode: str, before: Mapping[str, Item], after: Mapping[str, Item], 
              if any(pair.before[key] != pair.after[key] for key in ("gold", "problem_type"))]
     if other:
         raise UserError(f"{plural(len(other), 'prompt')} of both ask for another answer in each, "
-                        f"{', '.join(other[:SHOWN])}{', ...' if len(other) > SHOWN else ''}: these are other data")
+                        f"{_named(other)}: these are other data")
+    reworded = [str(pair.before["prompt_id"]) for pair in pairs
+                if pair.before["question"] != pair.after["question"]]
+    if reworded and not other_wording:
+        raise UserError(f"{plural(len(reworded), 'prompt')} of both ask in other words in each, {_named(reworded)}: "
+                        "these are other data, or another instruction; --other-wording compares them all the same")
+
+
+def _named(prompts: Sequence[str]) -> str:
+    return f"{', '.join(prompts[:SHOWN])}{', ...' if len(prompts) > SHOWN else ''}"
+
+
+def _compared(mode: str, before: Mapping[str, Item], after: Mapping[str, Item], resamples: int, seed: int
+              ) -> Comparison:
+    pairs = [Pair(item, after[name]) for name, item in before.items() if name in after]
     about = [tuple(pair.before["media"]) or pair.before["prompt_id"] for pair in pairs]
     accuracy = paired_difference([accuracy_of(pair.before) for pair in pairs],
                                  [accuracy_of(pair.after) for pair in pairs], resamples, seed, about)

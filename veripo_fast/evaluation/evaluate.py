@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from veripo_fast.config.schema import Config
 from veripo_fast.distributed.shares import gathered, own_numbers
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import DataError
+from veripo_fast.evaluation.controls import control_lines, control_scores, controlled
 from veripo_fast.evaluation.intervals import bootstrap_interval
-from veripo_fast.evaluation.items import answers_of, majority_accuracy
+from veripo_fast.evaluation.items import answers_of, items_of, majority_accuracy
+from veripo_fast.evaluation.judging import Judged, judge_fields, judging
 from veripo_fast.evaluation.official import task_means, vsi_mra
 from veripo_fast.evaluation.progress import Progress
 from veripo_fast.recipes.view import side_of
@@ -29,6 +32,8 @@ from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.parity import ParityGate
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.store import write_groups
+from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.run.jsonlines import dump_objects
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.text import printable
 from veripo_fast.types import Prompt, RolloutGroup
@@ -44,9 +49,10 @@ def modes(config: Config) -> dict[str, tuple[int, float]]:
 
 def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prompt], config: Config, *, stage: str,
              rows: Callable[[str], Path], check: Callable[[], None] = lambda: None,
-             gate: ParityGate | None = None, world: World = ONE, progress: Progress | None = None
-             ) -> list[dict[str, Any]]:
-    """Evaluate a policy in every mode; completions are stored at `rows(mode)`, `check` may stop between batches.
+             gate: ParityGate | None = None, world: World = ONE, progress: Progress | None = None,
+             lines: Callable[[str], Path] | None = None) -> list[dict[str, Any]]:
+    """Evaluate a policy in every mode; completions are stored at `rows(mode)`, those of a control at
+    `rows(mode_control)`, a line for each prompt at `lines(mode)`. `check` may stop between batches.
 
     `gate` compares the engine's log-probs with the trainer's in the first batch of each mode that is sampled, before
     anything is stored. `progress`, of the first rank, keeps the batches and gives those of an earlier process.
@@ -54,13 +60,19 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
 
     Returns:
         one record per mode, as evals.jsonl holds them.
+
+    Raises:
+        DataError: no prompt could be loaded, or a control can be made of none.
     """
     prompts = prompts[:config.eval.limit]
     tensor_parallel = config.rollout.tensor_parallel
+    judge = judging(config, rows("greedy").parent, world, engine.sleep)
+    encoder = loader.tower.encoder
     records = []
     for mode, (samples, temperature) in modes(config).items():
         started = time.perf_counter()
         groups: list[RolloutGroup] = []
+        others: dict[str, list[RolloutGroup]] = {control: [] for control in config.eval.controls}
         kept: list[int] = world.broadcast(progress.done(mode) if progress else [])
         checked = False
         with tqdm(total=len(prompts), desc=f"eval {stage} {mode}", unit="prompt") as bar:
@@ -68,6 +80,8 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
                 batch = prompts[start:start + config.eval.prompts_per_batch]
                 if start in kept:
                     groups += world.broadcast(progress.read(mode, start) if progress else [])
+                    for control, before in others.items():
+                        before += world.broadcast(progress.read(f"{mode}_{control}", start) if progress else [])
                     bar.update(len(batch))
                     continue
                 loaded = loader.load_some(batch, own_numbers(len(batch), world, tensor_parallel))
@@ -83,6 +97,15 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
                 checked = True
                 reward_groups(found, config, list(loaded.values()))
                 whole = list(gathered(dict(zip(loaded, found, strict=True)), world).values())
+                for control, before in others.items():
+                    shown_so = controlled(encoder, loaded, control, config.seed)
+                    drawn = replace(sampling, seed=derive_seed(config.seed, "eval", mode, control, start))
+                    found = engine.generate(list(shown_so.values()), drawn, numbers=list(shown_so))
+                    reward_groups(found, config, list(shown_so.values()))
+                    controls = list(gathered(dict(zip(shown_so, found, strict=True)), world).values())
+                    if progress:
+                        progress.keep(f"{mode}_{control}", start, controls)
+                    before += controls
                 if progress:
                     progress.keep(mode, start, whole)
                 groups += whole
@@ -95,8 +118,19 @@ def evaluate(engine: RolloutEngine, loader: PromptLoader, prompts: Sequence[Prom
         reward_groups(groups, config)  # the advantages of all, as one process gives them
         if world.main:
             write_groups(rows(mode), groups, stage, 0)
-        records.append({"stage": stage, "mode": mode, **scores(groups, config),
-                        "seconds": time.perf_counter() - started})
+        judged = judge(groups)
+        record = {"stage": stage, "mode": mode, **scores(groups, config, judged), **judge_fields(config)}
+        for control, before in others.items():
+            if not before:
+                raise DataError(f"eval.controls {control} can be made of none of the {len(groups)} prompts: none shows "
+                                f"{'anything' if control == 'blind' else 'a video of two temporal patches'}")
+            if world.main:
+                write_groups(rows(f"{mode}_{control}"), before, stage, 0)
+            record.setdefault("controls", {})[control] = control_scores(groups, before, config.eval.bootstrap,
+                                                                        config.seed)
+        if lines and world.main:
+            atomic_write_text(lines(mode), dump_objects(items_of(groups, judged, others)))
+        records.append({**record, "seconds": time.perf_counter() - started})
     return records
 
 
@@ -104,7 +138,7 @@ def _advance(bar: Any, number: int, group: RolloutGroup) -> None:
     bar.update(1)
 
 
-def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
+def scores(groups: Sequence[RolloutGroup], config: Config, judged: Judged | None = None) -> dict[str, Any]:
     """Scores over all completions of rewarded groups, with 95 % intervals over prompts; those about one video count as
     one draw.
 
@@ -116,8 +150,9 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     with k completions; Chen et al. 2021, arXiv 2107.03374, equation 1 at n = k).
     `inconsistency_of_verdicts` is the share of those with a verdict, None when there is none. The accuracy over
     completions is `accurate_and_consistent_rate` + `accurate_without_verdict_rate` + what is accurate and inconsistent.
+    `judged` are the judge's verdicts; None: those of the rules.
     """
-    judged = RulesJudge().judge(list(groups), no_progress)
+    judged = judged or RulesJudge().judge(list(groups), no_progress)
     inconsistent = [_mean([float(j.consistent is False) for j in row]) for row in judged]
     accuracy = [_mean(scores_of(group, "accuracy")) for group in groups]
     rows = [c for group in groups for c in group.completions]
@@ -149,17 +184,20 @@ def scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
             "prompts": len(groups), "completions": len(rows),
             **_by_task(groups, accuracy, theirs, config.eval.task_key),
             "by_type": _means_by(groups, accuracy, "problem_type"),
-            "by_source": _means_by(groups, accuracy, "data_source")}
+            "by_source": _means_by(groups, accuracy, "data_source"),
+            "inconsistency_by_source": _means_by(groups, inconsistent, "data_source")}
 
 
 def summary(record: dict[str, Any]) -> str:
-    """One line for people."""
+    """One line for people, and one for each control."""
     mra = "" if record["mra"] is None else f", MRA {record['mra']:.3f}"
     if "accuracy_of_tasks" in record:
         mra += f", mean of tasks {record['accuracy_of_tasks']:.3f}"
-    return (f"{printable(record['stage']):>8} {record['mode']:>7}: accuracy {record['accuracy']:.3f} "
+    by = f" by {record['judge']}, which also chose the pairs" if record.get("judge_chose_pairs") else ""
+    line = (f"{printable(record['stage']):>8} {record['mode']:>7}: accuracy {record['accuracy']:.3f} "
             f"[{record['accuracy_low']:.3f}, {record['accuracy_high']:.3f}]{mra}, format {record['format_rate']:.3f}, "
-            f"inconsistent {record['inconsistency_rate']:.3f}, {record['length_mean']:.0f} tokens")
+            f"inconsistent {record['inconsistency_rate']:.3f}{by}, {record['length_mean']:.0f} tokens")
+    return "\n".join([line, *control_lines(record.get("controls", {}))])
 
 
 def shown(prompt: Prompt) -> tuple[str, ...]:

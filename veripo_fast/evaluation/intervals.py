@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-_Z = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
+from veripo_fast.verifier.proportions import Z
+
 _CHUNK_VALUES = 1 << 22
 """Resampled values held at once (32 MiB of float64)."""
 
@@ -83,7 +83,7 @@ def _alike(value: float, units: int, bounds: tuple[float, float]) -> Interval:
     """The interval when all prompts of `units` clusters score `value`: others may lie anywhere within the bounds."""
     if not bounds[0] <= value <= bounds[1]:
         raise ValueError(f"values_by_prompt must lie within {bounds}, got {value}")
-    others = _Z ** 2 / (units + _Z ** 2)
+    others = Z ** 2 / (units + Z ** 2)
     return Interval(value, value + others * (bounds[0] - value), value + others * (bounds[1] - value))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from veripo_fast.evaluation.controls import accuracy_of, as_well
+from veripo_fast.evaluation.judging import Judged
 from veripo_fast.reward.answers import normalise_text
 from veripo_fast.reward.score import scores_of
 from veripo_fast.reward.spans import parse_completion
@@ -14,21 +16,37 @@ from veripo_fast.verifier.judge_rules import RulesJudge
 from veripo_fast.verifier.judges import no_progress
 
 
-def items_of(groups: Sequence[RolloutGroup]) -> list[dict[str, Any]]:
-    """Of every prompt its id, what it is about, the gold answer, and by completion: answer, accuracy, format, whether
-    answer and reasoning agree (null: no verdict), tokens, and whether it ended by itself."""
-    judged = RulesJudge().judge(list(groups), no_progress)
-    items = []
+def items_of(groups: Sequence[RolloutGroup], judged: Judged | None = None,
+             controls: Mapping[str, Sequence[RolloutGroup]] | None = None) -> list[dict[str, Any]]:
+    """Of every prompt its id and question, what it is about, the gold answer, and by completion: answer, accuracy,
+    format, whether answer and reasoning agree (null: no verdict), tokens, and whether it ended by itself. Under
+    `controls` stand answers and accuracy of each control, and whether the prompt is answered as well so.
+
+    Args:
+        judged: verdicts; None: those of the rules. controls: groups of each control.
+    """
+    judged = judged or RulesJudge().judge(list(groups), no_progress)
+    others = {name: {group.prompt: group for group in those} for name, those in (controls or {}).items()}
+    items: list[dict[str, Any]] = []
     for group, verdicts in zip(groups, judged, strict=True):
         prompt = group.prompt
         items.append({
-            "prompt_id": prompt.prompt_id, "data_source": prompt.data_source, "problem_type": prompt.problem_type,
+            "prompt_id": prompt.prompt_id, "question": prompt.text, "data_source": prompt.data_source,
+            "problem_type": prompt.problem_type,
             "media": [medium.path for medium in prompt.media], "gold": prompt.gold, "answers": answers_of(group),
             "accuracy": scores_of(group, "accuracy"), "format": scores_of(group, "format"),
             "consistent": [verdict.consistent for verdict in verdicts],
             "tokens": [len(completion.token_ids) for completion in group.completions],
             "finished": [completion.finish_reason == "stop" for completion in group.completions]})
+        if others:
+            items[-1]["controls"] = {name: _control(known[prompt], accuracy_of(group))
+                                     for name, known in others.items() if prompt in known}
     return items
+
+
+def _control(group: RolloutGroup, whole: float) -> dict[str, Any]:
+    return {"answers": answers_of(group), "accuracy": scores_of(group, "accuracy"),
+            "as_well": as_well(accuracy_of(group), whole)}
 
 
 def answers_of(group: RolloutGroup) -> list[str | None]:

@@ -27,7 +27,7 @@ SECTIONS = ("data", "eval", "model", "reward", "rollout", "seed", "video")
 SKIPPED = "skipped.jsonl"
 ASIDE = {"data.train", "model.path", "rollout.weights", "rollout.kv_cache_gb"}
 """Of these, what does not; the checkpoint counts by its files."""
-_PART = re.compile(r"(\.tmp-)?[a-z]+-\d{8}\.parquet(-\d+-[0-9a-f]+)?")
+_PART = re.compile(r"(\.tmp-)?[a-z_]+-\d{8}\.parquet(-\d+-[0-9a-f]+)?")
 """The name of a stored batch, or of one that a crash left half written."""
 
 
@@ -40,6 +40,8 @@ def provenance(config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
         fields = {f"{section}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {
             section: value}
         options |= {name: json.dumps(item) for name, item in fields.items() if name not in ASIDE}
+    if config.eval.judge != "rules":
+        options["eval.judge_settings"] = json.dumps(to_tree(config.reporting_judge))
     return {**inputs, "options": options}
 
 

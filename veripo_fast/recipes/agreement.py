@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
+from veripo_fast.recipes.boxes import iou
 from veripo_fast.recipes.view import Column, CompletionView, PromptView
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -26,7 +26,8 @@ def _agrees(completion: CompletionView, kind: str) -> float:
     if think is None or answer is None:
         return 0.0
     if kind in ("box", "boxes"):
-        return overlap(_last_box(think), _last_box(answer))
+        thought, given = _last_box(think), _last_box(answer)
+        return iou(thought, given) if thought and given else 0.0
     if kind == "choice":
         return float(_last(_LETTER, think) is not None and _last(_LETTER, think) == _last(_LETTER, answer))
     if kind in ("number", "rounded", "estimate", "quantity", "timestamp"):
@@ -43,14 +44,3 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 def _last_box(text: str) -> tuple[float, ...] | None:
     numbers = [float(number) for number in _NUMBER.findall(text)][-4:]
     return tuple(numbers) if len(numbers) == 4 and all(map(math.isfinite, numbers)) else None
-
-
-def overlap(one: Sequence[float] | None, other: Sequence[float] | None) -> float:
-    """Intersection over union of two boxes (left, top, right, bottom); 0 without one, or for one without area."""
-    if one is None or other is None:
-        return 0.0
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return shared / (sum(areas) - shared) if min(areas) > 0 else 0.0

@@ -40,13 +40,13 @@ class Shown:
     strips: list[Mapping[str, Any]]
 
 
-def compare_command(before: Path, after: Path, out: Path) -> None:
+def compare_command(before: Path, after: Path, out: Path, other_wording: bool = False) -> None:
     """Print the comparison and write the page.
 
     Raises:
         UserError: as `compare`; or the page cannot be written.
     """
-    found = compare(before, after)
+    found = compare(before, after, other_wording=other_wording)
     for one in found:
         print("\n".join(lines_of(one)))
     target = out / "compare.html" if out.is_dir() else out
@@ -64,6 +64,9 @@ def lines_of(one: Comparison) -> list[str]:
     lines = [f"{one.mode}: {plural(len(one.pairs), 'prompt')} in both{_alone(one)}"]
     for name, (first, second, change) in _changes(one).items():
         lines.append(f"  {name}: {first:.3f} -> {second:.3f}, {_signed(change)}")
+    if one.judges[0] != one.judges[1]:
+        names = [name or "a judge that is not named" for name in one.judges]
+        lines.append(f"  inconsistent is what {names[0]} says before and {names[1]} after, so its change says little")
     lines.append(f"  right after and wrong before: {one.gained}; the reverse: {one.lost}; "
                  f"McNemar p = {one.p_value:.3g}")
     names = [f"{pair.before['prompt_id']} ({pair.moved:+.2g})" for pair in one.flipped[:NAMED]]

@@ -19,7 +19,10 @@ from markupsafe import Markup
 
 from veripo_fast.errors import UserError
 from veripo_fast.report import curves, scores, verifier
+from veripo_fast.report.alarms import alarms
+from veripo_fast.report.difficulty import difficulty
 from veripo_fast.report.memory import memory_table
+from veripo_fast.report.pair_browser import browse
 from veripo_fast.report.run_data import Row, RunData, load_run
 from veripo_fast.report.samples import collect
 from veripo_fast.report.step_bars import step_bars
@@ -65,6 +68,7 @@ def _context(run: RunData) -> Row:
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     samples, verifications = collect(run), verifier.verifications(run)
+    pairs = browse(run, samples["media"])
     skipped_columns = list(dict.fromkeys(key for row in run.skipped for key in row))
     return {
         "run": run,
@@ -87,7 +91,13 @@ def _context(run: RunData) -> Row:
         "skipped_columns": skipped_columns,
         "skipped_rows": [[_cell(row.get(key)) for key in skipped_columns] for row in run.skipped[:MAX_SKIPPED]],
         "samples": samples,
-        "samples_json": Markup(_script_json(samples)),
+        "samples_json": Markup(_script_json(samples | {"browser": pairs["shown"]})),
+        "pairs": pairs,
+        "alarms": alarms(run),
+        "controls": scores.control_table(run),
+        "judge_line": scores.judge_line(run),
+        "by_source": scores.inconsistency_table(run),
+        "difficulty": difficulty(run),
         "absent": _absent(run, samples, verifications),
     }
 

@@ -222,3 +222,56 @@ def type_table(run: RunData) -> Table | None:
             return Table(f"Accuracy by problem type, {mode}, %", ["", *tables],
                          [[kind, *(percent(table.get(kind)) for table in tables.values())] for kind in types])
     return None
+
+
+def inconsistency_table(run: RunData) -> Table | None:
+    """Inconsistent answers after each stage (VerIPO's Fig. 1C), by data source where there are several, with the change
+    that each stage made; of the first mode."""
+    for mode, rows in by_mode(run).items():
+        columns = {str(row.get("stage")): {"all": row.get("inconsistency_rate"),
+                                           **(row.get("inconsistency_by_source") or {})} for row in rows}
+        names = list(dict.fromkeys(name for column in columns.values() for name in column))
+        if len(columns) < 2 or not any(finite(column["all"]) is not None for column in columns.values()):
+            continue
+        names = ["all"] if len(names) == 2 else [*names[1:], "all"]
+        return Table(f"Inconsistent after each stage, {mode}, % (change)", ["", *columns],
+                     [[name, *_with_changes([column.get(name) for column in columns.values()])] for name in names])
+    return None
+
+
+def _with_changes(values: list[object]) -> list[str]:
+    cells = []
+    for before, value in zip([None, *values], values, strict=False):
+        one, other = finite(before), finite(value)
+        change = "" if one is None or other is None else f" ({other * 100 - one * 100:+.1f})".replace("-", "−")
+        cells.append(percent(value) + change)
+    return cells
+
+
+def judge_line(run: RunData) -> str:
+    """Who said what is inconsistent, and whether the same judge chose pairs; empty of evaluations that do not say."""
+    named = [row for row in run.evals if row.get("judge")]
+    if not named:
+        return ""
+    judges = ", ".join(dict.fromkeys(str(row["judge"]) for row in named))
+    if any(row.get("judge_chose_pairs") for row in named):
+        return (f"Inconsistent is what the judge \"{judges}\" says, which also chose the pairs that were trained on: a "
+                "policy may have learnt to please it. eval.judge names another one.")
+    trained = any(row.get("judge_chose_pairs") is False for row in named)
+    return f"Inconsistent is what the judge \"{judges}\" says{', which chose no pair of this run' if trained else ''}."
+
+
+def control_table(run: RunData) -> Table | None:
+    """The controls of every evaluation that has some."""
+    rows = []
+    for row in run.evals:
+        controls = row.get("controls")
+        for name, one in controls.items() if isinstance(controls, dict) else ():
+            low_high = [f"{(finite(one.get(key)) or 0.0) * 100:+.1f}".replace("-", "−")
+                        for key in ("gain", "gain_low", "gain_high")]
+            rows.append([f"{row.get('stage')}, {row.get('mode')}, {name}", tidy(one.get("prompts")),
+                         percent(one.get("accuracy_whole")), percent(one.get("accuracy")),
+                         f"{low_high[0]} ({low_high[1]} to {low_high[2]})", percent(one.get("as_well_rate")),
+                         percent(one.get("chance"))])
+    header = ["", "prompts", "accuracy", "control", "difference", "as well", "guesses"]
+    return Table("Controls, %", header, rows) if rows else None

@@ -19,14 +19,15 @@ from veripo_fast.types import PreferencePair, RolloutGroup
 
 MAX_TEXT = 12_000
 """Characters of a completion that are shown."""
-_VERDICT_FIELDS = ("prompt_id", "index", "accuracy", "finished", "length_tokens", "repetition", "consistent",
+VERDICT_FIELDS = ("prompt_id", "index", "accuracy", "finished", "length_tokens", "repetition", "consistent",
                    "supported_answer", "judge_score", "flags")
-_PAIR_FIELDS = tuple(pair_field.name for pair_field in fields(PreferencePair))
+PAIR_FIELDS = tuple(pair_field.name for pair_field in fields(PreferencePair))
 
 
 _TITLES = {"flags": "Checks failed, completions", "verdicts": "Think/answer, completions",
            "no_verdict": "Completions without a verdict", "unused": "Completions in no pair",
            "groups_without": "Groups without a candidate",
+           "spliced": "Pairs kept with a spliced chosen side",
            "dropped": "Candidates not kept", "kept_without_verdict": "Pairs kept whose chosen side has no verdict"}
 """Titles of the account's tables, in order; other tables follow under their own name."""
 _NOUNS = {"used": "completions in a pair"}
@@ -121,33 +122,36 @@ class GroupVerdicts:
         self.pairs: dict[str, list[Row]] = {}
         where = pc.field("prompt_id").isin(sorted(prompt_ids))
         for dpo in verified_by(run, stage):
-            blocks = _blocks(read_columns(run, f"verifier/{dpo}/verdicts.parquet", _VERDICT_FIELDS, where))
+            blocks = blocks_of(read_columns(run, f"verifier/{dpo}/verdicts.parquet", VERDICT_FIELDS, where))
             groups = _occurrences(run, stage, where) if blocks else {}
             for prompt_id, found in blocks.items():
                 for place, block in _assigned(found, groups.get(prompt_id, {})):
                     self.verdicts[prompt_id, *place] = block
-            for row in read_columns(run, f"verifier/{dpo}/pairs.parquet", _PAIR_FIELDS, where):
+            for row in read_columns(run, f"verifier/{dpo}/pairs.parquet", PAIR_FIELDS, where):
                 self.pairs.setdefault(row["prompt_id"], []).append(row)
 
     def verdicts_of(self, group: RolloutGroup, step: int, number: int) -> list[Row | None]:
         """One verdict, or None, per completion of group `number` of a step."""
         block = {row["index"]: row for row in self.verdicts.get((group.prompt.prompt_id, step, number), ())}
-        return [_shown(block[i]) if i in block else None for i in range(len(group.completions))]
+        return [shown_verdict(block[i]) if i in block else None for i in range(len(group.completions))]
 
     def pairs_of(self, group: RolloutGroup) -> list[Row]:
         """The pairs whose completions are those of this group."""
         return [{"family": row["family"], "reason": row["reason"],
-                 "chosen": self._side(row, "chosen"), "rejected": self._side(row, "rejected")}
+                 "chosen": pair_side(row, "chosen", self.tokens),
+                 "rejected": pair_side(row, "rejected", self.tokens)}
                 for row in self.pairs.get(group.prompt.prompt_id, ()) if _from_group(row, group)]
 
-    def _side(self, row: Row, side: str) -> Row:
-        ids, mask = row[f"{side}_ids"], row[f"{side}_loss_mask"]
-        runs = None if all(mask) else self.tokens.runs(ids, mask)
-        return {"index": row[f"{side}_index"], "text": cut(row[f"{side}_text"]), "tokens": len(ids),
-                "loss_tokens": sum(1 for bit in mask if bit), "runs": runs}
+
+def pair_side(row: Row, side: str, tokens: TokenText) -> Row:
+    """The chosen or the rejected side of a pair, and which of its tokens enter the loss."""
+    ids, mask = row[f"{side}_ids"], row[f"{side}_loss_mask"]
+    runs = None if all(mask) else tokens.runs(ids, mask)
+    return {"index": row[f"{side}_index"], "text": cut(row[f"{side}_text"]), "tokens": len(ids),
+            "loss_tokens": sum(1 for bit in mask if bit), "runs": runs}
 
 
-def _blocks(rows: list[Row]) -> dict[str, list[list[Row]]]:
+def blocks_of(rows: list[Row]) -> dict[str, list[list[Row]]]:
     """Verdicts by prompt, cut where the completion index starts again."""
     blocks: dict[str, list[list[Row]]] = {}
     for row in rows:
@@ -184,7 +188,8 @@ def _assigned(blocks: list[list[Row]], groups: _Groups) -> list[tuple[tuple[int,
     return result
 
 
-def _shown(row: Row) -> Row:
+def shown_verdict(row: Row) -> Row:
+    """What the page says of a verdict."""
     return {"flags": list(row["flags"] or ()), "consistent": row["consistent"], "supported": row["supported_answer"],
             "repetition": finite(row["repetition"]) or 0.0, "think_tokens": row["length_tokens"],
             "judge_score": finite(row["judge_score"])}

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from veripo_fast.recipes.boxes import iou
 from veripo_fast.reward.answers import clean
 
 Box = tuple[float, float, float, float]
@@ -53,16 +54,6 @@ def boxes_accuracy(answer: str, gold: str) -> float:
         return 0.0
     table = [[iou(one, other) for other in wanted] for one in given]
     return min(1.0, best_pairing(table) / max(len(wanted), len(given)))
-
-
-def iou(one: Box, other: Box) -> float:
-    """Area of the intersection over that of the union."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
-    return width * height / (areas - width * height)
 
 
 def best_pairing(gains: Sequence[Sequence[float]]) -> float:

@@ -14,6 +14,7 @@
       rollouts/STAGE/step_000000.parquet
       contrasts/STAGE/step_000000.parquet  completions that saw their frames in another order (plan.contrast)
       verifier/STAGE/verdicts.parquet, pairs.parquet, account.json
+      verifier/STAGE/pairs/step_000000.parquet  pairs of a GRPO step's own rollouts (grpo.dpo_rate)
       eval/STAGE_MODE.parquet  every evaluated completion
       checkpoints/step_000000/  HF checkpoint + trainer/ state; `checkpoints/latest` names the newest complete one
       tensorboard/
@@ -57,6 +58,9 @@ class RunDir:
 
     def verifier(self, stage: str) -> Path:
         return self.root / "verifier" / stage
+
+    def step_pairs(self, stage: str, step: int) -> Path:
+        return self.verifier(stage) / "pairs" / f"step_{step:06d}.parquet"
 
     def eval_rows(self, stage: str, mode: str) -> Path:
         return self.root / "eval" / f"{stage}_{mode}.parquet"

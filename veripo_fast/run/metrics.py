@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _log = logging.getLogger(__name__)
+STEPS_WITHOUT_SIGNAL = 5
+"""So many steps in a row without a signal are said, in training and at the top of the report."""
 
 
 class MetricsLog:

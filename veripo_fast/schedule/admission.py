@@ -107,8 +107,8 @@ _BY_NAME = {
     "frames ahead": "lower cache.prefetch_bytes or cache.prefetch_prompts",
     "judge weights": "take a smaller judge (verifier.llm_path), or verifier.judge endpoint, which takes no memory here",
     "judge activations": "take a smaller judge (verifier.llm_path), or verifier.judge endpoint",
-    "reference policy": "set grpo.kl_coef to 0 and reward.reference_logprobs to false, which needs no reference, or "
-                        "share it out over more ranks",
+    "reference policy": "set grpo.kl_coef and grpo.dpo_rate to 0 and reward.reference_logprobs to false, which needs "
+                        "no reference, or share it out over more ranks",
     "mean of the policy": "take grpo.reference stage_start, which has no float32 mean, or more ranks",
     "whole weights": "take rollout.engine vllm, which needs no rank to hold every weight",
     "checkpoint": "set checkpoint.asynchronous to false, or take a machine with more memory",

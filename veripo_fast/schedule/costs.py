@@ -237,8 +237,18 @@ def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, live
         flops.append(group_flops(cost, prompt, [mean] * size) + tower)
     share = math.ceil(groups / config.grpo.updates_per_rollout)
     most, idle = _fullest(tuple(flops), ranks, share)
-    passes = _recomputed(config) + (1 / 3 if config.needs_reference else 0.0)
-    return most * passes * live / groups, idle
+    passes = _recomputed(config) + (1 / 3 if config.grpo.kl_coef or config.reward.reference_logprobs else 0.0)
+    return most * passes * live / groups + _pair_flops(shape, config, ranks, lengths), idle
+
+
+def _pair_flops(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> float:
+    """FLOPs of a rank for the pairs of a GRPO step and their reference, where every update has as many as it may."""
+    if not config.grpo.dpo_rate:
+        return 0.0
+    mean = min(max(round(lengths.completion_tokens), 1), config.rollout.max_new_tokens)
+    one = group_flops(model_cost(shape), max(round(lengths.prompt_tokens), 1), [mean] * 2)
+    pairs = config.dpo.pairs_per_step * config.grpo.updates_per_rollout
+    return one * pairs * (_recomputed(config) + 1 / 3) / ranks
 
 
 @lru_cache(maxsize=64)

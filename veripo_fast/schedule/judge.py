@@ -56,12 +56,15 @@ def judge_folders(config: Config) -> dict[str, str]:
 
 
 def judge_shapes(config: Config) -> dict[str, JudgeShape]:
-    """Folder -> shape of the judges `llm` of all stages.
+    """Folder -> shape of the judges `llm` of all stages and of the evaluation.
 
     Raises:
         CheckpointError: a folder cannot be one.
     """
-    return {folder: read_judge(Path(folder)) for folder in judge_folders(config).values()}
+    folders = list(judge_folders(config).values())
+    if config.eval.judge == "llm":
+        folders.append(config.reporting_judge.llm_path)
+    return {folder: read_judge(Path(folder)) for folder in folders}
 
 
 def read_judge(folder: Path) -> JudgeShape:

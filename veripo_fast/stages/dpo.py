@@ -33,7 +33,9 @@ from veripo_fast.model.step import PairLossInputs
 from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.rollout.local_texts import LocalTexts
 from veripo_fast.rollout.store import write_table
+from veripo_fast.run.metrics import read_records
 from veripo_fast.run.seeds import derive_seed
+from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.step_work import repeated_flops
@@ -68,13 +70,17 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         ref_logprobs = stage_reference(session, stage, config, source)
     steps = usable_steps(step_order(len(pairs), config, derive_seed(config.seed, stage.name)), ref_logprobs)
     optimizer = session.stage_optimizer(config, config.dpo.learning_rate, len(steps))
+    records = session.world.on_main(
+        lambda: [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
+    guard = ChosenGuard(stage.name, config, records, session.world)
     for step in session.steps(stage, len(steps), optimizer):
         with session.phase("vision"):
             rows = source.load(source.share(steps[step]))
         source.prefetch(source.share(steps[step + 1]) if step + 1 < len(steps) else [])
         with session.phase("update"):
             used = torch.tensor([row.number for row in rows], dtype=torch.long)
-            values = dpo_update(session.policy, optimizer, rows, ref_logprobs[used], config)
+            values = dpo_update(session.policy, optimizer, rows, ref_logprobs[used], guard.of_step())
+            values |= guard.observe(values)
             session.policy.passes.spare_flops += repeated_flops(
                 session.dealer.cost, [(row.prompt.encoded, row.pair) for row in rows])
         session.finish_step(values, loss=values.get("loss", float("nan")))

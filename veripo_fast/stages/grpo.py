@@ -31,12 +31,15 @@ from veripo_fast.run.metrics import read_records
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.batches import Sampler
 from veripo_fast.stages.dealer import Dealer
+from veripo_fast.stages.dpo import PairRow
+from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
+from veripo_fast.stages.online import Harvest, PairTerm, families_of
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.reference import MovingReference, stage_reference
 from veripo_fast.stages.rollout_metrics import column_metrics, rollout_metrics
 from veripo_fast.stages.session import Session
-from veripo_fast.types import LoadedPrompt, Media, Prompt, RolloutGroup
+from veripo_fast.types import LoadedPrompt, Media, PreferencePair, Prompt, RolloutGroup
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +54,16 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
     follows = reference is not None and config.grpo.reference == "ema"
     moving = MovingReference(session, cast(Policy, reference), optimizer, config.grpo) if follows else None
     sampler = Sampler(session, prompts, order, stage, config, reference)
-    update = GrpoUpdate(session.policy, optimizer, config, reference if config.grpo.kl_coef else None, session.dealer)
-    health = StageHealth(stage.name, [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
+    records = session.world.on_main(
+        lambda: [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
+    health = StageHealth(stage.name, records)
+    harvest = guard = term = None
+    if config.grpo.dpo_rate and reference is not None:
+        harvest, guard = Harvest(session, stage, config), ChosenGuard(stage.name, config, records, session.world)
+        term = PairTerm(session.policy, optimizer, reference, session.dealer, guard,
+                        derive_seed(config.seed, stage.name))
+    update = GrpoUpdate(session.policy, optimizer, config, reference if config.grpo.kl_coef else None,
+                        session.dealer, term)
     for step in session.steps(stage, config.grpo.steps, optimizer):
         batch = sampler.step(step)
         with session.phase("reward"):
@@ -60,11 +71,17 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
             check_rollout_logprobs(batch.groups, session.run.rollouts(stage.name, step))
         means = rollout_metrics(batch.groups) | column_metrics(batch.groups, config.reward) | batch.metrics
         counts = health.observe(batch.groups, means) if session.world.main else {}
+        pairs: list[PreferencePair] = []
+        if harvest is not None:
+            with session.phase("verify"):
+                pairs = harvest.pairs(batch.trained, step)
         with session.phase("update"):
-            values = means | counts | update.run(batch.prompts, batch.trained)
+            values = means | counts | update.run(batch.prompts, batch.trained, pairs)
         if moving is not None:
             with session.phase("reference"):
                 moving.step_done(step)
+        if guard is not None:
+            values |= families_of(pairs) | guard.observe(values)
         session.finish_step(values, reward=values["reward_mean"], accuracy=values["accuracy_mean"])
 
 
@@ -124,10 +141,11 @@ class GrpoUpdate:
 
     Args:
         dealer: shares the groups out to the ranks; None: one process.
+        term: adds the gradient of preference pairs; None: there are none.
     """
 
     def __init__(self, policy: Policy, optimizer: Optimizer, config: Config, ref: Policy | None,
-                 dealer: Dealer | None = None) -> None:
+                 dealer: Dealer | None = None, term: PairTerm | None = None) -> None:
         self.policy = policy
         self.optimizer = optimizer
         self.config = config
@@ -135,13 +153,16 @@ class GrpoUpdate:
         self.ref = ref
         self.dealer = dealer or Dealer.of(policy, ONE)
         self.world = self.dealer.world
+        self.term = term
 
-    def run(self, prompts: Sequence[LoadedPrompt | None], groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    def run(self, prompts: Sequence[LoadedPrompt | None], groups: Sequence[RolloutGroup],
+            pairs: Sequence[PreferencePair] = ()) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps over a rewarded rollout batch; returns their mean metrics.
 
         Args:
             prompts: of the groups; None where another rank has loaded it.
             groups: those of all ranks.
+            pairs: what the verifier made of them.
         """
         share = self.config.plan.wordings * self.config.grpo.prompts_per_step // self.config.grpo.updates_per_rollout
         version = self.policy.version
@@ -151,8 +172,12 @@ class GrpoUpdate:
         if self.config.grpo.importance or self.config.plan.pairing == "all":
             own[1:] = [self._with_old_logprobs(rows) for rows in own[1:]]
         rows: list[dict[str, float]] = []
-        for part, dealt in zip(parts, own, strict=True):
-            metrics = self._update(part, dealt, fresh=self.policy.version == version)
+        for number, (part, dealt) in enumerate(zip(parts, own, strict=True)):
+            paired: tuple[list[PairRow], int] = ([], 0)
+            if self.term is not None:
+                places = range(number * share, number * share + len(part))
+                paired = self.term.rows(prompts, groups, places, pairs)
+            metrics = self._update(part, dealt, self.policy.version == version, paired)
             if metrics is not None:
                 rows.append(metrics)
         return _means(rows) | {"updates": self.policy.version - version} | self.dealer.idle_share()
@@ -177,9 +202,11 @@ class GrpoUpdate:
                 batch, [row.prompt.features], temperature=self.config.rollout.temperature)))
         return known
 
-    def _update(self, part: Sequence[RolloutGroup], own: list[UpdateRow], fresh: bool) -> dict[str, float] | None:
-        """One optimizer step over a part of the groups; None when no group of it carries a signal."""
-        if not any(map(has_signal, part)):
+    def _update(self, part: Sequence[RolloutGroup], own: list[UpdateRow], fresh: bool,
+                pairs: tuple[list[PairRow], int]) -> dict[str, float] | None:
+        """One optimizer step over a part of the groups, and over its pairs, see `PairTerm.rows`; None when no group of
+        it carries a signal, and it has no pairs."""
+        if not any(map(has_signal, part)) and not pairs[1]:
             return None
         completions = [c for group in part for c in group.completions]
         counts = (len(completions), sum(len(c.token_ids) for c in completions))
@@ -193,6 +220,8 @@ class GrpoUpdate:
             for name, value in self._backward([own[i] for i in numbers], counts, fresh).items():
                 metrics[name] = max(metrics[name], value) if name.endswith("_max") else metrics[name] + value
         metrics = over_ranks(metrics, self.world)
+        if self.term is not None:
+            metrics |= self.term.backward(*pairs)
         stepped = step_policy(self.policy, self.optimizer)
         largest = metrics.pop("parity_max")
         engine = {"parity_max": largest} if fresh and self.config.plan.pairing == "own" else {}

@@ -15,11 +15,10 @@ import torch
 from veripo_fast.errors import TrainingError
 from veripo_fast.reward.groups import has_signal
 from veripo_fast.reward.score import scores_of
+from veripo_fast.run.metrics import STEPS_WITHOUT_SIGNAL
 from veripo_fast.types import RolloutGroup
 
 log = logging.getLogger(__name__)
-STEPS_WITHOUT_SIGNAL = 5
-"""So many steps in a row without a signal are said."""
 ALIVE = 0.2
 """A mean reward or a share of finished completions that was above this and falls to 0 is a collapse."""
 WATCHED = ("reward_mean", "finished_share")

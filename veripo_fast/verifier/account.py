@@ -31,9 +31,11 @@ class Account:
     """Possible pairs by family."""
     kept: Counter[str] = field(default_factory=Counter)
     """Pairs by family."""
+    spliced: Counter[str] = field(default_factory=Counter)
+    """Of these, pairs whose chosen side is put together from a wrong and a right completion (`reflection`)."""
     kept_without_verdict: Counter[str] = field(default_factory=Counter)
-    """Of these, pairs whose chosen reasoning was found neither consistent nor inconsistent: only `repetition` takes
-    one, because its two sides differ in length and not in what they conclude."""
+    """Of those kept, pairs whose chosen reasoning was found neither consistent nor inconsistent: only `repetition`
+    takes one, because its two sides differ in length and not in what they conclude."""
     groups_without: Counter[str] = field(default_factory=Counter)
     """Groups in which a family found no candidate."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -53,7 +55,7 @@ class Account:
         account.flags.update(flag for verdict in flat for flag in verdict.flags)
         account.verdicts.update(dict.fromkeys(names.values(), 0))
         account.verdicts.update(names[verdict.consistent] for verdict in flat)
-        for counter in (account.candidates, account.kept, account.kept_without_verdict):
+        for counter in (account.candidates, account.kept, account.spliced, account.kept_without_verdict):
             counter.update(dict.fromkeys(families, 0))
         return account
 
@@ -73,5 +75,6 @@ class Account:
                 "flags": dict(self.flags), "flag_rates": {flag: n / total for flag, n in self.flags.items()},
                 "verdicts": dict(self.verdicts), "no_verdict": dict(self.no_verdict),
                 "candidates": dict(self.candidates), "kept": dict(self.kept),
+                "spliced": {family: count for family, count in self.spliced.items() if count},
                 "kept_without_verdict": dict(self.kept_without_verdict), "groups_without": dict(self.groups_without),
                 "dropped": dict(self.dropped), "unused": dict(self.unused)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Literal
 
@@ -63,6 +64,11 @@ class GroupView:
         self.contradicting = [v for v in usable if v.consistent is False and is_well_formed(v)]
         self.repetitive = [v for v in usable if "repetition" in v.flags and "wrong" not in v.flags]
 
+    @cached_property
+    def given(self) -> list[str]:
+        """The answers that the group gives."""
+        return given_answers(self.group)
+
     def lengths_match(self, one: Verdict, other: Verdict) -> bool:
         """Whether the longer completion has at most `length_match` times the tokens of the shorter one."""
         shorter, longer = sorted(len(self.group.completions[v.index].token_ids) for v in (one, other))
@@ -103,7 +109,7 @@ def _supports_gold(view: GroupView, verdict: Verdict) -> bool:
 
 def _reflection(view: GroupView) -> Found:
     """Rollouts that corrected themselves, and assembled ones; the wrong reasoning must support its wrong answer."""
-    given, parsed = given_answers(view.group), parse_group(view.group)
+    given, parsed = view.given, parse_group(view.group)
     wrong = [verdict for verdict in view.wrong if is_well_formed(verdict) and verdict.consistent
              and "repetition" not in verdict.flags and parsed[verdict.index].think]
     right = [verdict for verdict in view.right if parsed[verdict.index].think]

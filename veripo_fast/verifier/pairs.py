@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from veripo_fast.config.objectives import VerifierConfig
+from veripo_fast.reward.answers import plain
 from veripo_fast.reward.spans import Parsed, answer_closing, answer_end, answer_prefix, parse_group
 from veripo_fast.types import Completion, Form, PairFamily, PreferencePair, Prompt, RolloutGroup, Verdict
 from veripo_fast.verifier.account import Account
 from veripo_fast.verifier.candidates import Candidate, GroupView, find_candidates
+from veripo_fast.verifier.conclusions import conclusions
 
 Encode: TypeAlias = Callable[[str], list[int]]
 _TURNS = ("Wait, let me check this again.", "Hold on, let me verify that.", "Let me look once more.")
@@ -93,6 +95,7 @@ class _Builder:
             self._existing.add(identity)
             self._per_prompt[view.group.prompt] += 1
             self._account.kept[candidate.family] += 1
+            self._account.spliced[candidate.family] += candidate.kind == "assembled"
             self._account.kept_without_verdict[candidate.family] += view.verdicts[candidate.chosen].consistent is None
             uses.update((candidate.chosen, candidate.rejected))
             return pair, {candidate.chosen, candidate.rejected}
@@ -107,8 +110,8 @@ class _Builder:
         better, worse = completions[candidate.chosen], completions[candidate.rejected]
         chosen, rejected = _whole(better, candidate.chosen), _whole(worse, candidate.rejected)
         if candidate.kind == "assembled":
-            chosen = self._corrected(worse, better, parsed[candidate.chosen], rng.choice(_TURNS),
-                                     view.group.prompt.form)
+            chosen = self._corrected(view, worse, parsed[candidate.rejected], better, parsed[candidate.chosen],
+                                     rng.choice(_TURNS))
         elif candidate.kind == "answer":
             chosen, rejected = self._swapped(worse, parsed[candidate.rejected], view.verdicts[candidate.rejected],
                                              view.group.prompt.form)
@@ -116,10 +119,12 @@ class _Builder:
             view.group.prompt.prompt_id, candidate.family, chosen[0], rejected[0], chosen[1], rejected[1],
             chosen[2], rejected[2], chosen[3], rejected[3], _reason(candidate, view.verdicts))
 
-    def _corrected(self, wrong: Completion, right: Completion, read: Parsed, turn: str, form: Form) -> _Side:
-        """Wrong reasoning (masked: the policy must not learn to err first), a turn, right reasoning and answer."""
-        before = wrong.text[:wrong.text.index("</think>")].rstrip()
-        tail = right.text[right.text.index("</think>"):answer_end(right.text, form)]
+    def _corrected(self, view: GroupView, wrong: Completion, erring: Parsed, right: Completion, read: Parsed, turn: str
+                   ) -> _Side:
+        """Wrong reasoning up to its conclusion (masked: the policy must not learn to err first), a turn, right
+        reasoning and answer."""
+        before = _up_to_conclusion(wrong.text[:wrong.text.index("</think>")], erring.think or "", view)
+        tail = right.text[right.text.index("</think>"):answer_end(right.text, view.group.prompt.form)]
         after = f" {turn} {read.think}{tail}"
         masked, learned = self._encode(before), [*self._encode(after), self._eos_id]
         return (*masked, *learned), (0,) * len(masked) + (1,) * len(learned), before + after, -1
@@ -134,6 +139,16 @@ class _Builder:
                       min(len(chosen), len(rejected)))
         return ((chosen, _mask(chosen, shared), chosen_text, -1),
                 (rejected, _mask(rejected, shared), rejected_text, verdict.index))
+
+
+def _up_to_conclusion(text: str, think: str, view: GroupView) -> str:
+    """What was written until the reasoning's last conclusion; all of it where the rules see none, or cannot count in
+    it because of LaTeX."""
+    drawn = [found for found in conclusions(think, view.group.prompt, view.given) if found.answer is not None]
+    whole = text.rstrip()
+    if not drawn or plain(think) != think.strip():
+        return whole
+    return whole.removesuffix(think.strip()[drawn[-1].end + 1:]).rstrip()  # behind the end of its sentence
 
 
 def _mask(ids: tuple[int, ...], shared: int) -> tuple[int, ...]:

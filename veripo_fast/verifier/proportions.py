@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_Z = 1.959963984540054
+Z = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
 
 
@@ -36,9 +36,9 @@ class Share:
         """Lower and upper end; 0 to 1 of nothing."""
         if not self.total:
             return 0.0, 1.0
-        share, weight = self.count / self.total, _Z ** 2 / self.total
+        share, weight = self.count / self.total, Z ** 2 / self.total
         middle = (share + weight / 2) / (1 + weight)
-        reach = _Z / (1 + weight) * math.sqrt(share * (1 - share) / self.total + weight / (4 * self.total))
+        reach = Z / (1 + weight) * math.sqrt(share * (1 - share) / self.total + weight / (4 * self.total))
         low = 0.0 if self.count == 0 else middle - reach
         high = 1.0 if self.count == self.total else middle + reach
         return low, high

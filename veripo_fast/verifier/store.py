@@ -49,7 +49,14 @@ def write_result(folder: Path, result: VerifierResult) -> None:
     rows = [{"group": number, **asdict(verdict)} for number, row in enumerate(result.verdicts) for verdict in row]
     write_table(pa.Table.from_pylist(rows, _VERDICTS), folder / "verdicts.parquet")
     atomic_write_text(folder / "account.json", json.dumps(result.account.to_json(), indent=2) + "\n")
-    write_table(pa.Table.from_pylist([asdict(pair) for pair in result.pairs], _PAIRS), folder / "pairs.parquet")
+    write_pairs(folder / "pairs.parquet", result.pairs)
+
+
+def write_pairs(path: Path, pairs: Sequence[PreferencePair]) -> None:
+    """A file that `read_pairs` reads."""
+    from veripo_fast.rollout.store import write_table
+
+    write_table(pa.Table.from_pylist([asdict(pair) for pair in pairs], _PAIRS), path)
 
 
 def judge_cache(folder: Path, world: World) -> Path:
