@@ -75,9 +75,10 @@ def test_the_numbers_by_hand():
     assert found["accuracy_whole"] == pytest.approx(1 / 2) and found["gain"] == pytest.approx(1 / 6)
     assert found["gain_low"] == 0 and 1 / 6 < found["gain_high"] <= 0.5
     assert found["as_well_rate"] == pytest.approx(1 / 3)  # b; c is never answered, which is no answer from the text
+    assert found["format_rate"] == 1
     assert found["chance"] == pytest.approx((1 / 4 + 0 + 1 / 2) / 3)
     [line] = control_lines({"blind": found})
-    assert "without the media: accuracy 0.333 of 3 prompts, the media add +0.167 [+0.000, +0." in line
+    assert "without the media: accuracy 0.333 of 3 prompts, format 1.000, the media add +0.167 [+0.000, +0." in line
     assert line.endswith("]; 33% are answered as well, guesses are right in 25%")
     assert "their order adds +0.167" in control_lines({"shuffled": found})[0]
     items = items_of(whole, None, {"blind": blind})

@@ -81,15 +81,15 @@ def test_the_judge_is_named(run: Path, tmp_path: Path, chose: bool | None, sente
 
 
 def test_controls_and_inconsistency_through_the_stages(run: Path, tmp_path: Path) -> None:
-    one = {"prompts": 230, "accuracy_whole": 0.5, "accuracy": 0.25, "gain": 0.25, "gain_low": -0.05, "gain_high": 0.3,
-           "as_well_rate": 0.125, "chance": 0.2}
+    one = {"prompts": 230, "accuracy_whole": 0.5, "accuracy": 0.25, "format_rate": 0.75, "gain": 0.25,
+           "gain_low": -0.05, "gain_high": 0.3, "as_well_rate": 0.125, "chance": 0.2}
     folder = changed(run, tmp_path / "controls", "evals.jsonl", lambda row: {
         "controls": {"blind": one} if (row["stage"], row["mode"]) == ("start", "greedy") else {},
         "inconsistency_by_source": {"a": row["inconsistency_rate"] / 2, "b": row["inconsistency_rate"]}})
     data = load_run(folder)
     table = control_table(data)
     assert table is not None and table.rows == [
-        ["start, greedy, blind", "230", "50.0", "25.0", "+25.0 (−5.0 to +30.0)", "12.5", "20.0"]]
+        ["start, greedy, blind", "230", "50.0", "25.0", "75.0", "+25.0 (−5.0 to +30.0)", "12.5", "20.0"]]
     through = inconsistency_table(data)
     assert through is not None and through.header == ["", "start", "grpo-1", "dpo-1", "grpo-2"]
     assert through.rows[0] == ["a", "11.2", "12.0 (+0.8)", "4.2 (−7.9)", "4.8 (+0.6)"]

@@ -98,6 +98,22 @@ def test_no_more_pairs_than_asked_for_and_each_in_its_own_update(policy):
         assert total == 2 and {row.prompt.prompt for row in rows} == {groups[number].prompt for number in numbers}
 
 
+def test_a_prompt_that_comes_twice_trains_on_its_pairs_once(policy):
+    """Its second group belongs to another update."""
+    prompts, groups = groups_of(policy)
+    config = config_of(updates_per_rollout=2)
+    config = replace(config, grpo=replace(config.grpo, dpo_rate=RATE))
+    optimizer = optimizer_of(policy, config)
+    term = term_of(policy, optimizer, config, policy)
+    taken = []
+    rows = term.rows
+    term.rows = lambda *arguments: (found := rows(*arguments), taken.append(found[1]))[0]
+    update = GrpoUpdate(policy, optimizer, config, None, None, term)
+    update.run([prompts[0], prompts[1], prompts[0], prompts[3]], [groups[0], groups[1], groups[0], groups[3]],
+               [*pairs_of([groups[0], groups[1], groups[3]]), *pairs_of([groups[0]])])
+    assert taken == [3, 1]
+
+
 @pytest.fixture(scope="module")
 def forks():
     return runs.forks()

@@ -57,8 +57,9 @@ def control_scores(groups: Sequence[RolloutGroup], others: Sequence[RolloutGroup
 
     `accuracy` is that of the control and `accuracy_whole` that of the same prompts as they are; `gain`, with a paired
     95 % interval in which prompts about the same media are one draw, is what the media add. `as_well_rate` is the share
-    of prompts that are answered right sometimes, and as often as with the media. `chance` is the accuracy of guesses:
-    1 / options of a choice, 1 / 2 of yes or no, 0 of others.
+    of prompts that are answered right sometimes, and as often as with the media. `format_rate` is the control's share
+    of well-formed completions: a policy that was never asked without media may write none. `chance` is the accuracy of
+    guesses: 1 / options of a choice, 1 / 2 of yes or no, 0 of others.
     """
     whole = {group.prompt: group for group in groups}
     own = [group for group in others if group.prompt in whole]
@@ -69,6 +70,7 @@ def control_scores(groups: Sequence[RolloutGroup], others: Sequence[RolloutGroup
     return {"prompts": len(own), "accuracy": _mean(control), "accuracy_whole": _mean(accuracy),
             "gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high,
             "as_well_rate": _mean([float(as_well(one, other)) for one, other in zip(control, accuracy, strict=True)]),
+            "format_rate": _mean([_mean(scores_of(group, "format")) for group in own]),
             "chance": _mean([_chance(group.prompt) for group in own])}
 
 
@@ -84,7 +86,8 @@ def accuracy_of(group: RolloutGroup) -> float:
 
 def control_lines(controls: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What the terminal says of them."""
-    return [f"{'':>17} {TITLES[name]}: accuracy {one['accuracy']:.3f} of {one['prompts']} prompts, {_ADDS[name]} "
+    return [f"{'':>17} {TITLES[name]}: accuracy {one['accuracy']:.3f} of {one['prompts']} prompts, format "
+            f"{one['format_rate']:.3f}, {_ADDS[name]} "
             f"{one['gain']:+.3f} [{one['gain_low']:+.3f}, {one['gain_high']:+.3f}]; {one['as_well_rate']:.0%} are "
             f"answered as well, guesses are right in {one['chance']:.0%}" for name, one in controls.items()]
 

@@ -65,8 +65,8 @@ def lines_of(one: Comparison) -> list[str]:
     for name, (first, second, change) in _changes(one).items():
         lines.append(f"  {name}: {first:.3f} -> {second:.3f}, {_signed(change)}")
     if one.judges[0] != one.judges[1]:
-        names = [name or "a judge that is not named" for name in one.judges]
-        lines.append(f"  inconsistent is what {names[0]} says before and {names[1]} after, so its change says little")
+        judge, other = (name or "a judge that is not named" for name in one.judges)
+        lines.append(f"  inconsistent is what {judge} says before and {other} after, so its change says little")
     lines.append(f"  right after and wrong before: {one.gained}; the reverse: {one.lost}; "
                  f"McNemar p = {one.p_value:.3g}")
     names = [f"{pair.before['prompt_id']} ({pair.moved:+.2g})" for pair in one.flipped[:NAMED]]

@@ -270,8 +270,8 @@ def control_table(run: RunData) -> Table | None:
             low_high = [f"{(finite(one.get(key)) or 0.0) * 100:+.1f}".replace("-", "−")
                         for key in ("gain", "gain_low", "gain_high")]
             rows.append([f"{row.get('stage')}, {row.get('mode')}, {name}", tidy(one.get("prompts")),
-                         percent(one.get("accuracy_whole")), percent(one.get("accuracy")),
+                         *(percent(one.get(key)) for key in ("accuracy_whole", "accuracy", "format_rate")),
                          f"{low_high[0]} ({low_high[1]} to {low_high[2]})", percent(one.get("as_well_rate")),
                          percent(one.get("chance"))])
-    header = ["", "prompts", "accuracy", "control", "difference", "as well", "guesses"]
+    header = ["", "prompts", "accuracy", "control", "its format", "difference", "as well", "guesses"]
     return Table("Controls, %", header, rows) if rows else None

@@ -172,11 +172,14 @@ class GrpoUpdate:
         if self.config.grpo.importance or self.config.plan.pairing == "all":
             own[1:] = [self._with_old_logprobs(rows) for rows in own[1:]]
         rows: list[dict[str, float]] = []
+        left = list(pairs)
         for number, (part, dealt) in enumerate(zip(parts, own, strict=True)):
             paired: tuple[list[PairRow], int] = ([], 0)
             if self.term is not None:
                 places = range(number * share, number * share + len(part))
-                paired = self.term.rows(prompts, groups, places, pairs)
+                paired = self.term.rows(prompts, groups, places, left)
+                taken = {group.prompt.prompt_id for group in part}
+                left = [pair for pair in left if pair.prompt_id not in taken]  # a prompt may come twice
             metrics = self._update(part, dealt, self.policy.version == version, paired)
             if metrics is not None:
                 rows.append(metrics)
