@@ -15,7 +15,8 @@
       contrasts/STAGE/step_000000.parquet  completions that saw their frames in another order (plan.contrast)
       verifier/STAGE/verdicts.parquet, pairs.parquet, account.json
       eval/STAGE_MODE.parquet  every evaluated completion
-      checkpoints/step_000000/  HF checkpoint + trainer/ state; `checkpoints/latest` names the newest complete one
+      checkpoints/step_000000/  HF checkpoint + trainer/ state; `checkpoints/latest` names the newest complete one;
+                             the last one of a finished run has a model card, README.md
       tensorboard/
       report.html
 """
