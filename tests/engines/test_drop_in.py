@@ -1,4 +1,4 @@
-"""vLLM as its users start it, on the last checkpoint of a run, writes what our engine writes (tests/test_drop_in.py)."""
+"""vLLM as its users start it, on the last checkpoint of a run: it writes what our engine writes."""
 
 from __future__ import annotations
 
