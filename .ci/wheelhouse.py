@@ -238,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     writing.add_argument("--cuda", default="cpu", help="build of torch: cpu, cu130, ..., or pip: that of pip's index")
     writing.add_argument("--extras", default="", help="extras of veripo-fast, with commas")
     writing.add_argument("--part-bytes", type=int, default=PART_BYTES)
-    writing.add_argument("--packages", nargs=argparse.REMAINDER, help="what `pip wheel` is asked for in place of veripo-fast")
+    writing.add_argument("--packages", nargs=argparse.REMAINDER,
+                         help="what `pip wheel` is asked for in place of veripo-fast")
     installing = commands.add_parser("install", help="install from such a folder")
     installing.add_argument("folder", type=Path)
     installing.add_argument("--venv", type=Path, default=Path(".venv"))

@@ -52,9 +52,12 @@ def interpreter(version: str) -> str:
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Wheels of a copy of the sources, by distribution, each with the compiled op where it can be built."""
     source = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info", "*.so")
     for name in SOURCES:
-        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
-        copy(REPOSITORY / name, source / name)
+        if (REPOSITORY / name).is_dir():
+            shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
+        else:
+            shutil.copy(REPOSITORY / name, source)
     made = {}
     for name, folder in (("veripo_kernels", source / "kernels"), ("veripo_fast", source)):
         built = run(sys.executable, "-m", "pip", "wheel", folder, "--no-deps", "--no-build-isolation", "-w",
