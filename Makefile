@@ -1,12 +1,16 @@
 # Run `make` for the targets. PYTHON=python3.12 takes another interpreter; ARGS="--quick --seed 1" reaches `veripo demo`.
 
 PYTHON ?= python3
+WHEELHOUSE ?= wheelhouse
+TORCH ?= 2.13.0
+CUDA ?= cpu
+EXTRAS ?=
 PINS := pyproject.toml setup.py .ci/constraints-cpu.txt .ci/install.sh $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
 
 # Tests of interpreted kernels that run on the Triton of both environments
 INTERPRETED := tests/kernels/test_interpreter.py tests/bench/test_sweep.py
 
-.PHONY: help demo test engines test-engines lint clean
+.PHONY: help demo test engines test-engines lint clean wheelhouse install-wheelhouse
 
 help:
 	@echo "make demo    install into .venv, then the whole loop on rendered clips; ARGS=\"--quick --seed 1\" are its options"
@@ -14,6 +18,9 @@ help:
 	@echo "make engines       an environment beside it with vLLM, in .venv-engines (3.9 GB without a GPU)"
 	@echo "make test-engines  the tests on the real engine, in that environment, and the kernels in its Triton's interpreter"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make wheelhouse PYTHON=python3.12 CUDA=cu130 TORCH=2.13.0 EXTRAS=liger  all wheels for a node without a network,"
+	@echo "             in parts of at most 60 MiB, in WHEELHOUSE=wheelhouse"
+	@echo "make install-wheelhouse PYTHON=python3.12  check, join and install them there, into .venv, without an index"
 	@echo "make clean   remove what builds and tools leave behind, the compiled op too (not the environments, not runs)"
 
 demo: .venv/.base
@@ -51,6 +58,12 @@ lint: .venv/.dev
 .venv/.oracle: .venv/.base
 	@sh .ci/install.sh oracle
 	@touch $@
+
+wheelhouse:
+	$(PYTHON) .ci/wheelhouse.py write $(WHEELHOUSE) --torch "$(TORCH)" --cuda "$(CUDA)" --extras "$(EXTRAS)"
+
+install-wheelhouse:
+	$(PYTHON) .ci/wheelhouse.py install $(WHEELHOUSE) --venv .venv
 
 clean:
 	rm -rf .venv/.base .venv-engines/.installed build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

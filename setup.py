@@ -1,5 +1,7 @@
 """Which folders are packages, and how csrc/ is compiled; everything else is in pyproject.toml.
 
+kernels/setup.py runs this file too, for a wheel of veripo_kernels alone, and takes what it says of csrc/.
+
 `kernels/` is a source root, not a package: `kernels` is the import name of a Hugging Face package that transformers
 imports, and a package of that name would shadow it. The compiled op is optional: where torch or a compiler is missing
 the install says so in one line and goes on without it.
@@ -18,10 +20,13 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
+ALONE = "kernels"
+"""Name under which kernels/setup.py runs this file, in its own folder."""
+CSRC = "../csrc" if __name__ == ALONE else "csrc"
+HEADERS = [str(path) for path in sorted(Path(CSRC).glob("*.h"))]
 STEMS = ("gather_logprobs", "frames_to_patches", "copy_slices")
-CPU = Extension("veripo_kernels._cpp", [f"csrc/{stem}.cpp" for stem in STEMS], optional=True, depends=HEADERS)
-CUDA = Extension("veripo_kernels._cuda", [f"csrc/{stem}.cu" for stem in STEMS], optional=True, depends=HEADERS)
+CPU = Extension("veripo_kernels._cpp", [f"{CSRC}/{stem}.cpp" for stem in STEMS], optional=True, depends=HEADERS)
+CUDA = Extension("veripo_kernels._cuda", [f"{CSRC}/{stem}.cu" for stem in STEMS], optional=True, depends=HEADERS)
 FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020B000000000000"]  # the oldest torch that may load it: 2.11
 
 
@@ -113,13 +118,16 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    packages=find_packages(include=["veripo_fast", "veripo_fast.*"])
-    + find_packages("kernels", include=["veripo_kernels", "veripo_kernels.*"]),
-    package_dir={"veripo_kernels": "kernels/veripo_kernels"},
-    package_data={"veripo_fast": ["py.typed", "demo/tiny_policy/*", "report/assets/*", "verifier/planted.jsonl"],
-                  "veripo_kernels": ["py.typed"]},
-    include_package_data=False,
-    ext_modules=EXTENSIONS,
-    cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel},
-)
+COMMANDS = {"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel}
+
+if __name__ != ALONE:
+    setup(
+        packages=find_packages(include=["veripo_fast", "veripo_fast.*"])
+        + find_packages("kernels", include=["veripo_kernels", "veripo_kernels.*"]),
+        package_dir={"veripo_kernels": "kernels/veripo_kernels"},
+        package_data={"veripo_fast": ["py.typed", "demo/tiny_policy/*", "report/assets/*", "verifier/planted.jsonl"],
+                      "veripo_kernels": ["py.typed"]},
+        include_package_data=False,
+        ext_modules=EXTENSIONS,
+        cmdclass=COMMANDS,
+    )

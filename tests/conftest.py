@@ -16,6 +16,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.support import temporary
+
+temporary.claim()  # before anything asks where temporary files go
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell's background job ignores Ctrl-C, and so would the processes that tests start to interrupt them
     signal.signal(signal.SIGINT, signal.default_int_handler)

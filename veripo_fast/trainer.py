@@ -20,7 +20,9 @@ from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.distributed.world import joined
 from veripo_fast.evaluation.evaluate import evaluate, summary
+from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.run.atomic import atomic_write_text
+from veripo_fast.run.card import write_card
 from veripo_fast.run.failure import forget
 from veripo_fast.run.interrupt import StopRequests
 from veripo_fast.run.jsonlines import dump_objects
@@ -74,7 +76,7 @@ def _train(config: Config, resume: bool, allow_changes: Collection[str]) -> None
 
 
 def run_stages(session: Session) -> None:
-    """Every stage that is not finished, with evaluations between them."""
+    """Every stage that is not finished, with evaluations between them; the last checkpoint gets its model card."""
     stages = session.config.stages
     if not session.state.step:  # inside a stage the policy is no longer the one that this evaluation is about
         evaluate_stage(session)
@@ -84,6 +86,8 @@ def run_stages(session: Session) -> None:
         session.finish_stage()
         session.stop_if_asked()
         evaluate_stage(session)
+    if session.world.main:
+        write_card(session.run, session.config, resolve_path(session.config.model.path))
 
 
 def evaluate_stage(session: Session) -> None:

@@ -30,8 +30,10 @@ def shared_folder() -> Iterator[Path]:
     """A folder that every user may enter; pytest's own (`tmp_path`) lie in folders of the user who runs the tests."""
     folder = Path(tempfile.mkdtemp(prefix="veripo-shared-"))
     folder.chmod(0o755)
-    yield folder
-    for path in [folder, *folder.rglob("*")]:
-        if path.is_dir():
-            path.chmod(0o755)
-    shutil.rmtree(folder)
+    try:
+        yield folder
+    finally:
+        for path in [folder, *folder.rglob("*")]:
+            if path.is_dir():
+                path.chmod(0o755)
+        shutil.rmtree(folder)

@@ -25,6 +25,7 @@ from veripo_fast.model.checkpoint_files import (
     resolve_device,
     resolve_path,
 )
+from veripo_fast.model.drop_in import complete_files
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.liger import apply_liger
 from veripo_fast.model.packing import PackedBatch, pack
@@ -171,7 +172,8 @@ def weights_on_host(policy: Policy, keep: bool) -> dict[str, torch.Tensor] | Non
 
 
 def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with.
+    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with, completed
+    where others would read more out of them (model/drop_in.py).
 
     Args:
         weights: by name, whole; None: the policy's own.
@@ -180,3 +182,4 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
     for pattern in COPIED_FILES:
         for file in policy.encoder.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)
+    complete_files(policy.encoder, folder)

@@ -16,7 +16,8 @@
       verifier/STAGE/verdicts.parquet, pairs.parquet, account.json
       verifier/STAGE/pairs/step_000000.parquet  pairs of a GRPO step's own rollouts (grpo.dpo_rate)
       eval/STAGE_MODE.parquet  every evaluated completion
-      checkpoints/step_000000/  HF checkpoint + trainer/ state; `checkpoints/latest` names the newest complete one
+      checkpoints/step_000000/  HF checkpoint + trainer/ state; `checkpoints/latest` names the newest complete one;
+                             the last one of a finished run has a model card, README.md
       tensorboard/
       report.html
 """
