@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ COMMANDS: dict[str, Command] = {
     )),
     "init-model": Command(_init_model, "write a tiny, randomly initialised checkpoint folder", (
         ("out", {"type": Path, "metavar": "OUT", "help": "new folder"}),
-        ("--family", {"choices": ["qwen3_vl", "qwen2_5_vl"], "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
+        ("--family", {"choices": list(FAMILIES), "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
         _SEED,
     )),
     "bench": Command(_bench, "measure the kernels, a training step or video beside other libraries (in a checkout)", (

@@ -32,7 +32,7 @@ def gradients(policy: Policy) -> torch.Tensor:
                       for p in policy.model.parameters()])
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 @pytest.mark.parametrize("case", CASES)
 def test_logprobs_and_gradients_match_the_repeated_prompt(family: str, case: str) -> None:
     policy = policies.policy(family)

@@ -16,6 +16,8 @@ from veripo_fast.model.policy import Policy
 from veripo_fast.types import EncodedPrompt, Image, LoadedPrompt, Media, MediaInputs, Message, Prompt, Video
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+NEW_FAMILIES = ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+ALL_FAMILIES = (*FAMILIES, *NEW_FAMILIES)
 
 
 @cache

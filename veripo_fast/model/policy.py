@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face Qwen2.5-VL or Qwen3-VL checkpoint, run on packed groups.
+"""The policy: a Hugging Face checkpoint of a family in `config/families.py`, run on packed groups.
 
 The vision tower runs once per prompt (or not at all when its cached output is given), the prompt once per group, and
 the language-model head only where a completion token is predicted.
@@ -25,6 +25,7 @@ from veripo_fast.model.checkpoint_files import (
     resolve_device,
     resolve_path,
 )
+from veripo_fast.model.delta_layers import serve_groups
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.liger import apply_liger
 from veripo_fast.model.packing import PackedBatch, pack
@@ -142,6 +143,7 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
         model.eval()
     if config.liger:
         apply_liger(model)
+    serve_groups(model, encoder.family)
     attention = select(config.attention, AttentionShape.of(model))
     return Policy(model, encoder, freeze_vision=config.freeze_vision, attention=attention)
 

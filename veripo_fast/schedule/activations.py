@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.schedule.blocks import blocks_of
 from veripo_fast.schedule.shapes import ModelShape, TowerShape
 
@@ -80,7 +81,7 @@ def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int
     token = 2 * _norm(shape.hidden, itemsize) + 4 * shape.intermediate * itemsize
     token += 3 * shape.queries * itemsize + 2 * shape.keys * itemsize  # rotated, attended, its copy; keys and values
     token += 4 * heads + 8
-    if shape.family == "qwen3_vl":
+    if FAMILIES[shape.family].query_norm:
         token += (shape.queries + shape.keys) * (4 + itemsize) + 8 * heads
     blocks = row.blocks()
     if masked:

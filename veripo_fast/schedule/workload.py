@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.schema import Config
 from veripo_fast.schedule.shapes import ModelShape
 
@@ -62,7 +63,7 @@ def workload_of(config: Config, shape: ModelShape, ranks: int) -> Workload:
     frames = video.num_frames or video.max_frames
     pairs = -(-frames // tower.temporal_patch_size)
     tokens = pairs * max(video.max_pixels // tower.factor ** 2, 1)
-    stamps = pairs * STAMP_TOKENS if shape.family == "qwen3_vl" else 2
+    stamps = pairs * STAMP_TOKENS if FAMILIES[shape.family].video_time == "stamps" else 2
     longest = shape.positions - min(rollout.max_new_tokens, shape.positions - 1)
     prompt = min(tokens + stamps + TEXT_TOKENS, config.data.max_prompt_tokens, longest)
     features = min(tokens, prompt)
