@@ -21,7 +21,7 @@ from veripo_kernels.once import once
 
 from veripo_fast.config.families import Family
 from veripo_fast.model.delta_fla import fla_delta_rule, refusal
-from veripo_fast.model.delta_rule import DeltaRule, delta_rule, delta_step
+from veripo_fast.model.delta_rule import DeltaRule, delta_rule, delta_step, wide
 from veripo_fast.model.shared_prefix import GroupSpan, PromptCache
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def _forward(layer: Any, plain: Any, rule: DeltaRule, hidden_states: torch.Tenso
     mixed = layer.in_proj_qkv(tokens)
     gate = layer.in_proj_z(tokens).view(len(tokens), -1, layer.head_v_dim)
     strength = layer.in_proj_b(tokens).sigmoid()
-    decay = -layer.A_log.float().exp() * F.softplus(layer.in_proj_a(tokens).float() + layer.dt_bias)
+    decay = -wide(layer.A_log).exp() * F.softplus(wide(layer.in_proj_a(tokens)) + layer.dt_bias)
     if groups is None:
         assert cache is not None
         mixed = _decode_convolution(layer, mixed, cache)

@@ -37,7 +37,7 @@ DeltaRule: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class ChunkPlan:
-    """Sequences as chunks: the first chunks of all sequences, longest sequence first, then the second chunks, and so on."""
+    """Sequences as chunks: the first chunks of all sequences, the longest first, then the second chunks, and so on."""
 
     rows: torch.Tensor
     """int64 [N * C]: the token at each place; where a chunk is not full, some token."""
@@ -104,9 +104,14 @@ class _Collect(torch.autograd.Function):
         return spread.mul_(plan.filled.view(-1, *[1] * (grad.dim() - 1))), None
 
 
+def wide(rows: torch.Tensor) -> torch.Tensor:
+    """In float32, or as they are in float64."""
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
 def normalised(rows: torch.Tensor) -> torch.Tensor:
-    """Queries or keys [..., d] of length 1, float32."""
-    rows = rows.float()
+    """Queries or keys [..., d] of length 1, `wide`."""
+    rows = wide(rows)
     return rows * torch.rsqrt((rows * rows).sum(-1, keepdim=True) + EPSILON)
 
 
@@ -131,15 +136,15 @@ def delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
     each = heads // key_heads
 
     def chunks(tokens: torch.Tensor, *inner: int) -> torch.Tensor:
-        """[T, heads, ...] -> [N, K, heads / K, C, ...], float32."""
+        """[T, heads, ...] -> [N, K, heads / K, C, ...], `wide`."""
         spread = _Spread.apply(tokens, plan).view(-1, CHUNK, key_heads, tokens.shape[1] // key_heads, *inner)
-        return spread.movedim(1, 3).float()
+        return wide(spread.movedim(1, 3))
 
     queries = chunks(normalised(query) * size ** -0.5, size)
     keys, values = chunks(normalised(key), size), chunks(value, width)
     filled = plan.filled[:, None, None]
-    strengths = chunks(strength.float()) * filled
-    sums = (chunks(decay.float()) * filled).cumsum(-1)
+    strengths = chunks(strength) * filled
+    sums = (chunks(decay) * filled).cumsum(-1)
     lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=query.device).tril()
     decays = (sums[..., :, None] - sums[..., None, :]).masked_fill(~lower, float("-inf")).exp()
     system = (keys @ keys.transpose(-1, -2)) * decays * strengths[..., None]
@@ -150,7 +155,7 @@ def delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
     scores = (queries @ keys.transpose(-1, -2)) * decays
     last = sums[..., -1:]
     written = keys * (last - sums).exp()[..., None]
-    state = query.new_zeros(len(lengths), key_heads, each, size, width, dtype=torch.float32)
+    state = query.new_zeros(len(lengths), key_heads, each, size, width, dtype=values.dtype)
     if initial is not None:
         state = initial.view_as(state)[plan.order]
     outputs, finals = [], []
@@ -181,7 +186,7 @@ def delta_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
     each = value.shape[1] // key.shape[1]
     queries = (normalised(query) * query.shape[-1] ** -0.5).repeat_interleave(each, 1)[..., None, :]
     keys = normalised(key).repeat_interleave(each, 1)[..., None, :]
-    state = state * decay.float().exp()[..., None, None]
-    change = (value.float()[..., None, :] - keys @ state) * strength.float()[..., None, None]
+    state = state * wide(decay).exp()[..., None, None]
+    change = (wide(value)[..., None, :] - keys @ state) * wide(strength)[..., None, None]
     state = state + keys.transpose(-1, -2) * change
     return (queries @ state)[..., 0, :].to(value.dtype), state

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from veripo_fast.config.families import FAMILIES, Family, names
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError, ConfigError
+from veripo_fast.model.checkpoint_files import opened
 from veripo_fast.model.delta_layers import serve_groups
 from veripo_fast.run.weight_files import weight_files
 
@@ -56,9 +57,18 @@ def fit(model: Any, family: Family, folder: Path) -> None:
     for router in model.model.language_model.modules():
         if type(router).__name__ == family.router_class:
             router.forward = partial(_choose_experts, router)
-    if family.delta_class and weight_files(folder, _DRAFT):
+    if family.delta_class and _drafts(folder):
         log.warning("%s has layers that draft several tokens (mtp.*); they are not trained, and checkpoints of the run "
                     "leave them out", folder)
+
+
+def _drafts(folder: Path) -> bool:
+    """Whether a checkpoint has layers for multi-token prediction, which transformers leaves out."""
+    for name in weight_files(folder):
+        with opened(folder / name) as file:
+            if any(key.startswith("mtp.") for key in file.keys()):  # noqa: SIM118 (no dict)
+                return True
+    return False
 
 
 def _choose_experts(router: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

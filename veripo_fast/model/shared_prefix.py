@@ -180,7 +180,8 @@ def shared_prefix_attention(
         out = _attend_decode(query, key, value, cache, layer, scaling or query.shape[-1] ** -0.5)
         return out.transpose(1, 2), None
     if cache is not None:
-        cache.prompts.setdefault(layer, []).extend(zip(_prompt_parts(key, groups), _prompt_parts(value, groups), strict=True))
+        prompts = zip(_prompt_parts(key, groups), _prompt_parts(value, groups), strict=True)
+        cache.prompts.setdefault(layer, []).extend(prompts)
     return attend(query, key, value, groups, scaling).transpose(1, 2).contiguous(), None
 
 
