@@ -124,6 +124,12 @@ def _init_model(options: argparse.Namespace, overrides: list[str]) -> None:
     init_model(options.out, options.family, options.seed)
 
 
+def _check_model(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.demo.check_model import check_model
+
+    print(check_model(options.folder, options.device, options.dtype))
+
+
 def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.config.describe import describe
 
@@ -224,6 +230,11 @@ COMMANDS: dict[str, Command] = {
         ("out", {"type": Path, "metavar": "OUT", "help": "new folder"}),
         ("--family", {"choices": list(FAMILIES), "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
         _SEED,
+    )),
+    "check-model": Command(_check_model, "whether a checkpoint can be trained: load it, compare with its plain forward", (
+        ("folder", {"type": Path, "metavar": "FOLDER", "help": "checkpoint folder"}),
+        ("--device", {"choices": ["auto", "cpu", "cuda"], "default": "auto", "help": "(default auto)"}),
+        ("--dtype", {"choices": ["float32", "bfloat16"], "default": "float32", "help": "(default float32)"}),
     )),
     "bench": Command(_bench, "measure the kernels, a training step or video beside other libraries (in a checkout)", (
         ("name", {"choices": list(BENCHES), "metavar": "|".join(BENCHES), "help": "what to measure"}),

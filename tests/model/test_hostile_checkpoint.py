@@ -52,8 +52,8 @@ def test_another_family_with_code_is_refused_without_asking(folder: Path, answer
               "try:\n    PromptEncoder(sys.argv[1])\nexcept CheckpointError as error:\n    print('refused:', error)\n")
     done = subprocess.run([sys.executable, "-c", script, str(folder)], input=answer, capture_output=True, text=True,
                           check=True)
-    assert done.stdout == (f"refused: {folder} is a 'strange' checkpoint; veripo trains {names()}; its own code (auto_map "
-                           "in config.json) is never run\n")
+    assert done.stdout == (f"refused: {folder} is a 'strange' checkpoint; veripo trains {names()}; its own code "
+                           "(auto_map in config.json) is never run\n")
     assert not (folder.parent / "proof").exists()
 
 

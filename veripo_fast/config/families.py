@@ -48,8 +48,8 @@ class Family:
     colours: Colours
     """Mean and standard deviation of pixel values, where the checkpoint's processor files name none."""
     video_time: Literal["positions", "stamps"]
-    """How a video says when its frames were: in the time axis of the positions, with all frames in one run of tokens; or
-    as text before each pair of frames, with a run for each."""
+    """How a video says when its frames were: in the time axis of the positions, with one run of tokens; or as text
+    before each pair of frames, with a run for each."""
     query_norm: bool = False
     """Whether queries and keys are normalised."""
     deepstack: bool = False
@@ -72,6 +72,11 @@ class Family:
     def layer_kinds(self) -> tuple[str, ...]:
         """The `layer_types` of a config.json that are run."""
         return ("full_attention", "linear_attention") if self.delta_class else ("full_attention",)
+
+    @property
+    def predicted(self) -> bool:
+        """Whether `schedule/` knows what its layers hold and cost."""
+        return not self.delta_class and not self.router_class
 
     @property
     def module(self) -> str:

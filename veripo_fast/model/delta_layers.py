@@ -1,4 +1,4 @@
-"""Layers with a recurrent state (Qwen3.5's gated delta rule) on packed groups: the prompt's end starts every completion.
+"""Layers with a recurrent state (Qwen3.5's gated delta rule) on packed groups: where a prompt ends, completions begin.
 
 A prompt leaves its state and the last inputs of its convolution. Each completion of the group begins with them, so the
 prompt runs once, and the gradients of all completions meet in it. Transformers' layers know no groups: their forward
@@ -84,13 +84,12 @@ def _packed(layer: Any, rule: DeltaRule, mixed: torch.Tensor, decay: torch.Tenso
     of_prompts, states = rule(*_heads(layer, prompts), decays[0], strengths[0], lengths)
     if cache is not None:
         cache.keep_states(layer.layer_idx, torch.stack(prompt_inputs), states)
-    written = [[length for length in group.completions if length] for group in groups]
-    if not any(written):
+    owners = [number for number, group in enumerate(groups) for length in group.completions if length]
+    if not owners:
         return of_prompts
-    owners = torch.repeat_interleave(torch.arange(len(groups), device=mixed.device),
-                                     torch.tensor([len(own) for own in written], device=mixed.device))
-    of_completions, _ = rule(*_heads(layer, completions), decays[1], strengths[1], tuple(sum(written, [])),
-                             states.index_select(0, owners))
+    lengths = tuple(length for group in groups for length in group.completions if length)
+    of_completions, _ = rule(*_heads(layer, completions), decays[1], strengths[1], lengths,
+                             states.index_select(0, torch.tensor(owners, device=mixed.device)))
     return _joined(of_prompts, of_completions, groups)
 
 
