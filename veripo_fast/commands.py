@@ -231,7 +231,7 @@ COMMANDS: dict[str, Command] = {
         ("--family", {"choices": list(FAMILIES), "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
         _SEED,
     )),
-    "check-model": Command(_check_model, "whether a checkpoint can be trained: load it, compare with its plain forward", (
+    "check-model": Command(_check_model, "load a checkpoint, compare it with its plain forward, say what runs", (
         ("folder", {"type": Path, "metavar": "FOLDER", "help": "checkpoint folder"}),
         ("--device", {"choices": ["auto", "cpu", "cuda"], "default": "auto", "help": "(default auto)"}),
         ("--dtype", {"choices": ["float32", "bfloat16"], "default": "float32", "help": "(default float32)"}),

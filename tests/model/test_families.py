@@ -68,7 +68,7 @@ def copy_of(family: str, folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize("family", policies.NEW_FAMILIES)
 def test_quantised_weights_are_refused(family: str, tmp_path: Path) -> None:
     folder = copy_of(family, tmp_path / "quantised", quantization_config={"quant_method": "fp8"})
-    with pytest.raises(CheckpointError, match="quantised weights .*fp8"):
+    with pytest.raises(CheckpointError, match=r"quantised weights .*fp8"):
         load_policy(ModelConfig(str(folder), device="cpu"))
 
 
@@ -87,7 +87,7 @@ def test_balance_without_experts_is_refused(family: str) -> None:
 @pytest.mark.parametrize("family", policies.NEW_FAMILIES)
 def test_vllm_is_refused(family: str) -> None:
     config = replace(Config(), rollout=replace(Config().rollout, engine="vllm"))
-    with pytest.raises(ConfigError, match=f"weights of {family} cannot be handed over yet; .*set rollout.engine to torch"):
+    with pytest.raises(ConfigError, match=rf"weights of {family} cannot be handed over yet; .* rollout\.engine to torch"):
         make_engine(config, policies.policy(family))
 
 
@@ -125,8 +125,8 @@ def logprobs(policy: Policy, rows: list) -> list[torch.Tensor]:
 def test_a_completion_does_not_see_the_others(family: str) -> None:
     """To the last bit; with experts the tokens of one are multiplied together with others, which rounds otherwise."""
     policy = policies.policy(family)
-    rows = [(policies.encoded(policy.encoder, [("video", 4, 2, 2)], seed), policies.random_completions([5, 70, 1, 9], seed))
-            for seed in range(2)]
+    rows = [(policies.encoded(policy.encoder, [("video", 4, 2, 2)], seed),
+             policies.random_completions([5, 70, 1, 9], seed)) for seed in range(2)]
     before = logprobs(policy, rows)
     rows[0][1][1] = policies.random_completions([70], 7)[0]
     after = logprobs(policy, rows)

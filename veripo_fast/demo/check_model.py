@@ -86,7 +86,7 @@ def _others(field: str) -> str:
 
 
 def prompts(policy: Policy) -> list[tuple[str, EncodedPrompt]]:
-    """A prompt around an mp4 file, one around two and an image, and one of text, each encoded."""
+    """Prompts around an mp4 file, two of them with an image, an image, and nothing; each encoded."""
     with TemporaryDirectory() as folder:
         clips = [Path(folder) / f"{seed}.mp4" for seed in range(2)]
         for seed, path in enumerate(clips):
@@ -96,6 +96,7 @@ def prompts(policy: Policy) -> list[tuple[str, EncodedPrompt]]:
         first, second = (Video(str(path)) for path in clips)
         parts = {"a video": (first, "What moves?"),
                  "two videos and an image": (first, "or", second, "or", Image(str(picture)), "Which is it?"),
+                 "an image": (Image(str(picture)), "What is it?"),
                  "text": ("Which is up?",)}
         made = []
         for name, content in parts.items():
@@ -107,7 +108,7 @@ def prompts(policy: Policy) -> list[tuple[str, EncodedPrompt]]:
 @torch.no_grad()
 def difference(policy: Policy, name: str, prompt: EncodedPrompt) -> Difference:
     """A packed group against the plain forward on each of its completions."""
-    completions = _completions(policy)
+    completions = completions_of(policy)
     batch = pack([(prompt, completions)])
     features = None if prompt.media is None else policy.vision_features(prompt.media)
     packed = policy.completion_logprobs(batch, [features])
@@ -116,7 +117,7 @@ def difference(policy: Policy, name: str, prompt: EncodedPrompt) -> Difference:
     return Difference(name, len(prompt.token_ids), len(plain), float(off.mean()), float(off.max()))
 
 
-def _completions(policy: Policy) -> list[list[int]]:
+def completions_of(policy: Policy) -> list[list[int]]:
     """Random tokens that a policy may write, the same every time."""
     banned = {*policy.encoder.banned_ids, *policy.encoder.end_ids}
     allowed = torch.tensor([token for token in range(policy.vocabulary) if token not in banned])

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from veripo_kernels.once import once
 
-from veripo_fast.model.delta_rule import delta_rule
+from veripo_fast.model.delta_rule import DeltaRule, delta_rule
 
 _LENGTHS = (70, 3, 129)
 """Of the sequences on which the kernels are compared with the definition."""
@@ -55,7 +55,9 @@ def disagreement(device: torch.device) -> str | None:
     upstream = random(tokens, 4, 64)
     rounded = [part.bfloat16() for part in exact[:3]] + [exact[3], exact[4].bfloat16(), exact[5]]
     results = []
-    for function, inputs in ((delta_rule, exact), (delta_rule, rounded), (fla_delta_rule, rounded)):
+    cases: list[tuple[DeltaRule, list[torch.Tensor]]] = [
+        (delta_rule, exact), (delta_rule, rounded), (fla_delta_rule, rounded)]
+    for function, inputs in cases:
         leaves = [part.detach().clone().requires_grad_() for part in inputs]
         out, final = function(*leaves[:5], _LENGTHS, leaves[5])
         loss = (out.float() * upstream).sum() + final.sum()
