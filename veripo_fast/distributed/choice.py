@@ -46,11 +46,6 @@ def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
     if world.size == 1:
         return
     if config.backend == "deepspeed":
-        family = policy.encoder.family
-        if not family.deepspeed:
-            can = {name: entry for name, entry in FAMILIES.items() if entry.deepspeed}
-            raise ConfigError(f"distributed.backend is deepspeed, which was tested with {names(can)} and not with "
-                              f"{family.name}; take fsdp")
         policy.backend = world.agreed(partial(_zero, policy, config))
         return
     from veripo_fast.distributed.fsdp import FsdpBackend
@@ -59,6 +54,11 @@ def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
 
 
 def _zero(policy: Any, config: DistributedConfig) -> Any:
+    family = policy.encoder.family
+    if not family.deepspeed:
+        can = {name: entry for name, entry in FAMILIES.items() if entry.deepspeed}
+        raise ConfigError(f"distributed.backend is deepspeed, which was tested with {names(can)} and not with "
+                          f"{family.name}; take fsdp")
     from veripo_fast.distributed.zero import ZeroBackend
     from veripo_fast.distributed.zero_config import ZeroOptions, read_json
 

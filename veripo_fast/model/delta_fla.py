@@ -18,8 +18,6 @@ def fla_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
                    strength: torch.Tensor, lengths: tuple[int, ...], initial: torch.Tensor | None = None,
                    ) -> tuple[torch.Tensor, torch.Tensor]:
     """`delta_rule` by one call with `cu_seqlens` and initial states."""
-    each = value.shape[1] // key.shape[1]
-    query, key = (side.repeat_interleave(each, 1) for side in (query, key))
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.long, device=query.device)
     function = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
     out, final = function(query[None], key[None], value[None], g=decay[None].float(), beta=strength[None],
