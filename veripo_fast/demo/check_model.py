@@ -54,8 +54,8 @@ def check_model(folder: Path, device: str, dtype: str) -> str:
              f"{sum(p.numel() for _, p in policy.all_parameters()) / 1e6:,.1f} M weights", *supported(policy)]
     differences = [difference(policy, name, prompt) for name, prompt in prompts(policy)]
     for each in differences:
-        lines.append(f"  {each.name}: {each.prompt_tokens} prompt and {each.tokens} completion tokens, log-probs differ "
-                     f"by {each.mean:.1e} on average, {each.largest:.1e} at most")
+        lines.append(f"  {each.name}: {each.prompt_tokens} prompt and {each.tokens} completion tokens, log-probs "
+                     f"differ by {each.mean:.1e} on average, {each.largest:.1e} at most")
     wrong = [each for each in differences if not each.mean <= ALLOWED[dtype]]  # a NaN is no agreement
     if wrong:
         raise CheckpointError("\n".join([*lines, f"packed groups are off the plain forward by {wrong[0].mean:.1e} on "

@@ -117,12 +117,9 @@ def _with_starts(parts: Sequence[torch.Tensor], ends: list[torch.Tensor], groups
 
 def _convolution(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
     """Each channel with the W - 1 tokens before, [n, X]; of the first W - 1 nothing of use."""
-    weight = layer.conv1d.weight[:, 0]
-    last = weight.shape[1] - 1
-    out = inputs * weight[:, last]
-    for back in range(1, last + 1):
-        out = torch.addcmul(out, F.pad(inputs, (0, 0, back, -back)), weight[:, last - back])
-    return F.silu(out)
+    weight = layer.conv1d.weight
+    out = F.conv1d(inputs.t()[None], weight, padding=weight.shape[-1] - 1, groups=len(weight))
+    return F.silu(out[0, :, :len(inputs)].t())
 
 
 def _decode_convolution(layer: Any, mixed: torch.Tensor, cache: PromptCache) -> torch.Tensor:
