@@ -27,8 +27,10 @@ from veripo_kernels import reference
 
 from bench import recipe
 from bench.measure import peak_bytes
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.model import attention
 from veripo_fast.model.attention import PREFERENCE, AttentionShape
+from veripo_fast.model.delta_layers import serve_groups
 from veripo_fast.model.liger import apply_liger
 from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.positions import GridSpan, TextSpan, mrope_positions
@@ -52,7 +54,17 @@ def build_model(family: str) -> torch.nn.Module:
         config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **media)
         return transformers.Qwen2_5_VLForConditionalGeneration(config)
     text |= {"head_dim": 64}
-    vision |= {"num_position_embeddings": 256, "deepstack_visual_indexes": []}
+    vision |= {"num_position_embeddings": 256}
+    if family == "qwen3_5":  # heads and states in the proportions of the 9B
+        text |= {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64,
+                 "linear_value_head_dim": 64, "tie_word_embeddings": True}
+        text["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [3, 3, 2],
+                                    "partial_rotary_factor": 0.25}
+        hybrid = transformers.Qwen3_5ForConditionalGeneration(
+            transformers.Qwen3_5Config(text_config=text, vision_config=vision, **media))
+        serve_groups(hybrid, FAMILIES[family])
+        return hybrid
+    vision |= {"deepstack_visual_indexes": []}
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **media)
     return transformers.Qwen3VLForConditionalGeneration(config)
 
@@ -187,7 +199,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=1000)
     parser.add_argument("--completion", type=int, default=64)
     parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--family", choices=("qwen2_5_vl", "qwen3_vl"), default="qwen2_5_vl")
+    parser.add_argument("--family", choices=("qwen2_5_vl", "qwen3_vl", "qwen3_5"), default="qwen2_5_vl")
     parser.add_argument("--train-vision", action="store_true")
     parser.add_argument("--liger", action="store_true")
     parser.add_argument("--backends", nargs="+", choices=PREFERENCE, help="default: all that can run here")

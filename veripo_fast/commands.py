@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,6 +136,12 @@ def _init_model(options: argparse.Namespace, overrides: list[str]) -> None:
     init_model(options.out, options.family, options.seed)
 
 
+def _check_model(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.demo.check_model import check_model
+
+    print(check_model(options.folder, options.device, options.dtype))
+
+
 def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.config.describe import describe
 
@@ -241,8 +248,13 @@ COMMANDS: dict[str, Command] = {
     )),
     "init-model": Command(_init_model, "write a tiny, randomly initialised checkpoint folder", (
         ("out", {"type": Path, "metavar": "OUT", "help": "new folder"}),
-        ("--family", {"choices": ["qwen3_vl", "qwen2_5_vl"], "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
+        ("--family", {"choices": list(FAMILIES), "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
         _SEED,
+    )),
+    "check-model": Command(_check_model, "load a checkpoint, compare it with its plain forward, say what runs", (
+        ("folder", {"type": Path, "metavar": "FOLDER", "help": "checkpoint folder"}),
+        ("--device", {"choices": ["auto", "cpu", "cuda"], "default": "auto", "help": "(default auto)"}),
+        ("--dtype", {"choices": ["float32", "bfloat16"], "default": "float32", "help": "(default float32)"}),
     )),
     "bench": Command(_bench, "measure the kernels, a training step or video beside other libraries (in a checkout)", (
         ("name", {"choices": list(BENCHES), "metavar": "|".join(BENCHES), "help": "what to measure"}),

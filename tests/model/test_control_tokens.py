@@ -16,7 +16,7 @@ from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.types import Message, Prompt, Video
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
 def test_every_special_token_in_a_prompt_is_refused_by_name(family: str, token: str) -> None:
     encoder = policies.policy(family).encoder
@@ -29,14 +29,14 @@ def test_every_special_token_in_a_prompt_is_refused_by_name(family: str, token: 
         encoder.chat_text(system)
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_text_that_resembles_them_stays(family: str) -> None:
     encoder = policies.policy(family).encoder
     text = "Think in <think></think>: a <|b|> c, <|im_end>, im_end, <| im_end |>, |>"
     assert text in encoder.chat_text(policies.prompt_of(Video("a"), text))
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_a_completion_that_spells_one_keeps_its_letters(family: str) -> None:
     encoder = policies.policy(family).encoder
     special = set(encoder.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))

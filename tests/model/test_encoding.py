@@ -20,6 +20,7 @@ from tests.support import policies
 from tests.support.children import run
 from tests.support.paths import PYTHONPATH
 from tests.video.test_patches import oracle_folder
+from veripo_fast.config.families import names
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.encoding import PromptEncoder
@@ -94,7 +95,7 @@ def oracle_case(policy: Policy, case: str, run_model: bool = False) -> tuple:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
     """Policies whose weights moved away from their checkpoint, saved, and pointed at the folder they were saved to."""
     policies_saved = {}
-    for family in policies.FAMILIES:
+    for family in policies.ALL_FAMILIES:
         policy, folder = load_policy(config_of(policies.checkpoint(family))), tmp_path_factory.mktemp(family)
         with torch.no_grad():
             for _, parameter in policy.parameters():
@@ -111,7 +112,7 @@ def oracle(saved: dict[str, Policy], tmp_path_factory: pytest.TempPathFactory) -
     in one process: it takes seconds to start."""
     folder = tmp_path_factory.mktemp("oracle")
     cases = {(family, case): oracle_case(policies.policy(family), case)
-             for family in policies.FAMILIES for case in CASES}
+             for family in policies.ALL_FAMILIES for case in CASES}
     cases |= {family: oracle_case(policy, "image", run_model=True) for family, policy in saved.items()}
     torch.save(list(cases.values()), folder / "cases.pt")
     done = run(sys.executable, "-m", "tests.support.processor_oracle", folder / "cases.pt", folder / "answers.pt",
@@ -123,7 +124,7 @@ def oracle(saved: dict[str, Policy], tmp_path_factory: pytest.TempPathFactory) -
 # -- token ids, patches, positions -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 @pytest.mark.parametrize("case", CASES)
 def test_token_ids_and_patches_are_the_processors(oracle: dict, family: str, case: str) -> None:
     encoder = policies.policy(family).encoder
@@ -250,7 +251,7 @@ def drop_a_tensor(folder: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "words"), [
     (lambda folder: (folder / "config.json").unlink(), "checkpoint is not a checkpoint folder: it has no config.json"),
-    (set_model_type, "is a 'qwen2_vl' checkpoint; veripo trains qwen2_5_vl and qwen3_vl"),
+    (set_model_type, f"is a 'qwen2_vl' checkpoint; veripo trains {names()}; the closest is qwen2_5_vl"),
     (lambda folder: (folder / "model.safetensors").unlink(), "lacks the weight file model.safetensors"),
     (lambda folder: os.truncate(folder / "model.safetensors", 100_000), "model.safetensors is damaged"),
     (lambda folder: os.truncate(folder / "model.safetensors", 0), "model.safetensors is damaged"),
@@ -280,7 +281,7 @@ def test_a_missing_or_cut_shard_is_refused_by_name(tmp_path: Path, damage: Calla
 # -- what is written -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_a_saved_policy_is_an_ordinary_checkpoint(oracle: dict, saved: dict[str, Policy], family: str) -> None:
     policy, (inputs, theirs) = saved[family], oracle[family]
     prompt = encode(policy.encoder, "image")
@@ -292,7 +293,7 @@ def test_a_saved_policy_is_an_ordinary_checkpoint(oracle: dict, saved: dict[str,
     assert (before - theirs[-1]).abs().max() > 0.1, "the weights saved are those of the checkpoint it came from"
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_a_saved_policy_names_nobody_but_hugging_face(saved: dict[str, Policy], family: str) -> None:
     folder = saved[family].encoder.path
     texts = {file.name: file.read_text() for file in folder.glob("*.json")}

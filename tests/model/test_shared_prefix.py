@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.support import policies
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.model.packing import micro_batches, pack
+from veripo_fast.model.plain import plain_logprobs
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import GroupSpan
 from veripo_fast.schedule import blocks
@@ -20,19 +22,29 @@ CASES = {
 }
 
 
-def repeated_prompt_logprobs(policy: Policy, prompt: EncodedPrompt, completion: list[int],
-                             temperature: float) -> torch.Tensor:
-    """The sibling: Hugging Face's own forward on prompt + completion."""
-    logits = policies.plain_logits(policy, prompt, completion)[:-1] / temperature
-    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
-
-
 def gradients(policy: Policy) -> torch.Tensor:
     return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
                       for p in policy.model.parameters()])
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+def gradients_in_float64(policy: Policy, prompt: EncodedPrompt, completions: list[list[int]], weights: torch.Tensor
+                         ) -> torch.Tensor:
+    """Of a packed group: transformers computes the recurrence in float32, whatever the weights are."""
+    experts = policy.model.get_experts_implementation()[""]
+    policy.model.double()
+    policy.model.set_experts_implementation("eager")  # torch's grouped product takes no float64
+    policy.model.zero_grad()
+    features = None if prompt.media is None else policy.vision_features(prompt.media)
+    logprobs = policy.completion_logprobs(pack([(prompt, completions)]), [features], temperature=0.7)
+    (logprobs * weights).sum().backward()
+    exact = gradients(policy)
+    policy.model.float()
+    policy.model.set_experts_implementation(experts)
+    policy.model.zero_grad()
+    return exact
+
+
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 @pytest.mark.parametrize("case", CASES)
 def test_logprobs_and_gradients_match_the_repeated_prompt(family: str, case: str) -> None:
     policy = policies.policy(family)
@@ -48,13 +60,20 @@ def test_logprobs_and_gradients_match_the_repeated_prompt(family: str, case: str
     packed_gradients = gradients(policy)
 
     policy.model.zero_grad()
-    plain = torch.cat([repeated_prompt_logprobs(policy, prompt, c, 0.7) for c in completions])
+    plain = torch.cat([plain_logprobs(policy, prompt, c, 0.7) for c in completions])
     (plain * weights).sum().backward()
     plain_gradients = gradients(policy)
     policy.model.zero_grad()
 
     assert (packed - plain).abs().max() < 1e-4
-    assert (packed_gradients - plain_gradients).norm() <= 1e-5 * plain_gradients.norm()
+    allowed = 1e-5
+    if FAMILIES[family].delta_class:  # the plain forward itself is off by about 1e-5 in float32
+        exact = gradients_in_float64(policy, prompt, completions, weights)
+        own, ours = (float((part.double() - exact).norm() / exact.norm())
+                     for part in (plain_gradients, packed_gradients))
+        assert own < 1e-4 and ours <= 2 * own + 1e-6
+        allowed = max(allowed, 2 * own)
+    assert (packed_gradients - plain_gradients).norm() <= allowed * plain_gradients.norm()
 
 
 def test_groups_in_one_row_do_not_see_each_other() -> None:

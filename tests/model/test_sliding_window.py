@@ -31,13 +31,13 @@ def load(tmp_path: Path, family: str, **changes: Any) -> Policy:
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", [*policies.FAMILIES, "qwen3_vl_moe"])
 def test_a_window_is_refused_by_name(family: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=re.escape("use_sliding_window: its layers see 4 tokens")):
         load(tmp_path, family, **WINDOW)
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_a_window_of_some_layers_is_refused(family: str, tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention"]
     layers = policies.policy(family).num_layers

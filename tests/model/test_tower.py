@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import policies
 from veripo_fast.cache.entries import tower_version
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError
 from veripo_fast.model.policy import load_policy
@@ -32,7 +33,7 @@ def renamed(folder: Path, source: Path, rename: Callable[[str], str | None]) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_the_tower_alone_is_that_of_the_policy(family: str, dtype: str, capfd: pytest.CaptureFixture[str]) -> None:
     config = ModelConfig(path=str(policies.checkpoint(family)), device="cpu", dtype=dtype, freeze_vision=True)
     policy = load_policy(config)
@@ -43,7 +44,7 @@ def test_the_tower_alone_is_that_of_the_policy(family: str, dtype: str, capfd: p
     assert not any(parameter.requires_grad for parameter in tower.visual.parameters())
     media = policies.random_media(policy.encoder, SIZES)
     ours, theirs = (owner.vision_features(media) for owner in (tower, policy))
-    assert bool(ours.deepstack) == (family == "qwen3_vl")
+    assert bool(ours.deepstack) == FAMILIES[family].deepstack
     for own, other in zip((ours.embeddings, *ours.deepstack), (theirs.embeddings, *theirs.deepstack), strict=True):
         assert own.dtype == getattr(torch, dtype) and torch.equal(own, other)
 

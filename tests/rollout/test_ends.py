@@ -21,7 +21,7 @@ def checkpoint_with(folder, family, eos_token_id):
     return folder
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 @pytest.mark.parametrize(("named", "ends"), [([2, 0], (0, 2)), (0, (0, 2)), (None, (2,))])
 def test_every_end_token_of_the_generation_config(family, named, ends, tmp_path):
     assert PromptEncoder(checkpoint_with(tmp_path / "model", family, named)).end_ids == ends
@@ -33,7 +33,7 @@ def test_an_end_token_that_is_no_id_is_refused(named, tmp_path):
         PromptEncoder(checkpoint_with(tmp_path / "model", "qwen3_vl", named))
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_any_end_token_stops(family, monkeypatch):
     policy = policies.policy(family)
     plain, end = policy.head, 0
@@ -54,7 +54,7 @@ def test_an_end_token_is_no_part_of_the_text(tmp_path):
     assert encoder.decode_completion([]) == ""
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_ids_beyond_the_tokenizer_are_never_sampled(family, monkeypatch):
     policy = policies.policy(family)
     plain = policy.head

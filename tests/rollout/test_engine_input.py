@@ -14,7 +14,7 @@ from veripo_fast.rollout.engine_input import PositionTable, media_of
 MIXED = [("image", 2, 2, 3), ("video", 6, 2, 2), ("image", 2, 3, 3), ("video", 4, 2, 3)]
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 @pytest.mark.parametrize("vision", ["output", "pixels"])
 def test_every_pad_belongs_to_one_medium(family: str, vision: str) -> None:
     """In the order of the text, whatever the order of kinds; what each gets is its own part of the values."""

@@ -27,7 +27,7 @@ def gate_of(policy: Policy, tolerance: float = 0.0) -> ParityGate:
     return ParityGate(policy, TorchEngine(policy), tolerance)
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_the_torch_engine_passes(family: str) -> None:
     policy = policies.policy(family)
     parity = gate_of(policy).check(*sampled(policy), SAMPLED)

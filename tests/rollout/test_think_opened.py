@@ -39,7 +39,7 @@ TAGGED = Completion([1], "<think>so left.</think><answer>A</answer>", [], "stop"
 BARE = replace(TAGGED, text=TAGGED.text.removeprefix("<think>"))
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 @pytest.mark.parametrize(("opening", "opens"), [
     ("", False), ("<think>", True), ("<think>\n", True), ("<think>\n\n</think>\n\n", False)])
 def test_the_encoder_knows_what_its_template_ends_with(family: str, opening: str, opens: bool, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from tempfile import mkdtemp
 import torch
 
 from veripo_fast.demo import tiny_model
-from veripo_fast.model import shared_prefix
 from veripo_fast.model.encoding import PromptEncoder
+from veripo_fast.model.plain import plain_logits as plain_logits
 from veripo_fast.model.policy import Policy
 from veripo_fast.types import EncodedPrompt, Image, LoadedPrompt, Media, MediaInputs, Message, Prompt, Video
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+NEW_FAMILIES = ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+ALL_FAMILIES = (*FAMILIES, *NEW_FAMILIES)
 
 
 @cache
@@ -92,30 +94,6 @@ def loaded(policy: Policy, sizes: list[tuple[str, int, int, int]], seed: int = 0
     with torch.no_grad():
         features = None if prompt.media is None else policy.vision_features(prompt.media)
     return LoadedPrompt(prompt_around(sizes, prompt_id=f"p{seed}"), prompt, features)
-
-
-def plain_logits(policy: Policy, prompt: EncodedPrompt, completion: list[int]) -> torch.Tensor:
-    """Logits [len(completion) + 1, V] of every next token by the slow sibling: Hugging Face's own forward with plain
-    SDPA on prompt + completion, tower included, with our positions."""
-    positions = torch.cat([prompt.positions, (torch.arange(len(completion)) + prompt.next_position).expand(3, -1)], 1)
-    inputs = {}
-    if prompt.media is not None:
-        split = prompt.media.pixel_values.split(prompt.media.grid_thw.prod(-1).tolist())
-        for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"),
-                                   ("video", "pixel_values_videos", "video_grid_thw")):
-            rows = [i for i, name in enumerate(prompt.media.kinds) if name == kind]
-            if rows:
-                inputs[pixels] = torch.cat([split[i] for i in rows])
-                inputs[grid] = prompt.media.grid_thw[rows]
-    ids = torch.cat([prompt.token_ids, torch.tensor(completion, dtype=torch.long)])[None]
-    language_model = policy.model.model.language_model
-    language_model.set_attn_implementation("sdpa")
-    try:
-        out = policy.model.model(input_ids=ids, position_ids=positions[:, None], attention_mask=torch.ones_like(ids),
-                                 use_cache=False, **inputs)
-    finally:
-        language_model.set_attn_implementation(shared_prefix.NAME)
-    return policy.head(out.last_hidden_state[0, len(prompt.token_ids) - 1:])
 
 
 def thinking_checkpoint(folder: Path, start: Path, opening: str = "<think>\n") -> Path:

@@ -16,7 +16,8 @@ class ModelConfig:
     """The policy."""
 
     path: str = "tiny"
-    """Folder of a Qwen2.5-VL or Qwen3-VL checkpoint, or `tiny`: the demo policy shipped in the package."""
+    """Folder of a checkpoint of a family that is supported (docs/models.md), or `tiny`: the demo policy shipped in the
+    package."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it runs; `auto` takes a GPU when there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -30,6 +31,11 @@ class ModelConfig:
     `auto` takes the first that is installed, fits the GPU and agrees with SDPA, and says in the log which."""
     liger: bool = False
     """Liger's RMSNorm, SwiGLU and rotary embedding in the language model; needs a GPU, triton and liger-kernel."""
+    router_balance: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, added to the loss of every stage; 0: none."""
+
+    def __post_init__(self) -> None:
+        require(self.router_balance >= 0, f"router_balance must be 0 or larger, got {self.router_balance}")
 
 
 @dataclass(frozen=True)

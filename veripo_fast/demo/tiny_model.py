@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.errors import CheckpointError
 from veripo_fast.types import ProblemType
 
-Family = Literal["qwen3_vl", "qwen2_5_vl"]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                   "<|image_pad|>", "<|video_pad|>"]
 VOCABULARY = 512
@@ -27,10 +27,14 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
-_PATCH = {"qwen3_vl": 16, "qwen2_5_vl": 14}
 
 
-def init_model(out: Path, family: Family, seed: int) -> None:
+def _patch(family: str) -> int:
+    """Side of a patch, in pixels."""
+    return 14 if FAMILIES[family].video_time == "positions" else 16
+
+
+def init_model(out: Path, family: str, seed: int) -> None:
     """Write a randomly initialised checkpoint folder that `from_pretrained` loads.
 
     Raises:
@@ -81,7 +85,7 @@ def _texts() -> list[str]:
     return texts
 
 
-def build_model(family: Family, seed: int, tokenizer: Any) -> Any:
+def build_model(family: str, seed: int, tokenizer: Any) -> Any:
     """The model with random weights, float32."""
     import torch
     import transformers
@@ -95,34 +99,43 @@ def build_model(family: Family, seed: int, tokenizer: Any) -> Any:
             "rope_parameters": {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 10000.0}}
     vision: dict[str, Any] = {
               "depth": 4, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128,
-              "patch_size": _PATCH[family], "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+              "patch_size": _patch(family), "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
               "initializer_range": VISION_STD}
     media = {"image_token_id": ids("<|image_pad|>"), "video_token_id": ids("<|video_pad|>"),
              "vision_start_token_id": ids("<|vision_start|>"), "vision_end_token_id": ids("<|vision_end|>"),
              "tie_word_embeddings": True}
-    if family == "qwen3_vl":
+    entry = FAMILIES[family]
+    if entry.video_time == "positions":
+        vision |= {"window_size": 56, "fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
+    else:
         text["head_dim"] = 32
         text["rope_parameters"] |= {"mrope_interleaved": True}
-        vision |= {"num_position_embeddings": 36, "deepstack_visual_indexes": [1]}
-        config: Any = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **media)
-        kind: Any = transformers.Qwen3VLForConditionalGeneration
-    else:
-        vision |= {"window_size": 56, "fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
-        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **media)
-        kind = transformers.Qwen2_5_VLForConditionalGeneration
+        vision |= {"num_position_embeddings": 36}
+    if entry.deepstack:
+        vision |= {"deepstack_visual_indexes": [1]}
+    if entry.router_class:
+        text |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    if entry.shared_expert:
+        text |= {"shared_expert_intermediate_size": 128}
+        del text["intermediate_size"]
+    if entry.delta_class:
+        text["layer_types"] = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+        text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                 "linear_value_head_dim": 24, "linear_conv_kernel_dim": 4, "tie_word_embeddings": True}
+    config: Any = getattr(transformers, entry.config_class)(text_config=text, vision_config=vision, **media)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = kind(config)
+        model = getattr(transformers, entry.model_class)(config)
     model.generation_config.eos_token_id = ids("<|im_end|>")
     model.generation_config.pad_token_id = ids("<|endoftext|>")
     return model
 
 
-def save_processor(out: Path, family: Family, tokenizer: Any) -> None:
+def save_processor(out: Path, family: str, tokenizer: Any) -> None:
     """Tokenizer, chat template, image and video processor files, so that Hugging Face's AutoProcessor loads too."""
     tokenizer.save_pretrained(out)
-    qwen3 = family == "qwen3_vl"
-    geometry: dict[str, Any] = {"patch_size": _PATCH[family], "merge_size": 2, "temporal_patch_size": 2,
+    qwen3 = FAMILIES[family].video_time == "stamps"
+    geometry: dict[str, Any] = {"patch_size": _patch(family), "merge_size": 2, "temporal_patch_size": 2,
                                 "size": {"shortest_edge": 1024, "longest_edge": 10_000 * (8 if qwen3 else 1)}}
     if qwen3:
         geometry |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

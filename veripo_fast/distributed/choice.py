@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from veripo_fast.config.families import FAMILIES, names
 from veripo_fast.config.schema import Config, DistributedConfig
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError
@@ -37,7 +38,11 @@ def gpu_name(device: str) -> str:
 
 
 def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
-    """Lay the weights of a `model.policy.Policy` over the ranks, by way of its `backend`; of one process none."""
+    """Lay the weights of a `model.policy.Policy` over the ranks, by way of its `backend`; of one process none.
+
+    Raises:
+        ConfigError: the backend was not tested with the policy's family, or DeepSpeed cannot be used.
+    """
     if world.size == 1:
         return
     if config.backend == "deepspeed":
@@ -49,6 +54,11 @@ def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
 
 
 def _zero(policy: Any, config: DistributedConfig) -> Any:
+    family = policy.encoder.family
+    if not family.deepspeed:
+        can = {name: entry for name, entry in FAMILIES.items() if entry.deepspeed}
+        raise ConfigError(f"distributed.backend is deepspeed, which was tested with {names(can)} and not with "
+                          f"{family.name}; take fsdp")
     from veripo_fast.distributed.zero import ZeroBackend
     from veripo_fast.distributed.zero_config import ZeroOptions, read_json
 

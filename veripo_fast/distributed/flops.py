@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from veripo_fast.config.families import FAMILIES
+
 
 @dataclass(frozen=True)
 class TowerCost:
@@ -47,6 +49,47 @@ class TowerCost:
 
 
 @dataclass(frozen=True)
+class ExpertsCost:
+    """Layers whose MLP is a mixture of experts."""
+
+    layers: int
+    experts: int
+    chosen: int
+    """Experts that a token passes."""
+    intermediate: int
+    """Of an expert."""
+    shared: int
+    """Of the expert that every token passes besides; 0: none."""
+
+    def per_token(self, hidden: int) -> int:
+        """Multiply-adds of a layer."""
+        shared = hidden * (3 * self.shared + 1) if self.shared else 0
+        return hidden * self.experts + 3 * hidden * self.chosen * self.intermediate + shared
+
+
+@dataclass(frozen=True)
+class DeltaCost:
+    """Layers with a recurrent state (gated delta rule) in place of attention."""
+
+    layers: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    def matrices(self, hidden: int) -> int:
+        """Multiply-adds of a layer and token: queries, keys, values, gate, decay and strength, and the way out."""
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        return hidden * (2 * keys + 3 * values + 2 * self.value_heads)
+
+    @property
+    def rule(self) -> int:
+        """Multiply-adds of a layer and token by the rule itself: the state is read, written and read. Chunks of 64
+        tokens compute more."""
+        return 3 * self.value_heads * self.key_dim * self.value_dim
+
+
+@dataclass(frozen=True)
 class ModelCost:
     """What the cost of a group depends on."""
 
@@ -59,15 +102,51 @@ class ModelCost:
     vocabulary: int
     tower: TowerCost | None
     """None: frozen, so that an update never runs it."""
+    gated: bool = False
+    """Whether the output of attention has a gate, as wide as the queries."""
+    experts: ExpertsCost | None = None
+    delta: DeltaCost | None = None
 
     @classmethod
     def of(cls, config: Any, *, tower_trained: bool) -> ModelCost:
-        """From a Hugging Face configuration of Qwen2.5-VL or Qwen3-VL."""
-        text = config.get_text_config()
+        """From a Hugging Face configuration of a family in `config/families.py`."""
+        text, family = config.get_text_config(), FAMILIES[config.model_type]
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads,
-                   text.num_key_value_heads, head_dim, text.vocab_size,
-                   TowerCost.of(config.vision_config) if tower_trained else None)
+        return cls(text.num_hidden_layers, text.hidden_size, getattr(text, "intermediate_size", 0),
+                   text.num_attention_heads, text.num_key_value_heads, head_dim, text.vocab_size,
+                   TowerCost.of(config.vision_config) if tower_trained else None, bool(family.delta_class),
+                   _experts(text) if family.router_class else None, _delta(text) if family.delta_class else None)
+
+    @property
+    def attending(self) -> int:
+        """Layers that attend."""
+        return self.layers - (self.delta.layers if self.delta else 0)
+
+    def layer_matrices(self) -> int:
+        """Multiply-adds of a token in all layers, what tokens have to do with each other left out."""
+        heads = 2 * (self.heads + self.kv_heads) + (self.heads if self.gated else 0)
+        total = self.attending * self.hidden * self.head_dim * heads
+        dense = self.layers - (self.experts.layers if self.experts else 0)
+        total += dense * 3 * self.hidden * self.intermediate
+        if self.experts:
+            total += self.experts.layers * self.experts.per_token(self.hidden)
+        if self.delta:
+            total += self.delta.layers * self.delta.matrices(self.hidden)
+        return total
+
+
+def _experts(text: Any) -> ExpertsCost:
+    sparse = text.num_hidden_layers
+    if hasattr(text, "decoder_sparse_step"):  # Qwen3-VL-MoE's; in Qwen3.5-MoE every layer is one
+        sparse = sum(layer not in (text.mlp_only_layers or ()) and (layer + 1) % text.decoder_sparse_step == 0
+                     for layer in range(text.num_hidden_layers))
+    return ExpertsCost(sparse, text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size,
+                       getattr(text, "shared_expert_intermediate_size", 0))
+
+
+def _delta(text: Any) -> DeltaCost:
+    return DeltaCost(list(text.layer_types).count("linear_attention"), text.linear_num_key_heads,
+                     text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim)
 
 
 def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequence[int],
@@ -77,6 +156,9 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
         T = P + sum(R - 1), a completion's last token not being packed
         pairs = P (P + 1) / 2 + sum((R - 1) P + R (R - 1) / 2)
         FLOPs = 6 layers (T (2 D d (H + K) + 3 D intermediate) + 2 H d pairs) + 6 D V sum(R)
+
+    of a dense model that attends in every layer. Of experts those count that a token passes; a layer with a recurrent
+    state has no pairs, and per token what `DeltaCost` says.
 
     A multiply and add is 2 FLOPs and backward takes twice the forward, which makes 6 (arXiv 2001.08361 sec. 2.1; arXiv
     2104.04473 eq. 3, which also counts recomputation and pairs that are masked). Norms, rotary embedding, softmax and
@@ -90,12 +172,13 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
     """
     packed = [max(length - 1, 0) for length in completion_lengths]
     tokens = prompt_tokens + sum(packed)
-    projections = cost.hidden * cost.head_dim * 2 * (cost.heads + cost.kv_heads)
-    layer = tokens * (projections + 3 * cost.hidden * cost.intermediate)
-    layer += 2 * cost.heads * cost.head_dim * attention_pairs(prompt_tokens, packed)
+    layers = tokens * cost.layer_matrices()
+    layers += cost.attending * 2 * cost.heads * cost.head_dim * attention_pairs(prompt_tokens, packed)
+    if cost.delta:
+        layers += tokens * cost.delta.layers * cost.delta.rule
     head = cost.hidden * cost.vocabulary * sum(completion_lengths)
     tower = tower_flops(cost.tower, grid_thw, backward=backward) if cost.tower else 0
-    return (6 if backward else 2) * (cost.layers * layer + head) + tower
+    return (6 if backward else 2) * (layers + head) + tower
 
 
 def attention_pairs(prompt: int, packed: Sequence[int]) -> int:

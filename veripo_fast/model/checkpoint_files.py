@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.errors import CheckpointError, ConfigError
 from veripo_fast.run.weight_files import read_json, weight_files
 
@@ -83,10 +84,11 @@ def refuse_windows(folder: Path, config: Any) -> None:
             f"{folder} cannot be trained with use_sliding_window: its layers see {window} tokens and its sequences may "
             f"have {longest} (max_position_embeddings); set use_sliding_window to false in config.json if all of yours "
             "are shorter than the window")
-    others = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    run = FAMILIES[config.model_type].layer_kinds
+    others = sorted(set(kinds) - {"sliding_attention", *run})
     if others:
         raise CheckpointError(f"{folder} has layers of the kind {others[0]!r} (layer_types in config.json); "
-                              "veripo trains full_attention")
+                              f"veripo trains {' and '.join(run)}")
 
 
 def load_weights(model_class: Any, folder: Path, dtype: str) -> Any:

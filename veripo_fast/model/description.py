@@ -16,15 +16,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
+from veripo_fast.config.families import FAMILIES, closest, names
 from veripo_fast.errors import CheckpointError
 from veripo_fast.model.checkpoint_files import UNUSABLE
 from veripo_fast.model.template_check import template_problem
 from veripo_fast.run.weight_files import read_json
 
 log = logging.getLogger(__name__)
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,16 @@ def check_family(folder: Path) -> None:
     stored = read_json(folder / "config.json")
     family = stored.get("model_type")
     if family not in FAMILIES:
-        raise CheckpointError(f"{folder} is a {family!r} checkpoint; veripo trains {' and '.join(FAMILIES)}")
+        raise CheckpointError(f"{folder} is a {family!r} checkpoint; veripo trains {names()}{_hint(stored)}")
     if stored.get("auto_map"):
         log.warning("the checkpoint %s names code of its own (auto_map); it is not run", folder)
+
+
+def _hint(stored: dict[str, Any]) -> str:
+    """What may help with a family that is not known."""
+    like = closest(str(stored.get("model_type")))
+    hint = f"; the closest is {like}" if like else ""
+    return f"{hint}; its own code (auto_map in config.json) is never run" if stored.get("auto_map") else hint
 
 
 def config_of(folder: Path) -> Any:
@@ -122,7 +127,7 @@ def end_ids_of(path: Path, eos_id: int) -> tuple[int, ...]:
 def vision_spec_of(path: Path, config: Any) -> VisionSpec:
     """Patch geometry from the model, mean and std from the checkpoint's processor files (or the family's defaults)."""
     vision = config.vision_config
-    defaults = _CLIP if config.model_type == "qwen2_5_vl" else _HALF
+    defaults = FAMILIES[config.model_type].colours
     mean, std = defaults
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):  # the last one counts
         if (path / name).is_file():

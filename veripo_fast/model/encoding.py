@@ -1,4 +1,4 @@
-"""Prompt -> token ids, M-RoPE positions and tower inputs, for Qwen2.5-VL and Qwen3-VL checkpoints.
+"""Prompt -> token ids, M-RoPE positions and tower inputs, for the checkpoints of `config/families.py`.
 
 Text goes through the checkpoint's own tokenizer and chat template; media through our sampling contract. Hugging Face
 processors are the sibling (tests/model/test_encoding.py compares with them) but are not used: they need torchvision,
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from jinja2.exceptions import TemplateError
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.inputs import VideoConfig
 from veripo_fast.errors import CheckpointError, DataError
 from veripo_fast.model.checkpoint_files import UNUSABLE, check_files
@@ -42,6 +43,7 @@ class PromptEncoder:
         check_family(self.path)
         check_files(self.path)
         self.config = config_of(self.path)
+        self.family = FAMILIES[self.config.model_type]
         self.tokenizer = tokenizer_of(self.path)
         check_token_ids(self.path, self.config, self.tokenizer)
         self.vision = vision_spec_of(self.path, self.config)
@@ -133,7 +135,7 @@ class PromptEncoder:
         grids, height, width = media.grid_thw[index].tolist()
         height, width = height // self.vision.merge_size, width // self.vision.merge_size
         seconds = media.grid_seconds[index]
-        if kind == "image" or self.config.model_type == "qwen2_5_vl":
+        if kind == "image" or self.family.video_time == "positions":
             times = (0,) if kind == "image" else grid_times(
                 grids, seconds_per_grid(seconds), self.config.vision_config.tokens_per_second)
             self._append_text(ids, spans, before)

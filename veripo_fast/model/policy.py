@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face Qwen2.5-VL or Qwen3-VL checkpoint, run on packed groups.
+"""The policy: a Hugging Face checkpoint of a family in `config/families.py`, run on packed groups.
 
 The vision tower runs once per prompt (or not at all when its cached output is given), the prompt once per group, and
 the language-model head only where a completion token is predicted.
@@ -27,6 +27,7 @@ from veripo_fast.model.checkpoint_files import (
 )
 from veripo_fast.model.drop_in import complete_files
 from veripo_fast.model.encoding import PromptEncoder
+from veripo_fast.model.families import check_expert_widths, check_options, fit
 from veripo_fast.model.liger import apply_liger
 from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.shared_prefix import PromptCache
@@ -38,13 +39,14 @@ from veripo_fast.types import LoadedPrompt, Message, Prompt, VisionFeatures
 class Policy(Tower):
     """A model with its encoder; `version` counts the optimizer steps behind its weights."""
 
-    def __init__(self, model: Any, encoder: PromptEncoder, *, freeze_vision: bool, attention: str = "sdpa") -> None:
+    def __init__(self, model: Any, encoder: PromptEncoder, *, freeze_vision: bool, attention: str = "sdpa",
+                 router_balance: float = 0.0) -> None:
         super().__init__(model.model.visual, encoder, frozen=freeze_vision)
         self.model = model
         self.version = 0
         self._idle_batch: PackedBatch | None = None
         self.text_cost = ModelCost.of(model.config, tower_trained=False)
-        self.step = PolicyStep(model, list(encoder.pad_ids.values()))
+        self.step = PolicyStep(model, list(encoder.pad_ids.values()), router_balance)
         self.backend: Backend = LocalBackend(self.step, self.all_parameters)
         model.model.language_model.set_attn_implementation(implementation(attention))
 
@@ -128,9 +130,12 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
     Raises:
         CheckpointError: no such folder, another architecture, a sliding window, or a missing or damaged weight file, by
             name.
+        ConfigError: an option that the family does not have.
     """
     folder = path or resolve_path(config.path)
     encoder = PromptEncoder(folder)
+    check_options(encoder.family, config)
+    check_expert_widths(folder, encoder.family, encoder.config)
     refuse_windows(folder, encoder.config)
     model = load_weights(AutoModelForImageTextToText, folder, config.dtype)
     if (folder / "generation_config.json").is_file():
@@ -143,8 +148,10 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
         model.eval()
     if config.liger:
         apply_liger(model)
+    fit(model, encoder.family, folder)
     attention = select(config.attention, AttentionShape.of(model))
-    return Policy(model, encoder, freeze_vision=config.freeze_vision, attention=attention)
+    return Policy(model, encoder, freeze_vision=config.freeze_vision, attention=attention,
+                  router_balance=config.router_balance)
 
 
 def in_own_memory(policy: Policy) -> Policy:

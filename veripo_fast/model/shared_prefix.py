@@ -65,34 +65,44 @@ class PromptCache:
     """Keys and values of a decoding batch: one copy per prompt, shared by its G completions, plus the tokens written.
 
     Prefill fills `prompts` (one packed row); `start_decoding` pads them to [N, K, P, d] and every later forward takes
-    one token of each of the N*G completions.
+    one token of each of the N*G completions. A layer with a recurrent state has that instead (`states`), and the last
+    inputs of its convolution; while decoding every completion has its own.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        self.prompts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(num_layers)]
-        self.padded: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def __init__(self) -> None:
+        self.prompts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.padded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.visible = torch.empty(0)
         self.group_size = 1
         self.length = 0
 
+    def keep_states(self, layer: int, inputs: torch.Tensor, states: torch.Tensor) -> None:
+        """Take what further prompts leave in a recurrent layer: [N, ...] each, the convolution's inputs first."""
+        if layer in self.states:
+            inputs, states = (torch.cat(pair) for pair in zip(self.states[layer], (inputs, states), strict=True))
+        self.states[layer] = inputs, states
+
     def start_decoding(self, lengths: list[int], group_size: int, max_new_tokens: int) -> None:
         """Pad the prompts of `lengths` tokens and make room for G * N completions of `max_new_tokens`."""
         self.group_size = group_size
-        for layer in self.prompts:
+        for number, layer in self.prompts.items():
             keys, values = (_pad([entry[side] for entry in layer]) for side in (0, 1))
             layer.clear()  # one layer at a time is held twice
-            self.padded.append((keys, values))
+            self.padded[number] = keys, values
             shape = (len(keys) * group_size, keys.shape[1], max_new_tokens, keys.shape[-1])
-            self.written.append((keys.new_zeros(shape), keys.new_zeros(shape)))
-        device = self.padded[0][0].device
+            self.written[number] = keys.new_zeros(shape), keys.new_zeros(shape)
+        for number, (inputs, state) in self.states.items():
+            self.states[number] = inputs.repeat_interleave(group_size, 0), state.repeat_interleave(group_size, 0)
+        device = next(iter(self.padded.values()))[0].device
         self.visible = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
 
     def keep(self, prompts: torch.Tensor) -> None:
         """Drop the prompts whose completions have all ended; `prompts` int64 lists the rows to keep."""
         rows = (prompts[:, None] * self.group_size + torch.arange(self.group_size, device=prompts.device)).flatten()
-        for kept, which in ((self.padded, prompts), (self.written, rows)):
-            for layer, (keys, values) in enumerate(kept):
+        for kept, which in ((self.padded, prompts), (self.written, rows), (self.states, rows)):
+            for layer, (keys, values) in kept.items():
                 kept[layer] = keys[which], values[which]  # one layer at a time is held twice
         self.visible = self.visible[prompts]
 
@@ -170,7 +180,8 @@ def shared_prefix_attention(
         out = _attend_decode(query, key, value, cache, layer, scaling or query.shape[-1] ** -0.5)
         return out.transpose(1, 2), None
     if cache is not None:
-        cache.prompts[layer].extend(zip(_prompt_parts(key, groups), _prompt_parts(value, groups), strict=True))
+        prompts = zip(_prompt_parts(key, groups), _prompt_parts(value, groups), strict=True)
+        cache.prompts.setdefault(layer, []).extend(prompts)
     return attend(query, key, value, groups, scaling).transpose(1, 2).contiguous(), None
 
 

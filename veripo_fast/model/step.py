@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from veripo_kernels import PolicyLoss, PreferenceLoss, linear_dpo_loss, linear_logprobs, linear_policy_loss
 
+from veripo_fast.model.families import balance_loss
 from veripo_fast.model.packing import PackedBatch
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.types import VisionFeatures
@@ -30,6 +31,8 @@ class StepOutput(NamedTuple):
     """Scalars of the loss, without gradients."""
     logprobs: torch.Tensor
     """float32 [M]: log-probabilities of the completion tokens."""
+    share: float = 0.0
+    """Of the whole update that this micro-batch is; 0 where it has no loss."""
 
 
 class LossInputs(Protocol):
@@ -73,11 +76,12 @@ class PolicyLossInputs:
 
     def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
                 ) -> StepOutput:
-        return StepOutput(*linear_policy_loss(
+        loss, metrics, logprobs = linear_policy_loss(
             hidden, head, targets, self.old_logprobs, self.advantages, cu_seqlens, loss=self.loss,
             temperature=self.temperature, ref_logprobs=self.ref_logprobs,
             rollout_logprobs=self.rollout_logprobs, num_sequences=self.num_sequences,
-            num_tokens=self.num_tokens, advantages_per="sequence"))
+            num_tokens=self.num_tokens, advantages_per="sequence")
+        return StepOutput(loss, metrics, logprobs, (len(cu_seqlens) - 1) / self.num_sequences)
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,10 @@ class PairLossInputs:
 
     def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
                 ) -> StepOutput:
-        return StepOutput(*linear_dpo_loss(
+        loss, metrics, logprobs = linear_dpo_loss(
             hidden, head, targets, self.ref_logprobs, cu_seqlens, loss=self.loss, loss_mask=self.loss_mask,
-            num_pairs=self.num_pairs))
+            num_pairs=self.num_pairs)
+        return StepOutput(loss, metrics, logprobs, (len(cu_seqlens) - 1) / 2 / self.num_pairs)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ class SupervisedLossInputs:
             hidden, head, targets, None, ones, cu_seqlens, loss=_SUPERVISED, loss_mask=self.loss_mask,
             num_tokens=self.num_tokens, advantages_per="sequence")
         likelihood = -(logprobs * self.loss_mask).sum() / self.num_tokens
-        return StepOutput(surrogate - surrogate.detach() + likelihood, {}, logprobs)
+        return StepOutput(surrogate - surrogate.detach() + likelihood, {}, logprobs,
+                          float(self.loss_mask.sum()) / self.num_tokens)
 
 
 _SUPERVISED = PolicyLoss("dapo")
@@ -128,33 +134,52 @@ class PolicyStep(torch.nn.Module):
     """The trained part of a policy.
 
     Args:
-        model: transformers' Qwen2.5-VL or Qwen3-VL for conditional generation.
+        model: transformers' model for conditional generation, of a family in `config/families.py`.
         pad_ids: token ids that stand for merged patches in a prompt.
+        router_balance: weight of the load-balancing loss of experts, which is added to every loss; 0: none.
     """
 
-    def __init__(self, model: Any, pad_ids: Sequence[int]) -> None:
+    def __init__(self, model: Any, pad_ids: Sequence[int], router_balance: float = 0.0) -> None:
         super().__init__()
         self.language_model = model.model.language_model
         self.lm_head = model.lm_head
         self.pad_ids = list(pad_ids)
+        self.router_balance = router_balance
+        self._config = model.config
 
     def forward(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], inputs: LossInputs) -> StepOutput:
         """Run a packed row and compute its loss; `features` of each group's prompt, None without media."""
         device = self.lm_head.weight.device
-        hidden = self.hidden(batch, features)[batch.logit_index.to(device)]
-        return inputs.compute(hidden, self.lm_head.weight, batch.targets.to(device), batch.cu_seqlens.to(device))
+        routed = {"output_router_logits": True} if self.router_balance else {}
+        output = self._run(batch, features, None, **routed)
+        hidden = output.last_hidden_state[0][batch.logit_index.to(device)]
+        computed = inputs.compute(hidden, self.lm_head.weight, batch.targets.to(device), batch.cu_seqlens.to(device))
+        if not self.router_balance or computed.loss is None:
+            return computed
+        balance = balance_loss(self._config, output.router_logits)
+        return computed._replace(loss=computed.loss + self.router_balance * computed.share * balance)
 
     def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
                cache: PromptCache | None = None) -> torch.Tensor:
         """Last hidden states [T, D] of a packed row; `cache` keeps the keys and values of the prompts."""
+        hidden: torch.Tensor = self._run(batch, features, cache).last_hidden_state[0]
+        return hidden
+
+    def _run(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], cache: PromptCache | None,
+             **options: Any) -> Any:
         device = self.lm_head.weight.device
-        return self.run_language_model(
+        return self._output(
             batch.token_ids.to(device)[None], batch.positions.to(device)[:, None],
-            [item for item in features if item is not None], groups=batch.groups, cache=cache)[0]
+            [item for item in features if item is not None], groups=batch.groups, cache=cache, **options)
 
     def run_language_model(self, ids: torch.Tensor, positions: torch.Tensor, features: Sequence[VisionFeatures],
                            **attention: Any) -> torch.Tensor:
         """Last hidden states [rows, T, D] of ids [rows, T] at positions [3, rows, T], pads replaced by `features`."""
+        hidden: torch.Tensor = self._output(ids, positions, features, **attention).last_hidden_state
+        return hidden
+
+    def _output(self, ids: torch.Tensor, positions: torch.Tensor, features: Sequence[VisionFeatures],
+                **options: Any) -> Any:
         embeddings = self.language_model.get_input_embeddings()(ids)
         extra: dict[str, Any] = {}
         if features:
@@ -166,4 +191,4 @@ class PolicyStep(torch.nn.Module):
                 extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": [torch.cat(level) for level in levels]}
         return self.language_model(
             inputs_embeds=embeddings, position_ids=positions, attention_mask=None, use_cache=False,
-            **extra, **attention).last_hidden_state
+            **extra, **options)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.distributed.flops import Passes, TowerCost, tower_flops
 from veripo_fast.model.checkpoint_files import from_pretrained, opened, resolve_device, resolve_path
@@ -20,8 +21,6 @@ from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.run.weight_files import weight_files
 from veripo_fast.types import MediaInputs, VisionFeatures
 
-_CLASSES = {"qwen2_5_vl": "Qwen2_5_VisionTransformerPretrainedModel", "qwen3_vl": "Qwen3VLVisionModel"}
-"""Of each family: the tower's class in transformers."""
 _PREFIX = re.compile(r"(model\.)?visual\.")
 """What the names of its weights begin with in the checkpoint of a whole model."""
 
@@ -87,8 +86,8 @@ def load_tower(config: ModelConfig) -> Tower:
     """
     folder = resolve_path(config.path)
     encoder = PromptEncoder(folder)
-    family = encoder.config.model_type
-    model_class = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), _CLASSES[family])
+    family = FAMILIES[encoder.config.model_type]
+    model_class = getattr(importlib.import_module(family.module), family.tower_class)
     weights: dict[str, torch.Tensor] = {}
     for name in weight_files(folder, _PREFIX):
         with opened(folder / name) as file:

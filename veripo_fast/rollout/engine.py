@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from veripo_fast.config.families import FAMILIES, names
 from veripo_fast.config.schema import Config
+from veripo_fast.errors import ConfigError
 from veripo_fast.model.policy import Policy
 from veripo_fast.rollout.protocol import RolloutEngine
 from veripo_fast.rollout.torch_engine import TorchEngine
@@ -12,10 +14,16 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     """The engine that the configuration names, sampling from the weights of `policy`.
 
     Raises:
-        ConfigError: vLLM is asked for and cannot be used, or does not fit into the memory.
+        ConfigError: vLLM is asked for and cannot be used, also with the policy's family, or does not fit into the
+            memory.
     """
     if config.rollout.engine == "torch":
         return TorchEngine(policy)
+    family = policy.encoder.family
+    if not family.engine_rules:
+        can = {name: entry for name, entry in FAMILIES.items() if entry.engine_rules}
+        raise ConfigError(f"rollout.engine is vllm, to which the weights of {family.name} cannot be handed over yet; "
+                          f"those of {names(can)} can; set rollout.engine to torch")
     from veripo_fast.rollout.limits import limits_of
     from veripo_fast.rollout.vllm_engine import VllmEngine
     from veripo_fast.rollout.vllm_library import check_version

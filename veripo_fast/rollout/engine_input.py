@@ -62,9 +62,9 @@ def media_of(encoder: PromptEncoder, item: LoadedPrompt, vision: Vision) -> list
         own = pads[next_pad[kind]:next_pad[kind] + int(counts[index])]
         next_pad[kind] += len(own)
         first, last = int(own[0]), int(own[-1])
-        if kind == "video" and encoder.config.model_type == "qwen3_vl":
+        if kind == "video" and encoder.family.video_time == "stamps":
             first -= 1  # vLLM looks for the vision_start of every frame from here on
-        timed = kind == "video" and encoder.config.model_type == "qwen2_5_vl"
+        timed = kind == "video" and encoder.family.video_time == "positions"
         found.append(MediumInput(
             kind, first, item.encoded.token_ids[first:last + 1] == encoder.pad_ids[kind], media.grid_thw[index],
             values[index], vision, seconds_per_grid(media.grid_seconds[index]) if timed else None,

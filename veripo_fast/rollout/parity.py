@@ -212,7 +212,7 @@ def _some(prompts: Sequence[LoadedPrompt], seed: int) -> list[int]:
 def _transformers_positions(policy: Policy, prompt: LoadedPrompt) -> LoadedPrompt | None:
     """With the positions of the installed transformers, whose text after a Qwen2.5-VL video begins too early."""
     media = prompt.encoded.media
-    if media is None or "video" not in media.kinds or policy.encoder.config.model_type != "qwen2_5_vl":
+    if media is None or "video" not in media.kinds or policy.encoder.family.video_time != "positions":
         return None
     ids = prompt.encoded.token_ids[None]
     kinds = sum((ids == policy.encoder.pad_ids[kind]) * number for number, kind in ((1, "image"), (2, "video")))
@@ -229,7 +229,7 @@ def _transformers_positions(policy: Policy, prompt: LoadedPrompt) -> LoadedPromp
 def _at_24_fps(policy: Policy, prompt: LoadedPrompt) -> LoadedPrompt | None:
     """As if every Qwen2.5-VL video had 24 frames a second, which Hugging Face's processor takes without metadata."""
     media = prompt.encoded.media
-    if media is None or "video" not in media.kinds or policy.encoder.config.model_type != "qwen2_5_vl":
+    if media is None or "video" not in media.kinds or policy.encoder.family.video_time != "positions":
         return None
     spacing = policy.encoder.vision.temporal_patch_size / 24
     seconds = tuple(tuple(spacing * index for index in range(len(times))) for times in media.grid_seconds)

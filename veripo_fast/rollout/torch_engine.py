@@ -44,7 +44,7 @@ class TorchEngine:
                  numbers: Sequence[int]) -> list[RolloutGroup]:
         if not prompts:
             return []
-        cache = PromptCache(self.policy.num_layers)
+        cache = PromptCache()
         hidden = self._prefill(prompts, cache)
         cache.start_decoding([len(item.encoded.token_ids) for item in prompts], sampling.group_size,
                              sampling.max_new_tokens)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.schedule.blocks import blocks_of
 from veripo_fast.schedule.shapes import ModelShape, TowerShape
 
@@ -19,6 +20,8 @@ TILE = 1024
 """That of veripo_kernels/linear_torch.py."""
 WORKSPACE_BYTES, GPU_WORKSPACE_BYTES = 1 << 30, 5 << 28
 """Those of veripo_kernels/linear_torch.py and linear_triton.py."""
+QUERY_NORMED = [name for name, family in FAMILIES.items() if family.query_norm]
+"""Families that normalise queries and keys."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int
     token = 2 * _norm(shape.hidden, itemsize) + 4 * shape.intermediate * itemsize
     token += 3 * shape.queries * itemsize + 2 * shape.keys * itemsize  # rotated, attended, its copy; keys and values
     token += 4 * heads + 8
-    if shape.family == "qwen3_vl":
+    if shape.family in QUERY_NORMED:
         token += (shape.queries + shape.keys) * (4 + itemsize) + 8 * heads
     blocks = row.blocks()
     if masked:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veripo_fast.config.families import FAMILIES, names
 from veripo_fast.errors import CheckpointError
 from veripo_fast.run.weight_files import read_json, weight_files
 
@@ -128,11 +129,16 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[Shape, int]]
     """The shape that a config.json and the tensors of the files, with the bytes of their numbers, describe.
 
     Raises:
-        CheckpointError: a weight or an option that everything has is not there.
+        CheckpointError: a weight or an option that everything has is not there, or a family that is not predicted.
     """
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part) or {}, dict):
             raise CheckpointError(f"{folder / 'config.json'} must hold a JSON object as {part}")
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is not None and not family.predicted:
+        known = {name: entry for name, entry in FAMILIES.items() if entry.predicted}
+        raise CheckpointError(f"{folder}: what the layers of {family.name} hold and cost is not predicted; of "
+                              f"{names(known)} it is")
     text = config.get("text_config") or config  # before transformers 4.52 Qwen2.5-VL's lay at the top
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     vision = {VISION.sub("", name): shape for name, shape in shapes.items() if VISION.match(name)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.schema import Config
 from veripo_fast.schedule.shapes import ModelShape
 
@@ -19,6 +20,8 @@ TEXT_TOKENS = 512
 """Of a question with its options, the instruction and the chat template."""
 STAMP_TOKENS = 10
 """Qwen3-VL's time before each pair of frames, with the tokens around the pair."""
+STAMPED = [name for name, family in FAMILIES.items() if family.video_time == "stamps"]
+"""Families that have such stamps."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def workload_of(config: Config, shape: ModelShape, ranks: int) -> Workload:
     frames = video.num_frames or video.max_frames
     pairs = -(-frames // tower.temporal_patch_size)
     tokens = pairs * max(video.max_pixels // tower.factor ** 2, 1)
-    stamps = pairs * STAMP_TOKENS if shape.family == "qwen3_vl" else 2
+    stamps = pairs * STAMP_TOKENS if shape.family in STAMPED else 2
     longest = shape.positions - min(rollout.max_new_tokens, shape.positions - 1)
     prompt = min(tokens + stamps + TEXT_TOKENS, config.data.max_prompt_tokens, longest)
     features = min(tokens, prompt)

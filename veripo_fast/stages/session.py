@@ -73,7 +73,7 @@ class Session:
         self.memory = MemoryBooks(run, self.high_water, world)
         with span("load"), self.high_water.phase("load"):
             self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
-        self.memory.loaded()
+        self.memory.loaded(self.policy.encoder.family)
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
         self.policy.encoder.path = resolve_path(config.model.path)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from veripo_fast.config.families import FAMILIES, names
 from veripo_fast.errors import ConfigError
 
 Shape: TypeAlias = tuple[int, ...]
@@ -23,8 +24,8 @@ Range: TypeAlias = tuple[int, int]
 
 VOCABULARY_PADDING = 64
 """The engine rounds the rows of embeddings and head up to a multiple of it."""
-
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+_KNOWN = {name: family for name, family in FAMILIES.items() if family.engine_rules}
+"""Families whose parameters have places in the engine: `engine_rules` names the method of `Rules` for each."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ class Geometry:
         """
         if "moe" in config.model_type:
             raise ConfigError(_experts(f"model_type {config.model_type}"))
-        if config.model_type not in FAMILIES:
+        if config.model_type not in _KNOWN:
             raise ConfigError(f"weights of {config.model_type} cannot be handed to the engine; those of "
-                              f"{' and '.join(FAMILIES)} can")
+                              f"{names(_KNOWN)} can")
         text = config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(config.model_type, text.num_attention_heads, text.num_key_value_heads, head_dim, text.vocab_size,
@@ -109,40 +110,6 @@ class Place:
     copies: tuple[SliceCopy, ...]
 
 
-_LAYER, _BLOCK = r"model\.language_model\.layers\.\d+\.", r"model\.visual\.blocks\.\d+\."
-_MERGER = r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)\."
-_LANGUAGE = {
-    r"model\.language_model\.embed_tokens\.weight|lm_head\.weight": "vocabulary",
-    _LAYER + r"self_attn\.[qkv]_proj\.(?:weight|bias)": "heads",
-    _LAYER + r"mlp\.(?:gate|up)_proj\.weight": "gate_up",
-    _LAYER + r"(?:self_attn\.o_proj|mlp\.down_proj)\.weight": "columns",
-    _LAYER + r"(?:self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm)\.weight": "whole",
-    r"model\.language_model\.norm\.weight": "whole",
-}
-_TOWER = {
-    _BLOCK + r"attn\.qkv\.(?:weight|bias)": "blocks",
-    _BLOCK + r"attn\.proj\.(?:weight|bias)": "columns",
-    _BLOCK + r"norm[12]\.(?:weight|bias)": "whole",
-    r"model\.visual\.patch_embed\.proj\.(?:weight|bias)": "whole",
-}
-_RULES = {
-    "qwen2_5_vl": _LANGUAGE | _TOWER | {
-        _BLOCK + r"mlp\.(?:gate|up)_proj\.(?:weight|bias)": "gate_up",
-        _BLOCK + r"mlp\.down_proj\.(?:weight|bias)": "columns",
-        r"model\.visual\.merger\.ln_q\.weight": "whole",
-        r"model\.visual\.merger\.mlp\.0\.(?:weight|bias)": "rows",
-        r"model\.visual\.merger\.mlp\.2\.(?:weight|bias)": "columns",
-    },
-    "qwen3_vl": _LANGUAGE | _TOWER | {
-        r"model\.visual\.pos_embed\.weight": "whole",
-        f"(?:{_BLOCK}mlp\\.|{_MERGER})" + r"linear_fc1\.(?:weight|bias)": "rows",
-        f"(?:{_BLOCK}mlp\\.|{_MERGER})" + r"linear_fc2\.(?:weight|bias)": "columns",
-        _MERGER + r"norm\.(?:weight|bias)": "whole",
-    },
-}
-"""Family -> names of parameters -> the method of `Rules` that places them."""
-
-
 class Rules:
     """How a family's parameters are laid out on one rank; a method per layout, all of them for one parameter."""
 
@@ -150,7 +117,7 @@ class Rules:
         if not 0 <= rank < tp:
             raise ValueError(f"rank must be 0 to {tp - 1}, got {rank}")
         self.geometry, self.tp, self.rank = geometry, tp, rank
-        self.patterns = {re.compile(pattern): rule for pattern, rule in _RULES[geometry.family].items()}
+        self.patterns = {re.compile(pattern): rule for pattern, rule in _KNOWN[geometry.family].engine_rules.items()}
 
     def place(self, name: str, shape: Shape) -> Place:
         """Where a parameter of the policy goes.
