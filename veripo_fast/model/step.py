@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from veripo_kernels import PolicyLoss, PreferenceLoss, linear_dpo_loss, linear_logprobs, linear_policy_loss
 
+from veripo_fast.model.lora import head_weight
 from veripo_fast.model.packing import PackedBatch
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.types import VisionFeatures
@@ -142,7 +143,7 @@ class PolicyStep(torch.nn.Module):
         """Run a packed row and compute its loss; `features` of each group's prompt, None without media."""
         device = self.lm_head.weight.device
         hidden = self.hidden(batch, features)[batch.logit_index.to(device)]
-        return inputs.compute(hidden, self.lm_head.weight, batch.targets.to(device), batch.cu_seqlens.to(device))
+        return inputs.compute(hidden, head_weight(self.lm_head), batch.targets.to(device), batch.cu_seqlens.to(device))
 
     def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
                cache: PromptCache | None = None) -> torch.Tensor:

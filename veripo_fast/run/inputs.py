@@ -58,6 +58,17 @@ def take_inputs(data_files: Mapping[str, str], model_folder: Path, code: Mapping
             "versions": versions()}
 
 
+def base_fingerprints(folder: Path) -> dict[str, str]:
+    """Of the files of a checkpoint that decide what its weights are: config.json and the weights. Raises OSError."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return {path.name: file_fingerprint(path) for path in files}
+
+
+def base_differences(before: Mapping[str, str], folder: Path) -> list[str]:
+    """A phrase for each file of a checkpoint that is not what it was."""
+    return differences({"base": dict(before)}, {"base": base_fingerprints(folder)}, "base")
+
+
 def versions() -> dict[str, str]:
     """Python and the packages whose versions may change results."""
     known = {"python": platform.python_version()}

@@ -33,7 +33,7 @@ from veripo_fast.stages.batches import Sampler
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
 from veripo_fast.stages.optimizer import Optimizer, step_policy
-from veripo_fast.stages.reference import stage_reference
+from veripo_fast.stages.reference import Reference, stage_reference
 from veripo_fast.stages.rollout_metrics import column_metrics, rollout_metrics
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, Media, Prompt, RolloutGroup
@@ -121,7 +121,7 @@ class GrpoUpdate:
         dealer: shares the groups out to the ranks; None: one process.
     """
 
-    def __init__(self, policy: Policy, optimizer: Optimizer, config: Config, ref: Policy | None,
+    def __init__(self, policy: Policy, optimizer: Optimizer, config: Config, ref: Reference | None,
                  dealer: Dealer | None = None) -> None:
         self.policy = policy
         self.optimizer = optimizer
@@ -190,7 +190,8 @@ class GrpoUpdate:
         metrics = over_ranks(metrics, self.world)
         stepped = step_policy(self.policy, self.optimizer)
         largest = metrics.pop("parity_max")
-        engine = {"parity_max": largest} if fresh and self.config.plan.pairing == "own" else {}
+        compared = fresh and self.config.plan.pairing == "own" and not self.config.model.lora.dropout
+        engine = {"parity_max": largest} if compared else {}
         if stepped["skipped_updates"]:
             return stepped | engine
         return metrics | engine | stepped

@@ -72,7 +72,7 @@ class Session:
         self.high_water = HighWater(resolve_device(config.model.device))
         self.memory = MemoryBooks(run, self.high_water, world)
         with span("load"), self.high_water.phase("load"):
-            self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
+            self.policy = in_own_memory(load_policy(config.model, self.checkpoint, seed=config.seed))
         self.memory.loaded()
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
@@ -109,7 +109,7 @@ class Session:
         self._stage, self._optimizer = stage, optimizer
         with tqdm(total=total, initial=self.state.step, desc=stage.name, unit="step") as self._bar:
             while self.state.step < total:
-                self.work.begin()
+                self.work.begin(self.state.global_step)
                 self.books.times.begin_step(stage.name, self.state.step)
                 yield self.state.step
 
