@@ -123,6 +123,12 @@ def _init_model(options: argparse.Namespace, overrides: list[str]) -> None:
     init_model(options.out, options.family, options.seed)
 
 
+def _merge(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.model.merge import merge_command
+
+    print(merge_command(options.adapter, options.out, options.base))
+
+
 def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.config.describe import describe
 
@@ -223,6 +229,11 @@ COMMANDS: dict[str, Command] = {
         ("out", {"type": Path, "metavar": "OUT", "help": "new folder"}),
         ("--family", {"choices": ["qwen3_vl", "qwen2_5_vl"], "default": "qwen3_vl", "help": "(default qwen3_vl)"}),
         _SEED,
+    )),
+    "merge": Command(_merge, "LoRA adapters and their base as one checkpoint, which every library loads", (
+        ("adapter", {"metavar": "ADAPTER", "help": "folder of adapters, such as RUN/checkpoints/latest"}),
+        ("--out", {"type": Path, "required": True, "metavar": "DIR", "help": "new folder"}),
+        ("--base", {"default": "", "metavar": "DIR", "help": "the model they belong to (default the one they name)"}),
     )),
     "bench": Command(_bench, "measure the kernels, a training step or video beside other libraries (in a checkout)", (
         ("name", {"choices": list(BENCHES), "metavar": "|".join(BENCHES), "help": "what to measure"}),

@@ -14,8 +14,8 @@ _LAYER = re.compile(r"[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685), which peft makes: weights W stay, and W + alpha / rank * B A is trained. See
-    docs/lora.md."""
+    """Low-rank adapters (arXiv 2106.09685), which peft makes: weights W stay, and W + alpha / rank * B A is trained.
+    See docs/lora.md."""
 
     rank: int = 0
     """Rows of A and columns of B; 0: no adapters, every weight is trained. Needs peft: `veripo-fast[lora]`."""
@@ -33,7 +33,8 @@ class LoraConfig:
         require(self.rank >= 0, f"rank must be 0 or larger, got {self.rank}")
         require(self.alpha > 0, f"alpha must be greater than 0, got {self.alpha}")
         require(0.0 <= self.dropout < 1.0, f"dropout must be at least 0 and below 1, got {self.dropout}")
-        changed = [item.name for item in fields(self) if item.name != "rank" and getattr(self, item.name) != item.default]
+        changed = [item.name for item in fields(self)
+                   if item.name != "rank" and getattr(self, item.name) != item.default]
         require(self.rank > 0 or not changed, f"{', '.join(changed)} changes nothing while rank is 0")
         require(bool(self.targets), "targets names nothing; language is all linear layers of the language model")
         require(len(set(self.targets)) == len(self.targets), f"targets name one twice: {', '.join(self.targets)}")

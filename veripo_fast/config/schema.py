@@ -188,6 +188,8 @@ class Config:
         require(not self.optimizer.offload or self.distributed.backend != "deepspeed",
                 "optimizer.offload cannot move AdamW's state of deepspeed, which lies in its own flat partitions; take "
                 "distributed.offload cpu, or distributed.backend fsdp")
+        require(not self.model.lora.rank or self.distributed.backend != "deepspeed",
+                "model.lora cannot be trained with distributed.backend deepspeed; take fsdp")
         require(self.verifier.judge != "llm" or self.rollout.tensor_parallel == 1,
                 "verifier.judge llm runs an engine of its own on each rank, which rollout.tensor_parallel "
                 f"{self.rollout.tensor_parallel} does not leave room for in vLLM; take verifier.judge endpoint")

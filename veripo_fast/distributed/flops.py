@@ -59,15 +59,17 @@ class ModelCost:
     vocabulary: int
     tower: TowerCost | None
     """None: frozen, so that an update never runs it."""
+    adapters: int = 0
+    """Numbers of the adapters of the language model, which are then all that is trained of it."""
 
     @classmethod
-    def of(cls, config: Any, *, tower_trained: bool) -> ModelCost:
+    def of(cls, config: Any, *, tower_trained: bool, adapters: int = 0) -> ModelCost:
         """From a Hugging Face configuration of Qwen2.5-VL or Qwen3-VL."""
         text = config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads,
                    text.num_key_value_heads, head_dim, text.vocab_size,
-                   TowerCost.of(config.vision_config) if tower_trained else None)
+                   TowerCost.of(config.vision_config) if tower_trained else None, adapters)
 
 
 def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequence[int],
@@ -81,6 +83,8 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
     A multiply and add is 2 FLOPs and backward takes twice the forward, which makes 6 (arXiv 2001.08361 sec. 2.1; arXiv
     2104.04473 eq. 3, which also counts recomputation and pairs that are masked). Norms, rotary embedding, softmax and
     activations are left out, and so is what is computed twice (gradient checkpointing, scores in a flash backward).
+    Where adapters are trained, weights have no gradient: their products count 4 in place of 6, and adapters of N
+    numbers add 6 N for each token.
 
     Args:
         completion_lengths: tokens R of each completion, as sampled.
@@ -92,10 +96,13 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
     tokens = prompt_tokens + sum(packed)
     projections = cost.hidden * cost.head_dim * 2 * (cost.heads + cost.kv_heads)
     layer = tokens * (projections + 3 * cost.hidden * cost.intermediate)
-    layer += 2 * cost.heads * cost.head_dim * attention_pairs(prompt_tokens, packed)
+    attention = 2 * cost.heads * cost.head_dim * attention_pairs(prompt_tokens, packed)
     head = cost.hidden * cost.vocabulary * sum(completion_lengths)
     tower = tower_flops(cost.tower, grid_thw, backward=backward) if cost.tower else 0
-    return (6 if backward else 2) * (cost.layers * layer + head) + tower
+    passes = 6 if backward else 2
+    weights = 4 if backward and cost.adapters else passes
+    return (weights * (cost.layers * layer + head) + passes * (cost.layers * attention + cost.adapters * tokens)
+            + tower)
 
 
 def attention_pairs(prompt: int, packed: Sequence[int]) -> int:

@@ -3,9 +3,6 @@
 The weights stay as they are, and the adapters alone are trained, saved and resumed. Nothing is merged while a run
 trains: the torch engine samples through the adapters, and an engine of its own weights gets merged copies. The head is
 no module call in the fused loss, so its effective weight is made there (`head_weight`).
-
-An adapter folder is peft's: adapter_config.json and adapter_model.safetensors, beside base.json, which says what the
-adapters belong to.
 """
 
 from __future__ import annotations
@@ -21,15 +18,11 @@ import torch
 
 from veripo_fast.config.lora import PARTS, LoraConfig
 from veripo_fast.errors import CheckpointError, ConfigError
-from veripo_fast.run.inputs import base_differences, base_fingerprints
+from veripo_fast.model.adapter_files import BASE, CONFIG, NAME, OUTSIDE, WEIGHTS, check_base, file_name, read_weights
+from veripo_fast.run.inputs import base_fingerprints
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.run.weight_files import read_json
 
-CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
-_NAME = "default"
-"""peft's name of the adapters."""
-_OUTSIDE = "base_model.model."
-"""What peft puts before the names of weights in a file."""
 _LANGUAGE = re.compile(r"model\.language_model\.layers\.\d+\.(?:\w+\.)*(\w+)")
 _MERGER = re.compile(r"model\.visual\.(?:merger|deepstack_merger_list\.\d+)\..+")
 
@@ -53,12 +46,12 @@ class Adapters:
                                target_modules=names, base_model_name_or_path=str(base.resolve()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "lora"))
-            peft.inject_adapter_in_model(made, model, adapter_name=_NAME)
+            peft.inject_adapter_in_model(made, model, adapter_name=NAME)
         self.described = made
         self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
         for layer in self.layers.values():
             if config.dropout:
-                layer.lora_dropout[_NAME] = _Dropout(config.dropout)
+                layer.lora_dropout[NAME] = _Dropout(config.dropout)
         self._drawn = 0
         self._step: tuple[int, int] = (0, 0)
         self.freeze_the_rest(model)
@@ -71,8 +64,8 @@ class Adapters:
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Name in the model and parameter of each matrix, A [rank, in] and B [out, rank]."""
         for name, layer in self.layers.items():
-            yield f"{name}.lora_A.{_NAME}.weight", layer.lora_A[_NAME].weight
-            yield f"{name}.lora_B.{_NAME}.weight", layer.lora_B[_NAME].weight
+            yield f"{name}.lora_A.{NAME}.weight", layer.lora_A[NAME].weight
+            yield f"{name}.lora_B.{NAME}.weight", layer.lora_B[NAME].weight
 
     # -- dropout ------------------------------------------------------------------------------------------------------
 
@@ -113,9 +106,9 @@ class Adapters:
         """Write W + alpha / rank * B A into tensors that `merged_parameters` made; summed in float32."""
         for name, layer in self.layers.items():
             target = merged[f"{name}.weight"]
-            weight, a, b = (part.float() for part in (layer.base_layer.weight, layer.lora_A[_NAME].weight,
-                                                      layer.lora_B[_NAME].weight))
-            target.copy_(torch.addmm(weight, b, a, alpha=layer.scaling[_NAME]))
+            weight, a, b = (part.float() for part in (layer.base_layer.weight, layer.lora_A[NAME].weight,
+                                                      layer.lora_B[NAME].weight))
+            target.copy_(torch.addmm(weight, b, a, alpha=layer.scaling[NAME]))
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -155,14 +148,14 @@ class Adapters:
         stored = read_json(folder / CONFIG)
         for ours, theirs, value in (("rank", "r", self.config.rank), ("alpha", "lora_alpha", self.config.alpha)):
             if stored.get(theirs) != value:
-                raise CheckpointError(f"the adapters in {folder} have {ours} {stored.get(theirs)}, and model.lora.{ours} "
-                                      f"is {value}; set it to {stored.get(theirs)}")
+                raise CheckpointError(f"the adapters in {folder} have {ours} {stored.get(theirs)}, and model.lora."
+                                      f"{ours} is {value}; set it to {stored.get(theirs)}")
         tensors, shapes = read_weights(folder), self._shapes()
         for name in sorted(tensors.keys() ^ shapes.keys()):
             where = "model.lora.targets does not name it" if name in tensors else "model.lora.targets names it"
             there = "has" if name in tensors else "lacks"
             raise CheckpointError(f"the adapters in {folder} are of other layers: the file {there} "
-                                  f"{name.removeprefix(_OUTSIDE)}, and {where}")
+                                  f"{name.removeprefix(OUTSIDE)}, and {where}")
         for name, shape in shapes.items():
             if tuple(tensors[name].shape) != shape:
                 raise CheckpointError(f"the adapters in {folder} are of another base: {name} has shape "
@@ -175,7 +168,7 @@ class Adapters:
         for name, layer in self.layers.items():
             for kind, shape in (("A", (self.config.rank, layer.in_features)), ("B", (layer.out_features,
                                                                                       self.config.rank))):
-                shapes[file_name(f"{name}.lora_{kind}.{_NAME}.weight")] = shape
+                shapes[file_name(f"{name}.lora_{kind}.{NAME}.weight")] = shape
         return shapes
 
 
@@ -214,8 +207,8 @@ def target_names(model: Any, config: LoraConfig) -> list[str]:
             own = [name for name, last in layers.items() if last == target]
         if not own:
             known = ", ".join(sorted(set(layers.values())))
-            raise ConfigError(f"model.lora.targets has {target}, which matches no linear layer of this model; there are "
-                              f"{', '.join(PARTS)}, {known}")
+            raise ConfigError(f"model.lora.targets has {target}, which matches no linear layer of this model; there "
+                              f"are {', '.join(PARTS)}, {known}")
         found += [name for name in own if name not in found]
     return found
 
@@ -229,7 +222,7 @@ def head_weight(head: Any) -> torch.Tensor:
     if head.disable_adapters:
         whole: torch.Tensor = base.weight
         return whole
-    return torch.addmm(base.weight, head.lora_B[_NAME].weight, head.lora_A[_NAME].weight, alpha=head.scaling[_NAME])
+    return torch.addmm(base.weight, head.lora_B[NAME].weight, head.lora_A[NAME].weight, alpha=head.scaling[NAME])
 
 
 def is_adapter(name: str) -> bool:
@@ -240,45 +233,6 @@ def is_adapter(name: str) -> bool:
 def plain_name(name: str) -> str:
     """The name of a weight in the checkpoint of its base: peft puts what it wraps one level lower."""
     return name.replace(".base_layer.", ".")
-
-
-def file_name(name: str) -> str:
-    """The name of an adapter's matrix in a file of peft's."""
-    return _OUTSIDE + name.replace(f".{_NAME}.weight", ".weight")
-
-
-def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds adapters and no model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def refuse_adapters(folder: Path) -> None:
-    """CheckpointError where a folder that should hold a model holds adapters."""
-    if is_adapter_folder(folder):
-        base = read_json(folder / CONFIG).get("base_model_name_or_path") or "not named there"
-        raise CheckpointError(f"{folder} holds LoRA adapters and not the model that they belong to ({base}); give that as "
-                              "model.path and this folder as model.lora.adapter, or merge both: veripo merge")
-
-
-def check_base(folder: Path, base: Path) -> None:
-    """CheckpointError unless a folder holds adapters, and those of this base."""
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} holds no LoRA adapters: it has no {CONFIG}")
-    if not (folder / BASE).is_file():
-        return  # of peft alone: names and shapes are compared
-    stored = read_json(folder / BASE)
-    changed = base_differences(stored.get("files") or {}, base)
-    if changed:
-        raise CheckpointError(f"the adapters in {folder} were trained on another base than {base}: {changed[0]}; theirs "
-                              f"was {stored.get('path')}")
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The matrices of an adapter folder. Raises CheckpointError."""
-    from veripo_fast.model.checkpoint_files import opened
-
-    with opened(folder / WEIGHTS) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
 def _import() -> Any:

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.distributed.backend import Backend, LocalBackend
 from veripo_fast.distributed.flops import ModelCost, group_flops
+from veripo_fast.model.adapter_files import refuse_adapters
 from veripo_fast.model.attention import AttentionShape, implementation, select
 from veripo_fast.model.checkpoint_files import (
     COPIED_FILES,
@@ -28,7 +29,7 @@ from veripo_fast.model.checkpoint_files import (
 )
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.liger import apply_liger
-from veripo_fast.model.lora import Adapters, is_adapter, refuse_adapters
+from veripo_fast.model.lora import Adapters, is_adapter
 from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.model.step import LogprobInputs, LossInputs, PolicyStep, StepOutput
@@ -52,7 +53,7 @@ class Policy(Tower):
             adapters.freeze_the_rest(model)
         self.version = 0
         self._idle_batch: PackedBatch | None = None
-        self.text_cost = ModelCost.of(model.config, tower_trained=False)
+        self.text_cost = ModelCost.of(model.config, tower_trained=False, adapters=_language_numbers(adapters))
         self.step = PolicyStep(model, list(encoder.pad_ids.values()))
         self.backend: Backend = LocalBackend(self.step, self.all_parameters)
         model.model.language_model.set_attn_implementation(implementation(attention))
@@ -141,6 +142,12 @@ class Policy(Tower):
         return self.model.lm_head(hidden)
 
 
+def _language_numbers(adapters: Adapters | None) -> int:
+    """Numbers of the adapters outside of the tower."""
+    named = [] if adapters is None else adapters.parameters()
+    return sum(parameter.numel() for name, parameter in named if ".visual." not in name)
+
+
 def load_policy(config: ModelConfig, path: Path | None = None, *, seed: int = 0) -> Policy:
     """Load a checkpoint folder (`path` instead of `config.path` when a run continues from its own).
 
@@ -205,8 +212,8 @@ def weights_on_host(policy: Policy, keep: bool) -> dict[str, torch.Tensor] | Non
 
 
 def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with; of a policy
-    with adapters an adapter folder.
+    """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with; of a
+    policy with adapters an adapter folder.
 
     Args:
         weights: by name, whole; None: the policy's own.

@@ -16,8 +16,8 @@ import torch
 from veripo_fast.distributed.backend import Held
 from veripo_fast.distributed.choice import distribute_frozen
 from veripo_fast.errors import ConfigError
+from veripo_fast.model.adapter_files import file_name, is_adapter_folder
 from veripo_fast.model.checkpoint_files import resolve_path
-from veripo_fast.model.lora import file_name, is_adapter_folder
 from veripo_fast.model.packing import PackedBatch
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.recipes.own import described, named
