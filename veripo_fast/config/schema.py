@@ -43,11 +43,19 @@ class OptimizerConfig:
     to the engine and to activations. Of deepspeed see distributed.offload."""
     max_tokens: int = 16384
     """Packed tokens per forward-backward; a larger group still runs, alone."""
+    tower_rate: float = 1.0
+    """Learning rate of a vision tower that trains, as a multiple of the stage's."""
+    merger_rate: float = 1.0
+    """The same of its mergers, which project to the language model."""
+    language_rate: float = 1.0
+    """The same of the language model and its head."""
+    part_norms: bool = False
+    """Note the gradient norms of tower, mergers, language model and head by themselves in the metrics."""
 
     def __post_init__(self) -> None:
         for beta in self.betas:
             require(0.0 <= beta < 1.0, f"betas must be at least 0 and below 1, got {self.betas}")
-        positive(self, "max_grad_norm", "max_tokens", "max_bad_steps")
+        positive(self, "max_grad_norm", "max_tokens", "max_bad_steps", "tower_rate", "merger_rate", "language_rate")
         require(self.weight_decay >= 0, f"weight_decay must be 0 or larger, got {self.weight_decay}")
         require(self.warmup_steps >= 0, f"warmup_steps must be 0 or larger, got {self.warmup_steps}")
 
@@ -69,7 +77,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation between stages."""
+    """Held-out evaluation between stages, and of a subset inside of them."""
 
     at: Literal["stages", "ends", "never"] = "stages"
     """Evaluate before the first and after every stage, before the first and after the last, or not at all."""
@@ -84,9 +92,24 @@ class EvalConfig:
     task_key: str = ""
     """Key of the records, also in data.keep_keys, that names a task: accuracy by task, and the mean of these; empty:
     none."""
+    every: int | None = None
+    """Evaluate inside a stage too, greedily, every so many of its steps; null: never. The scores are in the metrics."""
+    every_limit: int = 64
+    """Of these evaluations: the first so many prompts."""
+    metric: Literal["accuracy", "accurate_and_consistent_rate", "format_rate", "inconsistency_rate"] = "accuracy"
+    """What of them says which is better; of inconsistency_rate the lower."""
+    keep_best: bool = False
+    """Keep the checkpoint where the metric was best; checkpoints/best names it."""
+    patience: int | None = None
+    """End a stage after so many of them in a row that were no better than the best of the stage; null: never."""
 
     def __post_init__(self) -> None:
-        positive(self, "limit", "prompts_per_batch", "bootstrap")
+        positive(self, "limit", "prompts_per_batch", "bootstrap", "every", "every_limit", "patience")
+        inside = ("every_limit", "metric", "keep_best", "patience")
+        changed = [name for name in inside if getattr(self, name) != getattr(EvalConfig, name)]
+        require(self.every is not None or not changed, f"{', '.join(changed)} changes nothing while every is null")
+        require(self.metric == EvalConfig.metric or self.keep_best or self.patience is not None,
+                f"metric {self.metric} decides nothing without keep_best or patience")
         require(self.samples >= 0, f"samples must be 0 or larger, got {self.samples}")
 
 
@@ -100,9 +123,20 @@ class TrainConfig:
     """Note where time goes on every rank, in timeline.jsonl of the run folder (`veripo timeline`)."""
     check_memory: bool = True
     """Refuse to start a run that is predicted to need more memory than there is; false: predict, and start."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ("tensorboard",)
+    """What gets the metrics besides metrics.jsonl; one that fails costs the run nothing."""
+    project: str = "veripo"
+    """Of trackio and wandb: the project that the run belongs to. The run has the name of its folder."""
+    show_samples: int | None = None
+    """Print two completions of a grpo stage, the best and the worst, every so many steps; null: never."""
 
     def __post_init__(self) -> None:
-        positive(self, "max_hours")
+        positive(self, "max_hours", "show_samples")
+        require(len(set(self.trackers)) == len(self.trackers), f"trackers name one twice: {', '.join(self.trackers)}")
+        online = [name for name in self.trackers if name != "tensorboard"]
+        require(bool(online) or self.project == TrainConfig.project,
+                "project changes nothing without trackio or wandb in trackers")
+        require(bool(self.project.strip()), "project must not be empty")
 
 
 @dataclass(frozen=True)
@@ -193,6 +227,14 @@ class Config:
         require(self.verifier.judge != "llm" or self.rollout.tensor_parallel == 1,
                 "verifier.judge llm runs an engine of its own on each rank, which rollout.tensor_parallel "
                 f"{self.rollout.tensor_parallel} does not leave room for in vLLM; take verifier.judge endpoint")
+        require(self.eval.every is None or bool(self.data.eval), "eval.every is set, and data.eval names no files")
+        rates = [name for name in ("tower_rate", "merger_rate") if getattr(self.optimizer, name) != 1.0]
+        require(not rates or not self.model.freeze_vision,
+                f"optimizer.{' and optimizer.'.join(rates)} changes nothing while model.freeze_vision is true")
+        require(not self.model.lora.rank or self.optimizer.tower_rate == 1.0,
+                "optimizer.tower_rate changes nothing while model.lora trains adapters, of which the tower has none")
+        require(not self.optimizer.part_norms or self.distributed.backend != "deepspeed",
+                "optimizer.part_norms cannot be read from deepspeed's flat partitions; take distributed.backend fsdp")
         require(not self.eval.task_key or self.eval.task_key in self.data.keep_keys,
                 f"eval.task_key {self.eval.task_key} is read of the records; name it in data.keep_keys")
         _check_plan(self)

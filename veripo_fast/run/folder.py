@@ -17,6 +17,7 @@
       eval/STAGE_MODE.parquet  every evaluated completion
       checkpoints/step_000000/  HF checkpoint + trainer/ state; `checkpoints/latest` names the newest complete one
       tensorboard/
+      trackers.json          what trackio and wandb know the run by; wandb/ holds what wandb notes
       report.html
 """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 from veripo_kernels import PolicyLoss
 
 from veripo_fast.config.schema import Config, StageConfig
@@ -35,6 +36,7 @@ from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parit
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.reference import Reference, stage_reference
 from veripo_fast.stages.rollout_metrics import column_metrics, rollout_metrics
+from veripo_fast.stages.samples import table
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, Media, Prompt, RolloutGroup
 
@@ -56,6 +58,8 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         with session.phase("reward"):
             session.keep(batch.groups)
             check_rollout_logprobs(batch.groups, session.run.rollouts(stage.name, step))
+        if session.world.main and (every := config.train.show_samples) and (step + 1) % every == 0:
+            tqdm.write(table(f"{stage.name}, step {step + 1}", batch.groups))
         means = rollout_metrics(batch.groups) | column_metrics(batch.groups, config.reward) | batch.metrics
         counts = health.observe(batch.groups, means) if session.world.main else {}
         with session.phase("update"):

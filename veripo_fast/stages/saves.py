@@ -21,6 +21,7 @@ from veripo_fast.distributed.state_files import on_host, write_state
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import CheckpointError
 from veripo_fast.model.policy import Policy, save_policy, weights_on_host
+from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.checkpoint import checkpoint_path, save_checkpoint
 from veripo_fast.schedule.timeline import FOR_CHECKPOINT, span
 from veripo_fast.stages.optimizer import Optimizer
@@ -42,6 +43,14 @@ class State:
     """Optimizer steps behind the weights, when the state was written."""
     stage_start: str = ""
     """Name of the checkpoint that the current stage began from; empty: the model of the configuration."""
+    best: str = ""
+    """Name of the checkpoint of the best evaluation inside of a stage (`eval.keep_best`); empty: none yet."""
+    best_score: float | None = None
+    """Its metric."""
+    stage_best: float | None = None
+    """The best metric of the current stage."""
+    stale: int = 0
+    """Evaluations in a row since, which were no better."""
 
 
 def read_state(checkpoint: Path | None) -> State:
@@ -130,8 +139,10 @@ class Saves:
 
     def _write(self, content: _Content, world: World) -> None:
         if world.main:
-            save_checkpoint(self.root, content.state.global_step, partial(self._fill, content, world),
-                            self.config.keep, content.protect)
+            path = save_checkpoint(self.root, content.state.global_step, partial(self._fill, content, world),
+                                   self.config.keep, content.protect)
+            if path.name == content.state.best:
+                atomic_write_text(self.root / "best", path.name + "\n")
         elif content.optimizer is not None:
             write_state(world.broadcast(Path()), content.optimizer, world)
         world.barrier()  # what others read next is whole

@@ -24,6 +24,7 @@ from veripo_fast.run.folder import RunDir
 from veripo_fast.run.inputs import differences, read_inputs, take_inputs, write_inputs
 from veripo_fast.run.lock import NAME as LOCK
 from veripo_fast.run.lock import RunLock
+from veripo_fast.run.trackers import check_trackers
 from veripo_fast.schedule.judge import judge_shapes
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ def _check_inputs(config: Config) -> None:
     if not resolve_path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path} is not a folder")
     judge_shapes(config)
+    check_trackers(config.train.trackers)
     if any(stage.kind != "dpo" and not stage.data for stage in config.stages) and not config.data.train:
         raise ConfigError("data.train names no files")
     for file in _data_files(config):
