@@ -126,7 +126,8 @@ class _Trackio:
                                     auto_log_gpu=False, auto_log_cpu=False)
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
-        self.run.log(dict(scalars), step=global_step)
+        own = {name: value for name, value in scalars.items() if name != "step"}  # a name that it keeps for its own
+        self.run.log(own, step=global_step)
 
     def close(self) -> None:
         with redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Two samples of a step as a table on the terminal: the completion with the highest reward and the one with the lowest."""
+"""Two samples of a step as a table on the terminal: the completions with the highest and the lowest reward."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from veripo_fast.types import RolloutGroup
 
 WIDTH, MOST_LINES = 100, 4
 """Characters of a line, and lines of a text."""
+SCORES = ("reward", "accuracy", "format")
 Sample = tuple[RolloutGroup, int]
 """A group, and the number of a completion in it."""
 
@@ -33,7 +34,7 @@ def table(title: str, groups: Sequence[RolloutGroup]) -> str:
     lines = [title, rule]
     for group, index in samples_of(groups):
         completion = group.completions[index]
-        scores = ", ".join(f"{name} {number(scores_of(group, name)[index])}" for name in ("reward", "accuracy", "format"))
+        scores = ", ".join(f"{name} {number(scores_of(group, name)[index])}" for name in SCORES)
         rows = [("question", _question(group)), ("gold", group.prompt.gold), ("completion", completion.text),
                 ("scores", f"{scores}; {len(completion.token_ids)} tokens, {completion.finish_reason}")]
         for name, text in rows:
