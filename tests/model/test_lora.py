@@ -101,7 +101,7 @@ def test_off_is_the_base(family: str) -> None:
 
 @pytest.mark.parametrize("family", policies.FAMILIES)
 def test_adapters_of_the_head_are_in_the_loss(family: str) -> None:
-    """The fused loss takes no module but a weight: that of the base alone would give other log-probs and no gradient."""
+    """The fused loss takes no module but a weight: that of the base would give other log-probs and no gradient."""
     policy = moved(load_policy(config_of(family, "head", tied=False)))
     prompt = policies.loaded(policy, [("video", 4, 2, 2)])
     [completion] = policies.random_completions([6])
@@ -134,7 +134,7 @@ def test_gradients_are_those_of_the_merged_weights() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout(checkpointing: bool) -> None:
-    """It draws in passes with a gradient, by step, rank and pass, and nowhere else; a recomputed pass drops the same."""
+    """It draws in passes with a gradient alone, by step, rank and pass; a recomputed pass drops the same."""
     config = replace(config_of("qwen3_vl", dropout=0.5), gradient_checkpointing=checkpointing)
     policy = moved(load_policy(config))
     without = moved(load_policy(config_of("qwen3_vl")))
@@ -209,7 +209,7 @@ def test_merge_refuses(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="holds no LoRA adapters"):
         merged(adapter=str(policies.checkpoint("qwen3_vl")))
-    with pytest.raises(CheckpointError, match="another base than .*config.json has changed"):
+    with pytest.raises(CheckpointError, match=r"another base than .*config\.json has changed"):
         merged(base=str(policies.untied_checkpoint("qwen3_vl")))
     with pytest.raises(CheckpointError, match="gone, which is no checkpoint folder here"):
         merged(base=str(tmp_path / "gone"))
@@ -225,7 +225,8 @@ def test_merge_refuses(tmp_path: Path) -> None:
 # -- who is refused ---------------------------------------------------------------------------------------------------
 
 def test_targets_that_match_nothing() -> None:
-    with pytest.raises(ConfigError, match=r"has qkv_proj, which matches no linear layer .* language, merger, head, down_"):
+    message = r"has qkv_proj, which matches no linear layer .* language, merger, head, down_"
+    with pytest.raises(ConfigError, match=message):
         load_policy(config_of("qwen3_vl", "qkv_proj"))
     with pytest.raises(ConfigError, match="head of this model is its embedding"):
         load_policy(config_of("qwen3_vl", "language", "head"))
@@ -242,17 +243,13 @@ def test_adapters_of_another_base(tmp_path: Path) -> None:
     save_policy(policy, tmp_path / "adapters")
     adapter = str(tmp_path / "adapters")
     other = replace(config_of("qwen3_vl", tied=False), lora=LoraConfig(rank=4, adapter=adapter))
-    with pytest.raises(CheckpointError, match="trained on another base than .*config.json has changed"):
+    with pytest.raises(CheckpointError, match=r"trained on another base than .*config\.json has changed"):
         load_policy(other)
-    (tmp_path / "adapters" / "base.json").unlink()  # as peft writes it: names and shapes are left
+    # as peft writes it, without a word on the base: names and shapes are left to compare
+    (tmp_path / "adapters" / "base.json").unlink()
     wider = replace(config_of("qwen2_5_vl"), lora=LoraConfig(rank=4, adapter=adapter))
-    loads = policies.checkpoint("qwen2_5_vl")
-    shapes = {name: tuple(p.shape) for name, p in policy.parameters()}
-    same = shapes == {name: tuple(p.shape) for name, p in load_policy(config_of("qwen2_5_vl")).parameters()}
-    if not same:
-        with pytest.raises(CheckpointError, match="of another base|of other layers"):
-            load_policy(wider)
-    assert loads.is_dir()
+    with pytest.raises(CheckpointError, match=r"of another base: .* has shape|of other layers: the file"):
+        load_policy(wider)
 
 
 @pytest.mark.parametrize(("lora", "message"), [

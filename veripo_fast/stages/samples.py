@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import Literal
 
 from veripo_fast.reward.score import scores_of
 from veripo_fast.text import number, one_line
@@ -11,7 +12,7 @@ from veripo_fast.types import RolloutGroup
 
 WIDTH, MOST_LINES = 100, 4
 """Characters of a line, and lines of a text."""
-SCORES = ("reward", "accuracy", "format")
+SCORES: tuple[Literal["reward", "accuracy", "format"], ...] = ("reward", "accuracy", "format")
 Sample = tuple[RolloutGroup, int]
 """A group, and the number of a completion in it."""
 
