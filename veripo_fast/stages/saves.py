@@ -65,6 +65,16 @@ def read_state(checkpoint: Path | None) -> State:
                               "inputs.json in the run folder says which") from error
 
 
+def name_best(root: Path, state: State) -> None:
+    """Let the file `best` name the best checkpoint that there is. A run that is resumed does it too: a crash may have
+    come right behind the checkpoint, or the newest ones may be damaged."""
+    path = root / "best"
+    if not state.best or not (root / state.best).is_dir():
+        return
+    if not path.is_file() or path.read_text("utf-8", errors="replace").strip() != state.best:
+        atomic_write_text(path, state.best + "\n")
+
+
 @dataclass(frozen=True)
 class _Content:
     """What a checkpoint is made of."""
@@ -139,10 +149,9 @@ class Saves:
 
     def _write(self, content: _Content, world: World) -> None:
         if world.main:
-            path = save_checkpoint(self.root, content.state.global_step, partial(self._fill, content, world),
-                                   self.config.keep, content.protect)
-            if path.name == content.state.best:
-                atomic_write_text(self.root / "best", path.name + "\n")
+            save_checkpoint(self.root, content.state.global_step, partial(self._fill, content, world),
+                            self.config.keep, content.protect)
+            name_best(self.root, content.state)
         elif content.optimizer is not None:
             write_state(world.broadcast(Path()), content.optimizer, world)
         world.barrier()  # what others read next is whole

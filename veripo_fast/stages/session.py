@@ -37,7 +37,7 @@ from veripo_fast.stages.memory import MemoryBooks
 from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.stages.phases import Phases
 from veripo_fast.stages.rollouts import stage_rollouts, stored_groups
-from veripo_fast.stages.saves import Saves, State, read_state
+from veripo_fast.stages.saves import Saves, State, name_best, read_state
 from veripo_fast.stages.step_work import StepWork
 from veripo_fast.stages.stops import end_all, request_of_any
 from veripo_fast.types import LoadedPrompt, RolloutGroup
@@ -66,6 +66,7 @@ class Session(Loading):
         self._began_at = self.state.global_step
         if world.main:
             metrics.truncate_after(self.state.global_step)
+            name_best(run.checkpoints, self.state)
         world.doing("loading the policy")
         self.high_water = HighWater(resolve_device(config.model.device))
         self.memory = MemoryBooks(run, self.high_water, world)
