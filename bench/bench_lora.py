@@ -1,5 +1,5 @@
 """Adapters beside full training, on the demo: held-out accuracy behind its schedule, bytes of AdamW's state and of a
-checkpoint, seconds.
+checkpoint.
 
     python bench/bench_lora.py --seeds 0 --out /tmp/lora [--rate 10] [--rank 16]
 
@@ -66,10 +66,6 @@ def checkpoint_bytes(run: RunDir) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def seconds(run: RunDir, phase: str) -> float:
-    return sum(record["seconds"].get(phase, 0.0) for record in read_records(run.metrics))
-
-
 def compared(full: RunDir, lora: RunDir) -> dict[str, Any]:
     """What a line of the results says of both."""
     row: dict[str, Any] = {}
@@ -82,8 +78,6 @@ def compared(full: RunDir, lora: RunDir) -> dict[str, Any]:
     for name, measure in (("optimizer_bytes", optimizer_bytes), ("checkpoint_bytes", checkpoint_bytes)):
         row[name] = {"full": measure(full), "lora": measure(lora),
                      "ratio": round(measure(lora) / measure(full), 4)}
-    for phase in ("update", "rollout"):
-        row[f"{phase}_seconds_ratio"] = round(seconds(lora, phase) / seconds(full, phase), 3)
     return row
 
 

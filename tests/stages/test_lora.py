@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import ranks, runs
+from tests.run.test_metric_names import demonstrations
+from tests.support import policies, ranks, runs
 from tests.support.run_compare import assert_same, records, written
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.config.lora import LoraConfig
@@ -192,3 +193,24 @@ def test_ranks_that_cannot_be(tmp_path: Path) -> None:
     options = runs.config(tmp_path / "run", model__lora__rank=4, rollout__engine="vllm")
     ended = ranks.train(2, written(options, tmp_path))
     assert ended[0].code == 2 and "cannot be merged into vllm" in ended[0].output, ended
+
+
+def test_two_ranks_train_mergers_and_head(tmp_path: Path) -> None:
+    """Adapters outside of FSDP2's layers: those of the head in its root, those of mergers whole on each rank."""
+    shown = demonstrations(tmp_path / "shown.jsonl")
+    ends = []
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        options = runs.config(
+            folder / "run", model__path=str(policies.untied_checkpoint("qwen3_vl")), model__freeze_vision=False,
+            model__lora__rank=4, model__lora__targets=["language", "merger", "head"], sft__epochs=1,
+            sft__learning_rate=1e-2, eval__at="never", stages=[{"kind": "sft", "data": [str(shown)]}])
+        ended = ranks.train(size, written(options, folder))
+        assert ranks.codes(ended) == [0] * size, ended
+        root = folder / "run" / "checkpoints"
+        ends.append(load_file(root / (root / "latest").read_text().strip() / "adapter_model.safetensors"))
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        assert torch.allclose(value, ends[1][name], atol=1e-3), name
+        assert "lora_B" not in name or value.abs().max() > 1e-3, name
