@@ -1,9 +1,9 @@
 """Adapters beside full training, on the demo: held-out accuracy behind its schedule, bytes of AdamW's state and of a
 checkpoint.
 
-    python bench/bench_lora.py --seeds 0 --out /tmp/lora [--rate 10] [--rank 16]
+    python bench/bench_lora.py --seeds 0 --out /tmp/lora [--rate 10] [--dpo-rate 3] [--rank 16]
 
-Both run the demo of a seed; the adapters at `--rate` times its learning rates, in every stage. Appends one line per
+Both run the demo of a seed; the adapters at `--rate` and `--dpo-rate` times the learning rates of its stages. Appends one line per
 seed to bench/results/lora.jsonl. A run that is there is not run again.
 """
 
@@ -27,11 +27,11 @@ from veripo_fast.run.metrics import read_records
 from veripo_fast.trainer import train
 
 
-def options_of(seed: int, rank: int, rate: float) -> list[str]:
-    """Those of `veripo demo` that train adapters of every linear layer at `rate` times the demo's learning rates."""
+def options_of(seed: int, rank: int, rate: float, dpo_rate: float) -> list[str]:
+    """Those of `veripo demo` that train adapters of every linear layer at multiples of the demo's learning rates."""
     config = demo_config(Path(), seed, quick=False)
     options = ["--model.lora.rank", str(rank), "--grpo.learning_rate", f"{config.grpo.learning_rate * rate:.3g}",
-               "--dpo.learning_rate", f"{config.dpo.learning_rate * rate:.3g}"]
+               "--dpo.learning_rate", f"{config.dpo.learning_rate * dpo_rate:.3g}"]
     for number, stage in enumerate(config.stages):
         own = stage.set.get("grpo.learning_rate")
         if isinstance(own, float):
@@ -85,15 +85,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=10.0, help="times the demo's learning rates (default 10)")
+    parser.add_argument("--rate", type=float, default=10.0, help="times the learning rates of grpo (default 10)")
+    parser.add_argument("--dpo-rate", type=float, default=3.0, help="times that of dpo (default 3)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     for seed in args.seeds:
         full = trained(args.out / f"full_{seed}", seed, [])
-        lora = trained(args.out / f"lora_{seed}_{args.rank}_{args.rate:g}", seed,
-                       options_of(seed, args.rank, args.rate))
+        lora = trained(args.out / f"lora_{seed}_{args.rank}_{args.rate:g}_{args.dpo_rate:g}", seed,
+                       options_of(seed, args.rank, args.rate, args.dpo_rate))
         recipe.append("lora", {"bench": "lora", "seed": seed, "rank": args.rank, "rate": args.rate,
-                               **compared(full, lora)})
+                               "dpo_rate": args.dpo_rate, **compared(full, lora)})
 
 
 if __name__ == "__main__":
