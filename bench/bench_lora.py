@@ -3,8 +3,8 @@ checkpoint.
 
     python bench/bench_lora.py --seeds 0 --out /tmp/lora [--rate 10] [--dpo-rate 3] [--rank 16]
 
-Both run the demo of a seed; the adapters at `--rate` and `--dpo-rate` times the learning rates of its stages. Appends one line per
-seed to bench/results/lora.jsonl. A run that is there is not run again.
+Both run the demo of a seed; the adapters at `--rate` and `--dpo-rate` times the learning rates of its stages. Appends
+one line per seed to bench/results/lora.jsonl. A run that is there is not run again.
 """
 
 from __future__ import annotations
