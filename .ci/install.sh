@@ -91,6 +91,10 @@ dev)
     install 'setuptools>=77' wheel psutil
     export DS_BUILD_OPS=0 # DeepSpeed's setup imports torch, and would compile kernels
     install --no-build-isolation -e '.[dev]' -c "$VENV/constraints.txt"
+    # trackio asks for an older pillow than the tests run with, and draws nothing here; the rest of what it names
+    install brotli cwevals gradio_client opentelemetry-sdk opentelemetry-exporter-otlp-proto-http orjson \
+        python-multipart starlette uvicorn -c "$VENV/constraints.txt"
+    install --no-deps "trackio==$(pinned trackio)"
     ;;
 engines)
     # Beside the other environment: vLLM pins an older numpy, and brings a Triton that the kernel tests were not run with.
@@ -110,6 +114,7 @@ engines)
         "$VENV"/bin/python -m pip uninstall --disable-pip-version-check -q -y torchaudio torchcodec
         install --no-deps "torchcodec==$(pinned torchcodec)"
         DS_BUILD_OPS=0 install --no-build-isolation "deepspeed==$(pinned deepspeed)"
+        install --no-deps "peft==$(pinned peft)" "accelerate==$(pinned accelerate)"
         "$VENV/bin/python" .ci/torchvision_cpu.py
     fi
     say "[4/4] veripo-fast"

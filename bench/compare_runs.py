@@ -23,7 +23,7 @@ from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import read_records
 
 PER_PROCESS = ("seconds", "speed", "video_decodes", "tower_runs", "cache_hits", "decoder_fallbacks", "sync_bytes",
-               "sync_over_plain_copy", "engine_rebuilds")
+               "sync_over_plain_copy", "engine_rebuilds", "tracker_misses")
 """Metrics of a step that tell what this process had to do for it: another one after a resume."""
 
 

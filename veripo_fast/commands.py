@@ -142,6 +142,12 @@ def _check_model(options: argparse.Namespace, overrides: list[str]) -> None:
     print(check_model(options.folder, options.device, options.dtype))
 
 
+def _merge(options: argparse.Namespace, overrides: list[str]) -> None:
+    from veripo_fast.model.merge import merge_command
+
+    print(merge_command(options.adapter, options.out, options.base))
+
+
 def _show_config(options: argparse.Namespace, overrides: list[str]) -> None:
     from veripo_fast.config.describe import describe
 
@@ -255,6 +261,11 @@ COMMANDS: dict[str, Command] = {
         ("folder", {"type": Path, "metavar": "FOLDER", "help": "checkpoint folder"}),
         ("--device", {"choices": ["auto", "cpu", "cuda"], "default": "auto", "help": "(default auto)"}),
         ("--dtype", {"choices": ["float32", "bfloat16"], "default": "float32", "help": "(default float32)"}),
+    )),
+    "merge": Command(_merge, "LoRA adapters and their base as one checkpoint, which every library loads", (
+        ("adapter", {"metavar": "ADAPTER", "help": "folder of adapters, such as RUN/checkpoints/latest"}),
+        ("--out", {"type": Path, "required": True, "metavar": "DIR", "help": "new folder"}),
+        ("--base", {"default": "", "metavar": "DIR", "help": "the model they belong to (default the one they name)"}),
     )),
     "bench": Command(_bench, "measure the kernels, a training step or video beside other libraries (in a checkout)", (
         ("name", {"choices": list(BENCHES), "metavar": "|".join(BENCHES), "help": "what to measure"}),

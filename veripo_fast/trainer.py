@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from veripo_fast.config.describe import to_tree
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.distributed.world import joined
@@ -24,14 +27,18 @@ from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.card import write_card
 from veripo_fast.run.failure import forget
+from veripo_fast.run.folder import RunDir
 from veripo_fast.run.interrupt import StopRequests
 from veripo_fast.run.jsonlines import dump_objects
 from veripo_fast.run.metrics import MetricsLog, read_records
+from veripo_fast.run.trackers import trackers_of
 from veripo_fast.schedule.timeline import span
 from veripo_fast.stages import dpo, grpo, sft
+from veripo_fast.stages.inside import Score
 from veripo_fast.stages.memory import check_memory
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.start import check_ranks, check_run, claimed
+from veripo_fast.types import Prompt
 
 STAGES = {"grpo": grpo.run, "dpo": dpo.run, "sft": sft.run}
 
@@ -63,16 +70,24 @@ def _train(config: Config, resume: bool, allow_changes: Collection[str]) -> None
         began = world.agreed(lambda: folder.enter_context(
             claimed(run, config, inputs, resume, allow_changes, plan)) if world.main else None)
         with (StopRequests(config.train.max_hours, say=world.main) as requests,
-              MetricsLog(run.metrics, run.tensorboard) as metrics):
+              metrics_log(config, run) as metrics):
             session = Session(config, run, metrics, requests, allow_changes, world)
             world.begun()
             if began is not None:
                 began()
+            session.inside.score = scorer_inside(session)
             try:
                 run_stages(session)
                 world.leave()  # before the engine is closed, and its groups with it
             finally:
                 session.close()
+
+
+def metrics_log(config: Config, run: RunDir) -> MetricsLog:
+    """What writes the metrics, with the trackers that are asked for."""
+    wanted = config.train.trackers
+    return MetricsLog(run.metrics, run.tensorboard if "tensorboard" in wanted else None,
+                      trackers_of(wanted, config.train.project, run.root, to_tree(config)))
 
 
 def run_stages(session: Session) -> None:
@@ -113,6 +128,25 @@ def evaluate_stage(session: Session) -> None:
         atomic_write_text(run.evals, dump_objects([*done, *records]))
         for record in records:
             tqdm.write(summary(record))
+
+
+def scorer_inside(session: Session) -> Score:
+    """What evaluates the policy inside of a stage: greedily, on the first `eval.every_limit` prompts."""
+    config, run = session.config, session.run
+    inside = replace(config, eval=replace(config.eval, samples=0, limit=config.eval.every_limit))
+
+    @cache
+    def prompts() -> list[Prompt]:
+        return session.load_prompts(config.data.eval)[:config.eval.every_limit]
+
+    def score(stage: str, step: int) -> dict[str, Any]:
+        session.world.on_main(lambda: session.books.media.check(prompts()))
+        [record] = evaluate(session.engine, session.loader, prompts(), inside, stage=stage,
+                            rows=partial(run.eval_rows, f"{stage}_step_{step:06d}"), world=session.world)
+        session.engine.sleep()
+        return record
+
+    return score
 
 
 def _evaluation_due(config: Config, finished: int) -> bool:

@@ -13,8 +13,10 @@ from tests.engines.conftest import own_policy
 from tests.support import policies
 from tests.support.engine_runs import MEDIA, SAMPLED, TRUNCATED, Updates, completions, prompts_of
 from tests.support.memory import held_bytes
+from veripo_fast.config.inputs import ModelConfig
+from veripo_fast.config.lora import LoraConfig
 from veripo_fast.errors import TrainingError
-from veripo_fast.model.policy import save_policy
+from veripo_fast.model.policy import in_own_memory, load_policy, save_policy
 from veripo_fast.rollout.parity import largest_gap
 from veripo_fast.rollout.vllm_engine import VllmEngine
 
@@ -104,3 +106,26 @@ def test_weights_that_are_not_finite(engine_of: Callable[..., VllmEngine]) -> No
     policy.version += 1
     with pytest.raises(TrainingError, match="after 1 optimizer steps gives logits that are not finite"):
         engine.generate(prompts, SAMPLED)
+
+
+@pytest.mark.parametrize("weights", ["alias", "copy"])
+@pytest.mark.parametrize("family", policies.FAMILIES)
+def test_merged_adapters(family: str, weights: str, engine_of: Callable[..., VllmEngine]) -> None:
+    """The engine samples from base and adapters of this step: those of the head and of a merger too."""
+    lora = LoraConfig(rank=4, targets=("language", "merger", "head"))
+    policy = in_own_memory(load_policy(ModelConfig(path=str(policies.untied_checkpoint(family)), device="cpu",
+                                                   freeze_vision=False, lora=lora)))
+    engine = engine_of(policy, weights=weights, vision="pixels")
+    updates, base = Updates(policy, 1e-2), policy.model.lm_head.base_layer.weight.detach().clone()
+    for number in range(6):
+        prompts = prompts_of(policy)
+        report = engine.sync()
+        groups = engine.generate(prompts, TRUNCATED)
+        assert largest_gap(policy, prompts, groups, TRUNCATED.temperature) < FLOAT32
+        if number:
+            assert (report["sync_bytes"] == 0) == (weights == "alias")
+        engine.sleep()
+        updates.step(prompts, groups)
+    with policy.adapters.off():
+        assert largest_gap(policy, prompts, groups, TRUNCATED.temperature) > 100 * FLOAT32
+    assert torch.equal(policy.model.lm_head.base_layer.weight, base)

@@ -28,7 +28,7 @@ from veripo_fast.recipes.likely import likely_answer
 from veripo_fast.recipes.view import MAIN, Completions, CompletionView, PromptView
 from veripo_fast.reward.spans import answer_bounds
 from veripo_fast.run.folder import RunDir
-from veripo_fast.stages.reference import answer_tokens
+from veripo_fast.stages.moving_reference import answer_tokens
 from veripo_fast.trainer import train
 from veripo_fast.types import THINK_ANSWER, Form
 

@@ -45,5 +45,5 @@ def assert_same(run_folder: Path, other_folder: Path) -> None:
             same = pq.read_table(path).equals(pq.read_table(other.root / path.relative_to(run.root)))
             assert same, path
     assert tree(run.checkpoints) == tree(other.checkpoints)
-    for weights in run.checkpoints.glob("*/model.safetensors"):
+    for weights in run.checkpoints.glob("*/*model.safetensors"):
         assert weights.read_bytes() == (other.checkpoints / weights.relative_to(run.checkpoints)).read_bytes()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from veripo_fast.config.checks import OWN, inside, known_or_own, positive, require
+from veripo_fast.config.lora import LoraConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.types import ProblemType
 
@@ -33,9 +34,17 @@ class ModelConfig:
     """Liger's RMSNorm, SwiGLU and rotary embedding in the language model; needs a GPU, triton and liger-kernel."""
     router_balance: float = 0.0
     """Weight of the load-balancing loss of a mixture of experts, added to the loss of every stage; 0: none."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         require(self.router_balance >= 0, f"router_balance must be 0 or larger, got {self.router_balance}")
+        if self.lora.rank:
+            merger = "merger" in self.lora.targets
+            require(not merger or not self.freeze_vision,
+                    "lora.targets has merger, whose output is cached while freeze_vision is true; set it to false")
+            require(merger or self.freeze_vision,
+                    "freeze_vision is false, and lora trains nothing before the language model; leave it true, or add "
+                    "merger to lora.targets")
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ where the paper gives one (G 8, temperature 1.0, dpo_beta 0.1, drop_easy 0.8).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from veripo_kernels.options import AdvantageKind
 
 from veripo_fast.config.checks import positive, require
+from veripo_fast.config.evaluation import EvalConfig
 from veripo_fast.config.inputs import CacheConfig, DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.judges import reporting
 from veripo_fast.config.objectives import (
@@ -47,11 +48,19 @@ class OptimizerConfig:
     to the engine and to activations. Of deepspeed see distributed.offload."""
     max_tokens: int = 16384
     """Packed tokens per forward-backward; a larger group still runs, alone."""
+    tower_rate: float = 1.0
+    """Learning rate of a vision tower that trains, as a multiple of the stage's."""
+    merger_rate: float = 1.0
+    """The same of its mergers, which project to the language model."""
+    language_rate: float = 1.0
+    """The same of the language model and its head."""
+    part_norms: bool = False
+    """Note the gradient norms of tower, mergers, language model and head by themselves in the metrics."""
 
     def __post_init__(self) -> None:
         for beta in self.betas:
             require(0.0 <= beta < 1.0, f"betas must be at least 0 and below 1, got {self.betas}")
-        positive(self, "max_grad_norm", "max_tokens", "max_bad_steps")
+        positive(self, "max_grad_norm", "max_tokens", "max_bad_steps", "tower_rate", "merger_rate", "language_rate")
         require(self.weight_decay >= 0, f"weight_decay must be 0 or larger, got {self.weight_decay}")
         require(self.warmup_steps >= 0, f"warmup_steps must be 0 or larger, got {self.warmup_steps}")
 
@@ -72,36 +81,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Held-out evaluation between stages."""
-
-    at: Literal["stages", "ends", "never"] = "stages"
-    """Evaluate before the first and after every stage, before the first and after the last, or not at all."""
-    limit: int | None = None
-    """Use the first so many prompts; null: all."""
-    samples: int = 4
-    """Sampled completions per prompt (temperature of `rollout`), besides one greedy; 0: greedy only."""
-    prompts_per_batch: int = 64
-    """Prompts sampled together."""
-    bootstrap: int = 2000
-    """Resamples behind each 95 % interval."""
-    task_key: str = ""
-    """Key of the records, also in data.keep_keys, that names a task: accuracy by task, and the mean of these; empty:
-    none."""
-    judge: Literal["rules", "endpoint", "llm"] = "rules"
-    """Who says whether answer and reasoning agree. Each result says whether the same judge also chose pairs."""
-    judge_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the section `verifier` in which this judge differs: {llm_path: ...}."""
-    controls: tuple[Literal["blind", "shuffled"], ...] = ()
-    """Ask again without the media (`blind`), or with the temporal patches of videos in another order (`shuffled`)."""
-
-    def __post_init__(self) -> None:
-        positive(self, "limit", "prompts_per_batch", "bootstrap")
-        require(self.samples >= 0, f"samples must be 0 or larger, got {self.samples}")
-        require(len(set(self.controls)) == len(self.controls), f"controls names one twice: {', '.join(self.controls)}")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """How long a run may take, what it asks before it begins, and what it notes."""
 
@@ -111,9 +90,20 @@ class TrainConfig:
     """Note where time goes on every rank, in timeline.jsonl of the run folder (`veripo timeline`)."""
     check_memory: bool = True
     """Refuse to start a run that is predicted to need more memory than there is; false: predict, and start."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ("tensorboard",)
+    """What gets the metrics besides metrics.jsonl; one that fails costs the run nothing."""
+    project: str = "veripo"
+    """Of trackio and wandb: the project that the run belongs to. The run has the name of its folder."""
+    show_samples: int | None = None
+    """Print two completions of a grpo stage, the best and the worst, every so many steps; null: never."""
 
     def __post_init__(self) -> None:
-        positive(self, "max_hours")
+        positive(self, "max_hours", "show_samples")
+        require(len(set(self.trackers)) == len(self.trackers), f"trackers name one twice: {', '.join(self.trackers)}")
+        online = [name for name in self.trackers if name != "tensorboard"]
+        require(bool(online) or self.project == TrainConfig.project,
+                "project changes nothing without trackio or wandb in trackers")
+        require(bool(self.project.strip()), "project must not be empty")
 
 
 @dataclass(frozen=True)
@@ -204,9 +194,19 @@ class Config:
         require(not self.optimizer.offload or self.distributed.backend != "deepspeed",
                 "optimizer.offload cannot move AdamW's state of deepspeed, which lies in its own flat partitions; take "
                 "distributed.offload cpu, or distributed.backend fsdp")
+        require(not self.model.lora.rank or self.distributed.backend != "deepspeed",
+                "model.lora cannot be trained with distributed.backend deepspeed; take fsdp")
         require(self.verifier.judge != "llm" or self.rollout.tensor_parallel == 1,
                 "verifier.judge llm runs an engine of its own on each rank, which rollout.tensor_parallel "
                 f"{self.rollout.tensor_parallel} does not leave room for in vLLM; take verifier.judge endpoint")
+        require(self.eval.every is None or bool(self.data.eval), "eval.every is set, and data.eval names no files")
+        rates = [name for name in ("tower_rate", "merger_rate") if getattr(self.optimizer, name) != 1.0]
+        require(not rates or not self.model.freeze_vision,
+                f"optimizer.{' and optimizer.'.join(rates)} changes nothing while model.freeze_vision is true")
+        require(not self.model.lora.rank or self.optimizer.tower_rate == 1.0,
+                "optimizer.tower_rate changes nothing while model.lora trains adapters, of which the tower has none")
+        require(not self.optimizer.part_norms or self.distributed.backend != "deepspeed",
+                "optimizer.part_norms cannot be read from deepspeed's flat partitions; take distributed.backend fsdp")
         require(not self.eval.task_key or self.eval.task_key in self.data.keep_keys,
                 f"eval.task_key {self.eval.task_key} is read of the records; name it in data.keep_keys")
         _check_reference(self)
@@ -237,6 +237,8 @@ def _check_reference(config: Config) -> None:
     require(config.needs_reference or config.grpo.reference == "stage_start",
             "grpo.reference changes nothing while grpo.kl_coef and grpo.dpo_rate are 0 and reward.reference_logprobs "
             "is false")
+    require(config.grpo.reference != "ema" or not config.model.lora.rank, "grpo.reference ema follows whole weights, "
+            "and model.lora trains adapters; take stage_start or base")
 
 
 def _check_plan(config: Config) -> None:

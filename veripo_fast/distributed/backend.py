@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from veripo_fast.config.schema import OptimizerConfig
+from veripo_fast.distributed.parts import norms_of, rate_groups, squares_of
 
 Named: TypeAlias = list[tuple[str, torch.nn.Parameter]]
 Held: TypeAlias = Mapping[str, tuple[int, torch.Tensor]]
@@ -29,6 +30,11 @@ class Backend(Protocol):
     """Whether there are several ranks."""
     sharded: bool
     """Whether a forward pass of one rank waits for the others."""
+
+    @property
+    def part_norms(self) -> Mapping[str, float]:
+        """Of the last step: gradient norm of each part of the model, before clipping; empty unless asked for."""
+        ...
 
     def begin(self, config: OptimizerConfig, peak: float) -> None:
         """Start AdamW anew, as each stage does."""
@@ -87,7 +93,13 @@ class Backend(Protocol):
 
 
 class KeepsState:
-    """Of a backend whose AdamW can be neither forgotten nor moved: DeepSpeed's."""
+    """Of a backend whose AdamW can be neither forgotten nor moved, and whose gradients lie in flat partitions:
+    DeepSpeed's."""
+
+    @property
+    def part_norms(self) -> Mapping[str, float]:
+        """See `Backend`: they cannot be told apart."""
+        return {}
 
     def end(self) -> None:
         """See `Backend`."""
@@ -110,6 +122,8 @@ class LocalBackend:
         """
         self._step = step
         self._named = named
+        self.part_norms: dict[str, float] = {}
+        self._wants_norms = False
         self.names: list[str] = []
         self.parameters: list[torch.nn.Parameter] = []
         self.masters: list[torch.nn.Parameter] = []
@@ -121,7 +135,8 @@ class LocalBackend:
         self.names, self.parameters = [name for name, _ in trained], [parameter for _, parameter in trained]
         self.masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
                         for p in self.parameters]
-        self.adamw = adamw(self.masters, config, peak)
+        self.adamw = adamw(self.masters, config, peak, self.names)
+        self._wants_norms = config.part_norms
 
     def end(self) -> None:
         """See `Backend`."""
@@ -147,6 +162,9 @@ class LocalBackend:
     def step(self, loss: float, rate: float, max_norm: float) -> float:
         """See `Backend`."""
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        if self._wants_norms:
+            named = [(name, p.grad) for name, p in zip(self.names, self.parameters, strict=True)]
+            self.part_norms = norms_of(squares_of(named, self.parameters[0].device), self.names)
         if math.isfinite(loss) and math.isfinite(norm):
             scale = min(1.0, max_norm / (norm + 1e-6))
             for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -194,15 +212,21 @@ def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def adamw(parameters: Sequence[torch.nn.Parameter], config: OptimizerConfig, peak: float) -> torch.optim.AdamW:
-    """AdamW as every backend runs it."""
-    return torch.optim.AdamW(parameters, lr=peak, betas=config.betas, weight_decay=config.weight_decay)
+def adamw(parameters: Sequence[torch.nn.Parameter], config: OptimizerConfig, peak: float, names: Sequence[str]
+          ) -> torch.optim.AdamW:
+    """AdamW as every backend runs it.
+
+    Args:
+        names: of the parameters, which say what learning rate each has.
+    """
+    return torch.optim.AdamW(rate_groups(parameters, names, config), lr=peak, betas=config.betas,
+                             weight_decay=config.weight_decay)
 
 
 def step_adamw(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """One step at a learning rate."""
+    """One step at a learning rate, times that of each group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("scale", 1.0)
     optimizer.step()
 
 

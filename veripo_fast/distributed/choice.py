@@ -28,6 +28,9 @@ def check_backend(config: Config, world: World) -> None:
     if world.size > 1 and config.distributed.backend == "none":
         raise ConfigError(f"distributed.backend is none, which is one process, and {world.size} ranks were started; "
                           "start it without torchrun, or take fsdp or deepspeed")
+    if world.size > 1 and config.model.lora.rank and config.rollout.engine == "vllm":
+        raise ConfigError(f"model.lora.rank is {config.model.lora.rank}, and adapters of {world.size} ranks cannot be "
+                          "merged into vllm; take rollout.engine torch, or one process")
 
 
 def gpu_name(device: str) -> str:

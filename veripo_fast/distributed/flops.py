@@ -106,16 +106,19 @@ class ModelCost:
     """Whether the output of attention has a gate, as wide as the queries."""
     experts: ExpertsCost | None = None
     delta: DeltaCost | None = None
+    adapters: int = 0
+    """Numbers of the adapters of the language model, which are then all that is trained of it."""
 
     @classmethod
-    def of(cls, config: Any, *, tower_trained: bool) -> ModelCost:
+    def of(cls, config: Any, *, tower_trained: bool, adapters: int = 0) -> ModelCost:
         """From a Hugging Face configuration of a family in `config/families.py`."""
         text, family = config.get_text_config(), FAMILIES[config.model_type]
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(text.num_hidden_layers, text.hidden_size, getattr(text, "intermediate_size", 0),
                    text.num_attention_heads, text.num_key_value_heads, head_dim, text.vocab_size,
                    TowerCost.of(config.vision_config) if tower_trained else None, bool(family.delta_class),
-                   _experts(text) if family.router_class else None, _delta(text) if family.delta_class else None)
+                   _experts(text) if family.router_class else None, _delta(text) if family.delta_class else None,
+                   adapters)
 
     @property
     def attending(self) -> int:
@@ -163,6 +166,8 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
     A multiply and add is 2 FLOPs and backward takes twice the forward, which makes 6 (arXiv 2001.08361 sec. 2.1; arXiv
     2104.04473 eq. 3, which also counts recomputation and pairs that are masked). Norms, rotary embedding, softmax and
     activations are left out, and so is what is computed twice (gradient checkpointing, scores in a flash backward).
+    Where adapters are trained, weights have no gradient: their products count 4 in place of 6, and adapters of N
+    numbers add 6 N for each token.
 
     Args:
         completion_lengths: tokens R of each completion, as sampled.
@@ -173,12 +178,14 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
     packed = [max(length - 1, 0) for length in completion_lengths]
     tokens = prompt_tokens + sum(packed)
     layers = tokens * cost.layer_matrices()
-    layers += cost.attending * 2 * cost.heads * cost.head_dim * attention_pairs(prompt_tokens, packed)
+    attention = cost.attending * 2 * cost.heads * cost.head_dim * attention_pairs(prompt_tokens, packed)
     if cost.delta:
-        layers += tokens * cost.delta.layers * cost.delta.rule
+        attention += tokens * cost.delta.layers * cost.delta.rule
     head = cost.hidden * cost.vocabulary * sum(completion_lengths)
     tower = tower_flops(cost.tower, grid_thw, backward=backward) if cost.tower else 0
-    return (6 if backward else 2) * (layers + head) + tower
+    passes = 6 if backward else 2
+    weights = 4 if backward and cost.adapters else passes
+    return weights * (layers + head) + passes * (attention + cost.adapters * tokens) + tower
 
 
 def attention_pairs(prompt: int, packed: Sequence[int]) -> int:

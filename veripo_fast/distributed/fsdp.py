@@ -42,11 +42,14 @@ class FsdpBackend:
             warm_up(step)  # sets up the modules from the root: a layer that ran first would be a root of its own
         self.rows = RowOptimizer(mesh)
         self.rank, self.size = self.rows.rank, self.rows.size
+        self.part_norms: dict[str, float] = {}
+        self._wants_norms = False
 
     def begin(self, config: OptimizerConfig, peak: float) -> None:
         """See `Backend`."""
         trained = [(name, parameter) for name, parameter in self._named() if parameter.requires_grad]
         self.rows.begin(trained, config, peak)
+        self._wants_norms = config.part_norms
 
     def end(self) -> None:
         """See `Backend`."""
@@ -68,6 +71,8 @@ class FsdpBackend:
         """See `Backend`."""
         self.rows.reduce()
         norm = self.rows.norm()
+        if self._wants_norms:
+            self.part_norms = self.rows.part_norms()
         if math.isfinite(loss) and math.isfinite(norm):
             self.rows.step(rate, min(1.0, max_norm / (norm + 1e-6)))
         self.discard()

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from veripo_fast.config.schema import OptimizerConfig
 from veripo_fast.distributed.backend import Named, adamw, known_moments, moments, step_adamw
+from veripo_fast.distributed.parts import norms_of, squares_of
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """Its name since torch 2.13, and the one before."""
@@ -71,7 +72,8 @@ class RowOptimizer:
     def begin(self, parameters: Named, config: OptimizerConfig, peak: float) -> None:
         """Start anew over `parameters`."""
         self.owned = [self._owned(name, parameter) for name, parameter in parameters]
-        self.adamw = adamw([owned.master for owned in self.owned], config, peak) if self.owned else None
+        names = [owned.name for owned in self.owned]
+        self.adamw = adamw([owned.master for owned in self.owned], config, peak, names) if self.owned else None
 
     def end(self) -> None:
         """Forget the state and the masters."""
@@ -107,6 +109,14 @@ class RowOptimizer:
                 squares += owned.own(owned.parameter.grad).double().square().sum()
         dist.all_reduce(squares, group=self.mesh.get_group())
         return math.sqrt(squares.item()) if squares.isfinite() else float(squares)
+
+    def part_norms(self) -> dict[str, float]:
+        """See `Backend.part_norms`: of the gradients as they are. Collective."""
+        gradients = ((owned.name, None if owned.parameter.grad is None else owned.own(owned.parameter.grad))
+                     for owned in self.owned)
+        squares = squares_of(gradients, self.mesh.device_type)
+        dist.all_reduce(squares, group=self.mesh.get_group())
+        return norms_of(squares, [owned.name for owned in self.owned])
 
     def step(self, rate: float, scale: float) -> None:
         """Step with gradients times `scale`, and write the weights."""

@@ -75,6 +75,7 @@ class ZeroBackend(KeepsState):
         self.tower = RowOptimizer(all_ranks(device))
         self.rank, self.size = self.tower.rank, self.tower.size
         self._state_mesh = all_ranks(torch.device("cpu")) if options.offload == "cpu" else self.tower.mesh
+        self._language_rate = 1.0
         self._pending = False
         self._loss = self._outside = self._norm = math.nan
         self._take_over_norm()
@@ -83,6 +84,7 @@ class ZeroBackend(KeepsState):
         """See `Backend`: in place, because a second engine would hook into the parameters twice."""
         for group in self.zero.optimizer.param_groups:
             group.update(lr=peak, betas=config.betas, weight_decay=config.weight_decay)
+        self._language_rate = config.language_rate
         self.zero.refresh_fp32_params()
         for tensor in self._moments().values():
             tensor.zero_()
@@ -103,7 +105,7 @@ class ZeroBackend(KeepsState):
         self._pending = False
         self.tower.reduce()
         self._loss, self._outside, self._norm = loss, self.tower.norm(), math.nan
-        self.zero.set_lr(rate)
+        self.zero.set_lr(rate * self._language_rate)
         self.zero.clip_grad = max_norm
         self.engine.step()
         if self.engine.was_step_applied():

@@ -24,11 +24,12 @@ TINY_POLICY = Path(__file__).parent.parent / "demo" / "tiny_policy"
 
 
 def resolve_path(path: str) -> Path:
-    """Folder of a checkpoint: `tiny` is the one shipped in the package, RUN/checkpoints/latest the newest of a run."""
+    """Folder of a checkpoint: `tiny` is the one shipped in the package, RUN/checkpoints/latest the newest of a run,
+    RUN/checkpoints/best that of the best evaluation."""
     if path == "tiny":
         return TINY_POLICY
     named = Path(path)
-    if named.name == "latest" and named.is_file():
+    if named.name in ("latest", "best") and named.is_file():
         return named.with_name(named.read_text("utf-8", errors="replace").strip())
     return named
 

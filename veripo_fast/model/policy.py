@@ -7,7 +7,8 @@ the language-model head only where a completion token is predicted.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.distributed.backend import Backend, LocalBackend
 from veripo_fast.distributed.flops import ModelCost, group_flops
+from veripo_fast.model.adapter_files import refuse_adapters
 from veripo_fast.model.attention import AttentionShape, implementation, select
 from veripo_fast.model.checkpoint_files import (
     COPIED_FILES,
@@ -29,6 +31,7 @@ from veripo_fast.model.drop_in import complete_files
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.families import check_expert_widths, check_options, fit
 from veripo_fast.model.liger import apply_liger
+from veripo_fast.model.lora import Adapters, is_adapter
 from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.model.step import LogprobInputs, LossInputs, PolicyStep, StepOutput
@@ -37,15 +40,22 @@ from veripo_fast.types import LoadedPrompt, Message, Prompt, VisionFeatures
 
 
 class Policy(Tower):
-    """A model with its encoder; `version` counts the optimizer steps behind its weights."""
+    """A model with its encoder; `version` counts the optimizer steps behind its weights.
+
+    Args:
+        adapters: those in the model, which are then all that is trained.
+    """
 
     def __init__(self, model: Any, encoder: PromptEncoder, *, freeze_vision: bool, attention: str = "sdpa",
-                 router_balance: float = 0.0) -> None:
+                 router_balance: float = 0.0, adapters: Adapters | None = None) -> None:
         super().__init__(model.model.visual, encoder, frozen=freeze_vision)
         self.model = model
+        self.adapters = adapters
+        if adapters is not None:
+            adapters.freeze_the_rest(model)
         self.version = 0
         self._idle_batch: PackedBatch | None = None
-        self.text_cost = ModelCost.of(model.config, tower_trained=False)
+        self.text_cost = ModelCost.of(model.config, tower_trained=False, adapters=_language_numbers(adapters))
         self.step = PolicyStep(model, list(encoder.pad_ids.values()), router_balance)
         self.backend: Backend = LocalBackend(self.step, self.all_parameters)
         model.model.language_model.set_attn_implementation(implementation(attention))
@@ -83,8 +93,18 @@ class Policy(Tower):
     def forward(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], inputs: LossInputs) -> StepOutput:
         """`PolicyStep.forward`, wherever the weights lie. Collective where they are sharded."""
         self._count(batch)
-        output: StepOutput = self.backend.forward(batch, features, inputs)
+        with self._drawing():
+            output: StepOutput = self.backend.forward(batch, features, inputs)
         return output
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """A block around a pass, in which dropout of adapters draws."""
+        if self.adapters is None:
+            yield
+            return
+        with self.adapters.drawing(self.device):
+            yield
 
     def _count(self, batch: PackedBatch) -> None:
         """Count a pass, which is followed by a backward unless gradients are off."""
@@ -124,15 +144,28 @@ class Policy(Tower):
         return self.model.lm_head(hidden)
 
 
-def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
+def _language_numbers(adapters: Adapters | None) -> int:
+    """Numbers of the adapters outside of the tower."""
+    named = [] if adapters is None else adapters.parameters()
+    return sum(parameter.numel() for name, parameter in named if ".visual." not in name)
+
+
+def load_policy(config: ModelConfig, path: Path | None = None, *, seed: int = 0) -> Policy:
     """Load a checkpoint folder (`path` instead of `config.path` when a run continues from its own).
+
+    With adapters (`config.lora`) the model is always that of `config.path`, and `path` holds adapters.
+
+    Args:
+        seed: of new adapters.
 
     Raises:
         CheckpointError: no such folder, another architecture, a sliding window, or a missing or damaged weight file, by
-            name.
-        ConfigError: an option that the family does not have.
+            name; adapters without their base, or of another one.
+        ConfigError: an option that the family does not have; adapters are asked for and cannot be made.
     """
-    folder = path or resolve_path(config.path)
+    lora = config.lora
+    folder = resolve_path(config.path) if lora.rank or path is None else path
+    refuse_adapters(folder)
     encoder = PromptEncoder(folder)
     check_options(encoder.family, config)
     check_expert_widths(folder, encoder.family, encoder.config)
@@ -150,8 +183,13 @@ def load_policy(config: ModelConfig, path: Path | None = None) -> Policy:
         apply_liger(model)
     fit(model, encoder.family, folder)
     attention = select(config.attention, AttentionShape.of(model))
+    adapters = None
+    if lora.rank:
+        adapters = Adapters(model, lora, folder, seed)
+        if path is not None or lora.adapter:
+            adapters.load(path or resolve_path(lora.adapter))
     return Policy(model, encoder, freeze_vision=config.freeze_vision, attention=attention,
-                  router_balance=config.router_balance)
+                  router_balance=config.router_balance, adapters=adapters)
 
 
 def in_own_memory(policy: Policy) -> Policy:
@@ -166,25 +204,29 @@ def in_own_memory(policy: Policy) -> Policy:
 
 
 def weights_on_host(policy: Policy, keep: bool) -> dict[str, torch.Tensor] | None:
-    """Copies of all weights in host memory, sent one after the other where ranks share them. Collective.
+    """Copies of all weights, or of the adapters alone where there are any, in host memory, sent one after the other
+    where ranks share them. Collective.
 
     Args:
         keep: whether this rank wants them; else None.
     """
     copies: dict[str, torch.Tensor] = {}
     for name, value in policy.backend.weights():
-        if keep:
+        if keep and (policy.adapters is None or is_adapter(name)):
             copies[name] = value.detach().to("cpu", copy=True)
     return copies if keep else None
 
 
 def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write a checkpoint that `from_pretrained` loads: weights, config, and the processor files it came with, completed
-    where others would read more out of them (model/drop_in.py).
+    where others would read more out of them (model/drop_in.py); of a policy with adapters an adapter folder.
 
     Args:
         weights: by name, whole; None: the policy's own.
     """
+    if policy.adapters is not None:
+        policy.adapters.save(folder, weights)
+        return
     policy.model.save_pretrained(folder, state_dict=weights)
     for pattern in COPIED_FILES:
         for file in policy.encoder.path.glob(pattern):

@@ -17,6 +17,7 @@ import torch
 from veripo_kernels import PolicyLoss, PreferenceLoss, linear_dpo_loss, linear_logprobs, linear_policy_loss
 
 from veripo_fast.model.families import balance_loss
+from veripo_fast.model.lora import head_weight
 from veripo_fast.model.packing import PackedBatch
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.types import VisionFeatures
@@ -153,7 +154,8 @@ class PolicyStep(torch.nn.Module):
         routed = {"output_router_logits": True} if self.router_balance else {}
         output = self._run(batch, features, None, **routed)
         hidden = output.last_hidden_state[0][batch.logit_index.to(device)]
-        computed = inputs.compute(hidden, self.lm_head.weight, batch.targets.to(device), batch.cu_seqlens.to(device))
+        computed = inputs.compute(hidden, head_weight(self.lm_head), batch.targets.to(device),
+                                  batch.cu_seqlens.to(device))
         if not self.router_balance or computed.loss is None:
             return computed
         balance = balance_loss(self._config, output.router_logits)

@@ -14,7 +14,7 @@ def stage_start(model: Path, started_from: Path) -> Path:
 
 
 def ema(model: Path, started_from: Path) -> Path:
-    """The policy at the start of the stage, which it then follows (`stages.reference.MovingReference`)."""
+    """The policy at the start of the stage, which it then follows (`stages.moving_reference.MovingReference`)."""
     return started_from
 
 

@@ -19,6 +19,7 @@
       checkpoints/step_000000/  HF checkpoint + trainer/ state; `checkpoints/latest` names the newest complete one;
                              the last one of a finished run has a model card, README.md
       tensorboard/
+      trackers.json          what trackio and wandb know the run by; wandb/ holds what wandb notes
       report.html
 """
 

@@ -45,6 +45,11 @@ def model_files(folder: Path) -> list[Path]:
     return sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
+def folder_fingerprints(folder: Path) -> dict[str, str]:
+    """Of the files of `model_files`, by name. Raises OSError."""
+    return {path.name: file_fingerprint(path) for path in model_files(folder)}
+
+
 def take_inputs(data_files: Mapping[str, str], model_folder: Path, code: Mapping[str, Path] | None = None
                 ) -> dict[str, Any]:
     """Fingerprints of data files, checkpoint and the files of the user's functions, and versions. Raises OSError.
@@ -53,9 +58,20 @@ def take_inputs(data_files: Mapping[str, str], model_folder: Path, code: Mapping
         data_files: as they are named -> where they, or their copies, lie.
     """
     return {"data": {file: file_fingerprint(Path(path)) for file, path in sorted(data_files.items())},
-            "model": {path.name: file_fingerprint(path) for path in model_files(model_folder)},
+            "model": folder_fingerprints(model_folder),
             "code": {place: file_fingerprint(path) for place, path in sorted((code or {}).items())},
             "versions": versions()}
+
+
+def base_fingerprints(folder: Path) -> dict[str, str]:
+    """Of the files of a checkpoint that decide what its weights are: config.json and the weights. Raises OSError."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return {path.name: file_fingerprint(path) for path in files}
+
+
+def base_differences(before: Mapping[str, str], folder: Path) -> list[str]:
+    """A phrase for each file of a checkpoint that is not what it was."""
+    return differences({"base": dict(before)}, {"base": base_fingerprints(folder)}, "base")
 
 
 def versions() -> dict[str, str]:

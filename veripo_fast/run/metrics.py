@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line per record, and the same numbers as TensorBoard scalars.
+"""Metrics of a run: one JSON line per record, and the same numbers as scalars of TensorBoard and other trackers.
 
 A record is a flat or nested mapping with `global_step`; wall times live under the key `seconds`, so that the rest can
 be compared bitwise between a resumed run and an uninterrupted one. NaN and infinity become null: every line is JSON.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.jsonlines import append_objects, dump_objects, read_objects
+from veripo_fast.run.trackers import Tracker
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -24,10 +25,15 @@ STEPS_WITHOUT_SIGNAL = 5
 
 
 class MetricsLog:
-    """Appends records to `path` and, with a folder, to TensorBoard (torch is imported with the first record)."""
+    """Appends records to `path` and, with a folder, to TensorBoard (torch is imported with the first record).
 
-    def __init__(self, path: Path, tensorboard_dir: Path | None = None) -> None:
+    Args:
+        trackers: get the same scalars; a record says how many records they have missed so far, if any.
+    """
+
+    def __init__(self, path: Path, tensorboard_dir: Path | None = None, trackers: Sequence[Tracker] = ()) -> None:
         self.path = path
+        self.trackers = trackers
         self.tensorboard_dir = tensorboard_dir
         self._next_step: int | None = None
         self._writer: SummaryWriter | None = None
@@ -35,10 +41,14 @@ class MetricsLog:
     def log(self, record: Mapping[str, object]) -> None:
         """Append one record; it has reached the operating system when this returns. Raises OSError."""
         plain = _plain(record)
+        if missed := sum(tracker.missed for tracker in self.trackers):
+            plain["tracker_misses"] = missed
         if append_objects(self.path, [plain]):
             _log.warning("%s ended in a torn line, which was cut", self.path)
         if self.tensorboard_dir is not None:
             self._log_scalars(plain, self.tensorboard_dir)
+        for tracker in self.trackers:
+            tracker.log(dict(_scalars(plain, "")), plain.get("global_step", 0))
 
     def truncate_after(self, global_step: int) -> int:
         """Forget records whose global_step is larger, as a resume at `global_step` must; returns how many."""
@@ -51,7 +61,9 @@ class MetricsLog:
         return len(records) - len(kept)
 
     def close(self) -> None:
-        """Flush and close the TensorBoard file; a later record opens another one."""
+        """Flush and close the TensorBoard file and the trackers; a later record opens them again."""
+        for tracker in self.trackers:
+            tracker.close()
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -14,11 +14,13 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
+from veripo_fast.config.lora import LoraConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.distributed.balance import deal, idle_share
 from veripo_fast.distributed.flops import ModelCost, TowerCost, group_flops, tower_flops
+from veripo_fast.schedule.adapters import adapter_shapes
 from veripo_fast.schedule.hardware import Hardware
-from veripo_fast.schedule.shapes import ModelShape
+from veripo_fast.schedule.shapes import ModelShape, numbers
 from veripo_fast.schedule.workload import Workload, itemsize_of
 
 
@@ -105,11 +107,18 @@ class Work:
     """Sampled by all ranks."""
 
 
-def model_cost(shape: ModelShape) -> ModelCost:
+def model_cost(shape: ModelShape, lora: LoraConfig | None = None) -> ModelCost:
     """The shape as `group_flops` wants it; its tower counts where it is trained."""
+    adapters = None if lora is None else adapter_shapes(shape, lora)
     head_size = max(shape.queries // shape.heads, 1)
     return ModelCost(shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.keys // head_size, head_size,
-                     shape.vocabulary, None)
+                     shape.vocabulary, None, adapters=0 if adapters is None else numbers(adapters.language))
+
+
+def _trained_numbers(shape: ModelShape, config: Config) -> int:
+    """Of the language model: all its weights, or its adapters."""
+    adapters = adapter_shapes(shape, config.model.lora)
+    return shape.language_numbers if adapters is None else numbers(adapters.language)
 
 
 def tower_cost(shape: ModelShape) -> TowerCost:
@@ -123,7 +132,7 @@ def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -
     """A GRPO step whose overrides are in `config`, with one round of sampling: what a refill takes is not known."""
     size, grpo, rollout = config.rollout.group_size, config.grpo, config.rollout
     engines = max(ranks // rollout.tensor_parallel, 1)
-    prompts, cost = grpo.prompts_per_step, model_cost(shape)
+    prompts, cost = grpo.prompts_per_step, model_cost(shape, config.model.lora)
     sampled = math.ceil(config.plan.groups(prompts) / engines)
     own = [max(round(lengths.completion_tokens), 1)] * size
     prompt = max(round(lengths.prompt_tokens), 1)
@@ -142,7 +151,7 @@ def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -
     return Work(
         encode * math.ceil(prompts / ranks), prefill * sampled / rollout.tensor_parallel,
         decode * sampled / rollout.tensor_parallel, read, most, _link_bytes(shape, config, ranks, most),
-        sync_bytes(shape, config), ADAMW_BYTES * shape.language_numbers / ranks * updates, idle,
+        sync_bytes(shape, config), ADAMW_BYTES * _trained_numbers(shape, config) / ranks * updates, idle,
         math.ceil(prompts / ranks), prompts * size, prompts * size * lengths.completion_tokens)
 
 
@@ -151,12 +160,12 @@ def dpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) ->
     pairs = math.ceil(config.dpo.pairs_per_step / ranks)
     own = [max(round(lengths.completion_tokens), 1)] * 2
     prompt = max(round(lengths.prompt_tokens), 1)
-    flops = group_flops(model_cost(shape), prompt, own) * pairs
-    reference = group_flops(model_cost(shape), prompt, own, backward=False) * pairs
+    flops = group_flops(model_cost(shape, config.model.lora), prompt, own) * pairs
+    reference = group_flops(model_cost(shape, config.model.lora), prompt, own, backward=False) * pairs
     update = flops * _recomputed(config) + _tower_update(shape, config, lengths) * pairs
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * pairs
     return Work(encode, 0, 0, 0, update + reference, _link_bytes(shape, config, ranks, update), 0,
-                ADAMW_BYTES * shape.language_numbers / ranks, 0.0, pairs, 0,
+                ADAMW_BYTES * _trained_numbers(shape, config) / ranks, 0.0, pairs, 0,
                 config.dpo.pairs_per_step * 2 * lengths.completion_tokens)
 
 
@@ -164,11 +173,11 @@ def sft_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) ->
     """An SFT step, with one answer to each prompt."""
     prompts = math.ceil(config.sft.prompts_per_step / ranks)
     own = [max(round(lengths.completion_tokens), 1)]
-    flops = group_flops(model_cost(shape), max(round(lengths.prompt_tokens), 1), own) * prompts
+    flops = group_flops(model_cost(shape, config.model.lora), max(round(lengths.prompt_tokens), 1), own) * prompts
     update = flops * _recomputed(config) + _tower_update(shape, config, lengths) * prompts
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * prompts
     return Work(encode, 0, 0, 0, update, _link_bytes(shape, config, ranks, update), 0,
-                ADAMW_BYTES * shape.language_numbers / ranks, 0.0, prompts, 0,
+                ADAMW_BYTES * _trained_numbers(shape, config) / ranks, 0.0, prompts, 0,
                 config.sft.prompts_per_step * lengths.completion_tokens)
 
 
@@ -229,7 +238,7 @@ def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, live
     sigma = math.sqrt(math.log1p(lengths.spread ** 2))
     drawn = [math.exp(sigma * draw.gauss(0.0, 1.0)) for _ in range(groups)]
     drawn = [value * groups / sum(drawn) for value in drawn]
-    limit, size, cost = config.rollout.max_new_tokens, config.rollout.group_size, model_cost(shape)
+    limit, size, cost = config.rollout.max_new_tokens, config.rollout.group_size, model_cost(shape, config.model.lora)
     prompt, tower = max(round(lengths.prompt_tokens), 1), _tower_update(shape, config, lengths)
     flops = []
     for factor in drawn:
@@ -270,7 +279,8 @@ def _link_bytes(shape: ModelShape, config: Config, ranks: int, flops: float) -> 
         return 0.0
     itemsize = itemsize_of(config)
     weights = shape.language_numbers * itemsize * (ranks - 1) / ranks
-    per_batch = group_flops(model_cost(shape), config.optimizer.max_tokens, [1]) * _recomputed(config)
+    cost = model_cost(shape, config.model.lora)
+    per_batch = group_flops(cost, config.optimizer.max_tokens, [1]) * _recomputed(config)
     batches = max(math.ceil(flops / per_batch), 1)
     sharded = config.distributed.backend != "deepspeed" or config.distributed.zero_stage == 3
     return weights * (3 * batches if sharded else 2 * config.grpo.updates_per_rollout)

@@ -24,22 +24,18 @@ from veripo_fast.schedule.activations import (
     tower_working_bytes,
     working_bytes,
 )
+from veripo_fast.schedule.adapters import adapter_shapes, loss_with, merged_bytes, saved_by_adapters
 from veripo_fast.schedule.judge import JudgeShape, judging_owners
 from veripo_fast.schedule.placement import Held, Owners, Placement, held_by, reference_owners
-from veripo_fast.schedule.shapes import ModelShape
+from veripo_fast.schedule.process import LOADING, process_bytes
+from veripo_fast.schedule.shapes import ModelShape, numbers
 from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, itemsize_of, steps_of, workload_of
 
-MIB = 1 << 20
-PROCESS = {"none": 545 * MIB, "fsdp": 600 * MIB, "deepspeed": 640 * MIB, "vllm": 600 * MIB}
-"""Interpreter, torch, transformers and the other libraries of a process by backend, once each has been used; what vLLM
-adds stands by itself. Measured on Linux with the CPU builds of torch 2.13 (bench/bench_ledger.py); CUDA's add to it."""
-LOADING = 450 * MIB
-"""Of these, what is there while the policy loads, before the libraries first decode, score, step and talk."""
-ROOM_BYTES = 256 * MIB
+ROOM_BYTES = 256 << 20
 """Frames and patches that wait to be used again: MAX_BYTES of video/buffers.py."""
 SPLINTERED = 0.10
 """Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile."""
-HEAP_BLOCK = 32 * MIB
+HEAP_BLOCK = 32 << 20
 """glibc takes smaller blocks from its heap, where what is kept of a layer pins the free blocks around it."""
 DRAWING_BYTES, TRUNCATING_BYTES = 16, 40
 """Per logit of the torch engine while a token is drawn: float32 copies, and for top-k or top-p sorted ones."""
@@ -106,7 +102,8 @@ class Ledger:
         self.itemsize = itemsize_of(config)
         self.placement = Placement.of(config.distributed, ranks)
         self.trained_tower = not config.model.freeze_vision
-        self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, self.on_gpu)
+        self.adapters = adapter_shapes(shape, config.model.lora)
+        self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, self.on_gpu, self.adapters)
         self.masked = not self.on_gpu or config.model.attention == "sdpa"
         offloads = config.optimizer.offload and self.placement.backend in ("none", "fsdp")
         self.away = {name: self.held.resident[name] for name in ("masters", "AdamW's moments") if offloads}
@@ -131,7 +128,7 @@ class Ledger:
             prompts = self.work.pairs
             return [self._load(), self._vision(prompts), self._reference(row), self._update(row, prompts, prompts),
                     self._checkpoint()]
-        self.reference = reference_owners(self.shape, self.config, self.ranks, self.itemsize)
+        self.reference = reference_owners(self.shape, self.config, self.ranks, self.itemsize, self.adapters)
         trained = self.work.group_size * (self.config.plan.wordings if self.config.plan.pairing == "all" else 1)
         row = row_of(self.work.prompt_tokens, trained, self.work.completion_tokens, self.work.groups,
                      self.config.optimizer.max_tokens)
@@ -142,9 +139,8 @@ class Ledger:
 
     def _load(self) -> Phase:
         """The files are mapped, and each weight is copied into memory of its own; every rank loads all of them."""
-        shape = self.shape
-        whole = (shape.language_numbers + shape.vision_numbers) * self.itemsize
-        mapped = shape.stored_bytes if not self.on_gpu else 0
+        whole = (self.shape.language_numbers + self.shape.vision_numbers) * self.itemsize
+        mapped = self.shape.stored_bytes if not self.on_gpu else 0
         engine = self._engine_weights(starting=True)
         return self._phase("load", {"weights": whole, "checkpoint files": mapped, **engine},
                            {"process": LOADING})
@@ -208,7 +204,8 @@ class Ledger:
         if self.trained_tower:
             patches = round(self.work.patches * row.groups)
             saved["tower activations"] = tower_saved_bytes(shape.tower, patches, b)
-        loss = loss_bytes(shape, row, b, self.on_gpu)
+        saved["adapters"] = saved_by_adapters(self.adapters, self.config.model.lora, row.tokens, b)
+        loss = loss_with(self.adapters, loss_bytes(shape, row, b, self.on_gpu), shape, b)
         earlier = {"gradients": held.gradients if several else 0}
         backward = {"backward": working_bytes(shape, row.tokens, b), "head gradient": 2 * loss["head gradient"]}
         splintered = {} if self.on_gpu else {"allocator": round(SPLINTERED * sum(saved.values()))}
@@ -222,7 +219,8 @@ class Ledger:
     def _checkpoint(self) -> Phase:
         """Rank 0's: a whole copy in host memory where ranks share the weights or training goes on, and what safetensors
         writes from."""
-        whole = (self.shape.language_numbers + self.shape.vision_numbers) * self.itemsize
+        saved = self.shape.language_numbers + self.shape.vision_numbers
+        whole = (saved if self.adapters is None else numbers(self.adapters.all)) * self.itemsize
         copies = 2 if self.placement.backend != "none" or self.config.checkpoint.asynchronous else 1
         host = {"checkpoint": copies * whole}
         if self.config.checkpoint.asynchronous:
@@ -265,7 +263,8 @@ class Ledger:
         patches = 2 * work.patches * self.shape.tower.features * self.itemsize
         buffers = min(ROOM_BYTES, 3 * work.pixels * prompts + patches) if prompts else 0
         ahead = min(self.config.cache.prefetch_prompts, work.prompts) * 3 * work.pixels
-        host = {**self.held.host, **self._process(), "free buffers": buffers,
+        process = process_bytes(self.placement.backend, self.config.rollout.engine)
+        host = {**self.held.host, **process, "free buffers": buffers,
                 "frames ahead": min(ahead, self.config.cache.prefetch_bytes)}
         if self.on_gpu and self.away:
             host["offloaded AdamW"] = host.get("offloaded AdamW", 0) + sum(self.away.values())
@@ -274,10 +273,6 @@ class Ledger:
             host["vision cache"] = min(work.media * entry, self.config.cache.host_bytes)
         return host
 
-    def _process(self) -> Owners:
-        backend = {"none": "none", "fsdp": "fsdp"}.get(self.placement.backend, "deepspeed")
-        return {"process": max(PROCESS[backend], PROCESS["vllm"] if self.config.rollout.engine == "vllm" else 0)}
-
     def _engine_weights(self, starting: bool) -> Owners:
         """vLLM makes its own weights while it starts, and keeps them unless they are the trainer's."""
         rollout = self.config.rollout
@@ -285,7 +280,10 @@ class Ledger:
             return {}
         alias = rollout.weights == "alias" and self.placement.backend == "none"
         whole = (self.shape.language_numbers + self.shape.vision_numbers) * self.itemsize // rollout.tensor_parallel
-        return {"engine weights": whole} if starting or not alias else {}
+        if alias and not starting:
+            merged = merged_bytes(self.adapters, self.itemsize)
+            return {"engine weights": merged} if merged else {}
+        return {"engine weights": whole}
 
     def _engine_cache(self) -> Mapping[str, int]:
         rollout, shape = self.config.rollout, self.shape

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from veripo_fast.config.schema import Config, DistributedConfig
-from veripo_fast.schedule.shapes import ModelShape, Shape
+from veripo_fast.schedule.adapters import AdapterShapes
+from veripo_fast.schedule.shapes import ModelShape, Shape, numbers
 
 Owners = Mapping[str, int]
 """Owner -> bytes."""
@@ -72,8 +73,11 @@ def rows_share(shapes: tuple[Shape, ...], ranks: int) -> int:
     return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in shapes)
 
 
-def held_by(shape: ModelShape, placement: Placement, itemsize: int, tower_trained: bool, on_gpu: bool) -> Held:
-    """What a rank holds of a policy that trains."""
+def held_by(shape: ModelShape, placement: Placement, itemsize: int, tower_trained: bool, on_gpu: bool,
+            adapters: AdapterShapes | None = None) -> Held:
+    """What a rank holds of a policy that trains, whole or by adapters."""
+    if adapters is not None:
+        return _held_with(adapters, shape, placement, itemsize, on_gpu)
     ranks, backend = placement.ranks, placement.backend
     language, vision = shape.language_numbers, shape.vision_numbers
     own = rows_share(shape.language, ranks) if backend in ("none", "fsdp") else -(-language // ranks)
@@ -103,6 +107,23 @@ def held_by(shape: ModelShape, placement: Placement, itemsize: int, tower_traine
                 (language - own) * itemsize if placement.sharded else 0, stepping, host)
 
 
+def _held_with(adapters: AdapterShapes, shape: ModelShape, placement: Placement, itemsize: int, on_gpu: bool) -> Held:
+    """Of adapters: weights without gradient or state. In one process, or by FSDP2, which shards both by rows."""
+    ranks, trained = placement.ranks, numbers(adapters.all)
+    whole = shape.language_numbers + trained
+    weights = rows_share(shape.language, ranks) + rows_share(adapters.all, ranks) if placement.sharded else whole
+    own = rows_share(adapters.all, ranks)
+    masters = 4 * own if itemsize < 4 else 0
+    stepping = 4 * own * (1 if placement.backend == "none" and itemsize == 4 else 2)
+    resident = {"weights": weights * itemsize, "tower": shape.vision_numbers * itemsize, "masters": masters,
+                "AdamW's moments": 8 * own}
+    gathered = 0
+    if placement.sharded:
+        root = shape.language_numbers - shape.layers * shape.layer_numbers
+        gathered = (root + 4 * shape.layer_numbers) * itemsize
+    return Held(resident, own * itemsize, gathered, (whole - weights) * itemsize, stepping, {})
+
+
 def _gathered(shape: ModelShape, placement: Placement, itemsize: int, on_gpu: bool) -> int:
     """Whole weights and gradients around the layer that runs, with the buffers that they are sent in."""
     language, layer = shape.language_numbers, shape.layer_numbers
@@ -125,10 +146,13 @@ def frozen_bytes(shape: ModelShape, ranks: int, itemsize: int, tower: bool) -> i
     return (language + (shape.vision_numbers if tower else 0)) * itemsize
 
 
-def reference_owners(shape: ModelShape, config: Config, ranks: int, itemsize: int) -> Owners:
+def reference_owners(shape: ModelShape, config: Config, ranks: int, itemsize: int, adapters: AdapterShapes | None
+                     ) -> Owners:
     """The reference of a GRPO stage, and the float32 mean behind one that follows the policy."""
     if not config.needs_reference:
         return {}
+    if adapters is not None:  # the same model: those of the start, and those of now while they are away
+        return {"reference policy": 2 * numbers(adapters.all) * itemsize}
     moves = config.grpo.reference == "ema" and itemsize < 4
     return {"reference policy": frozen_bytes(shape, ranks, itemsize, tower=True),
             "mean of the policy": frozen_bytes(shape, ranks, 4, tower=not config.model.freeze_vision) if moves else 0}

@@ -87,6 +87,8 @@ class ModelShape:
     """Of the weights in the files."""
     stored_itemsizes: frozenset[int]
     """Bytes of a number in the files."""
+    named: tuple[tuple[str, Shape], ...] = ()
+    """Name and shape of each weight, those of the tower as visual.NAME."""
 
     @property
     def language_numbers(self) -> int:
@@ -160,7 +162,8 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[Shape, int]]
         int(text.get("num_attention_heads") or 32), vocabulary, int(text.get("max_position_embeddings") or 32768), tied,
         tower, tuple(language.values()), tuple(vision.values()),
         sum(math.prod(shape) * size for shape, size in tensors.values()),
-        frozenset(size for _, size in tensors.values()))
+        frozenset(size for _, size in tensors.values()),
+        (*language.items(), *((f"visual.{name}", shape) for name, shape in vision.items())))
 
 
 def _tower(config: Mapping[str, Any], shapes: Mapping[str, Shape], out_hidden: int) -> TowerShape:

@@ -17,15 +17,15 @@ from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.order import PromptOrder
 from veripo_fast.data.wordings import worded
 from veripo_fast.errors import DataError
-from veripo_fast.model.policy import Policy
 from veripo_fast.reward.groups import StreamedScores, advantages_of, has_signal, reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.plans import pair_all
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import write_groups
 from veripo_fast.run.seeds import derive_seed
+from veripo_fast.stages.moving_reference import tell_logprobs
 from veripo_fast.stages.plan_metrics import contrast_metrics, round_metrics
-from veripo_fast.stages.reference import tell_logprobs
+from veripo_fast.stages.reference import Reference
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup, Video
 
@@ -55,7 +55,7 @@ class Sampler:
     """
 
     def __init__(self, session: Session, prompts: Sequence[Prompt], order: PromptOrder, stage: StageConfig,
-                 config: Config, reference: Policy | None = None) -> None:
+                 config: Config, reference: Reference | None = None) -> None:
         self.session, self.prompts, self.order, self.stage, self.config = session, prompts, order, stage, config
         self.plan = config.plan
         self.told_by = reference if config.reward.reference_logprobs else None

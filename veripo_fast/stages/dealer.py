@@ -36,7 +36,8 @@ class Dealer:
     @classmethod
     def of(cls, policy: Policy, world: World) -> Dealer:
         """For the groups of a policy."""
-        return cls(ModelCost.of(policy.model.config, tower_trained=not policy.frozen_vision), world, policy.device)
+        return cls(ModelCost.of(policy.model.config, tower_trained=not policy.frozen_vision,
+                                adapters=policy.text_cost.adapters), world, policy.device)
 
     def deal(self, prompts: Sequence[LoadedPrompt | None], groups: Sequence[RolloutGroup], numbers: Sequence[int]
              ) -> dict[int, LoadedPrompt]:

@@ -37,6 +37,7 @@ from veripo_fast.run.metrics import read_records
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.optimizer import Optimizer, step_policy
+from veripo_fast.stages.reference import Reference
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.step_work import repeated_flops
 from veripo_fast.types import LoadedPrompt, PreferencePair, Prompt, RolloutGroup
@@ -233,7 +234,7 @@ def pack_pairs(rows: Sequence[PairRow], device: torch.device) -> tuple[PackedBat
     return batch, torch.tensor(bits, dtype=torch.float32, device=device)
 
 
-def pair_logprobs(policy: Policy, rows: Sequence[PairRow], loss: PreferenceLoss) -> torch.Tensor:
+def pair_logprobs(policy: Reference, rows: Sequence[PairRow], loss: PreferenceLoss) -> torch.Tensor:
     """Log-probs [B, 2] of (chosen, rejected), summed as the loss sums them."""
     batch, mask = pack_pairs(rows, policy.device)
     logprobs = policy.completion_logprobs(batch, policy.features_of([row.prompt for row in rows]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
+from tqdm import tqdm
 from veripo_kernels import PolicyLoss
 
 from veripo_fast.config.schema import Config, StageConfig
@@ -34,10 +35,12 @@ from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.dpo import PairRow
 from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
+from veripo_fast.stages.moving_reference import MovingReference
 from veripo_fast.stages.online import Harvest, PairTerm, families_of
 from veripo_fast.stages.optimizer import Optimizer, step_policy
-from veripo_fast.stages.reference import MovingReference, stage_reference
+from veripo_fast.stages.reference import Reference, stage_reference
 from veripo_fast.stages.rollout_metrics import column_metrics, rollout_metrics
+from veripo_fast.stages.samples import table
 from veripo_fast.stages.session import Session
 from veripo_fast.types import LoadedPrompt, Media, PreferencePair, Prompt, RolloutGroup
 
@@ -69,6 +72,8 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         with session.phase("reward"):
             session.keep(batch.groups)
             check_rollout_logprobs(batch.groups, session.run.rollouts(stage.name, step))
+        if session.world.main and (every := config.train.show_samples) and (step + 1) % every == 0:
+            tqdm.write(table(f"{stage.name}, step {step + 1}", batch.groups))
         means = rollout_metrics(batch.groups) | column_metrics(batch.groups, config.reward) | batch.metrics
         counts = health.observe(batch.groups, means) if session.world.main else {}
         pairs: list[PreferencePair] = []
@@ -144,7 +149,7 @@ class GrpoUpdate:
         term: adds the gradient of preference pairs; None: there are none.
     """
 
-    def __init__(self, policy: Policy, optimizer: Optimizer, config: Config, ref: Policy | None,
+    def __init__(self, policy: Policy, optimizer: Optimizer, config: Config, ref: Reference | None,
                  dealer: Dealer | None = None, term: PairTerm | None = None) -> None:
         self.policy = policy
         self.optimizer = optimizer
@@ -227,7 +232,8 @@ class GrpoUpdate:
             metrics |= self.term.backward(*pairs)
         stepped = step_policy(self.policy, self.optimizer)
         largest = metrics.pop("parity_max")
-        engine = {"parity_max": largest} if fresh and self.config.plan.pairing == "own" else {}
+        compared = fresh and self.config.plan.pairing == "own" and not self.config.model.lora.dropout
+        engine = {"parity_max": largest} if compared else {}
         if stepped["skipped_updates"]:
             return stepped | engine
         return metrics | engine | stepped

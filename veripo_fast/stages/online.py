@@ -27,6 +27,7 @@ from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.dpo import PairRow, pack_pairs, pair_length, pair_logprobs, preference_loss_of
 from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.optimizer import Optimizer
+from veripo_fast.stages.reference import Reference
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.step_work import repeated_flops
 from veripo_fast.types import Completion, LoadedPrompt, PreferencePair, RolloutGroup
@@ -71,7 +72,7 @@ class PairTerm:
         step: the configuration of a step, with what the guard of the chosen side adds.
     """
 
-    def __init__(self, policy: Policy, optimizer: Optimizer, reference: Policy, dealer: Dealer, guard: ChosenGuard,
+    def __init__(self, policy: Policy, optimizer: Optimizer, reference: Reference, dealer: Dealer, guard: ChosenGuard,
                  seed: int) -> None:
         self.policy, self.optimizer, self.reference = policy, optimizer, reference
         self.dealer, self.guard, self.seed = dealer, guard, seed

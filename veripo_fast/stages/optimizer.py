@@ -37,7 +37,8 @@ def step_policy(policy: Policy, optimizer: Optimizer) -> dict[str, float]:
     if norm is None:
         return {"skipped_updates": 1.0}
     policy.version += 1
-    return {"grad_norm": norm, "learning_rate": rate, "skipped_updates": 0.0}
+    parts = {f"grad_norm_{part}": value for part, value in optimizer.backend.part_norms.items()}
+    return {"grad_norm": norm, **parts, "learning_rate": rate, "skipped_updates": 0.0}
 
 
 class Optimizer:

@@ -1,39 +1,54 @@
-"""The policy that the KL term pulls towards, and that rewards are told the log-probs of: it never trains.
+"""The policy that the KL term pulls towards: frozen, as it was at the start of a stage or of the run.
 
-It is loaded at the start of a stage, and stays as it is, or follows the policy as a moving mean.
+Of a policy that trains whole it is a second model, loaded again. Of one that trains adapters it is the same model: with
+its adapters off, or with those that the stage began with in their place.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 
-from veripo_fast.config.objectives import GrpoConfig
+from veripo_fast.distributed.backend import Held
 from veripo_fast.distributed.choice import distribute_frozen
-from veripo_fast.distributed.shares import padded
-from veripo_fast.distributed.state_files import read_state
 from veripo_fast.errors import ConfigError
+from veripo_fast.model.adapter_files import file_name, is_adapter_folder
 from veripo_fast.model.checkpoint_files import resolve_path
-from veripo_fast.model.encoding import PromptEncoder
-from veripo_fast.model.packing import pack
+from veripo_fast.model.packing import PackedBatch
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.recipes.own import described, named
 from veripo_fast.recipes.tables import REFERENCES
-from veripo_fast.reward.spans import answer_bounds
-from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.stages.session import Session
-from veripo_fast.types import LoadedPrompt, RolloutGroup
+from veripo_fast.types import LoadedPrompt, VisionFeatures
 
 
-def stage_reference(session: Session, reference: str = "stage_start") -> Policy:
+class Reference(Protocol):
+    """What an update asks of it; see `Policy`."""
+
+    def completion_logprobs(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], *,
+                            temperature: float = 1.0) -> torch.Tensor: ...
+
+    def features_of(self, prompts: Sequence[LoadedPrompt]) -> list[VisionFeatures | None]: ...
+
+    def idle(self) -> torch.Tensor: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def stage_reference(session: Session, reference: str = "stage_start") -> Reference:
     """The reference of the stage that runs. Raises ConfigError where the user's function names none."""
-    model = resolve_path(session.config.model.path)
-    policy = load_policy(session.config.model, reference_folder(reference, model, session.stage_start() or model))
+    config = session.config.model
+    model = resolve_path(config.path)
+    adapters = resolve_path(config.lora.adapter) if config.lora.adapter else model
+    folder = reference_folder(reference, model, session.stage_start() or adapters)
+    if session.policy.adapters is not None:
+        return EarlierAdapters(session.policy, None if folder == model else folder)
+    policy = load_policy(config, folder)
     policy.model.requires_grad_(False)
     policy.passes = session.policy.passes
     distribute_frozen(policy, session.world)
@@ -49,89 +64,74 @@ def reference_folder(reference: str, model: Path, started_from: Path) -> Path:
         raise ConfigError(f"reference {reference} names no folder: {described(error)}") from error
 
 
-class MovingReference:
-    """A reference that follows the policy: mean = decay * mean + (1 - decay) * policy, every so many steps.
-
-    The mean is in float32: at a decay of 0.995 a bfloat16 weight would never move. It lies on the ranks as the
-    reference's weights do, and in the checkpoint beside the optimizer's state.
+class EarlierAdapters:
+    """A policy with its adapters off, or with earlier ones in their place; as a `Reference`.
 
     Args:
-        policy: the reference, at the start of the stage.
-        optimizer: of the followed policy; its checkpoints get the mean.
+        folder: of the earlier ones; None: off.
+
+    Raises:
+        ConfigError: the folder holds a model, which a policy with adapters cannot be.
+        CheckpointError: its adapters are not those of this policy.
     """
 
-    def __init__(self, session: Session, policy: Policy, optimizer: Optimizer, config: GrpoConfig) -> None:
-        self.session, self.policy = session, policy
-        self.decay, self.every = config.reference_decay, config.reference_every
-        trained = {name for name, _ in session.policy.parameters()}
-        self.weights = {name: weight.detach() for name, weight in policy.all_parameters() if name in trained}
-        self.means = {f"reference/{name}": weight.float() for name, weight in self.weights.items()}
-        optimizer.beside |= self.means
-        if session.state.step and session.checkpoint is not None:
-            read_state(session.checkpoint / "trainer" / "optimizer", dict(self.means), session.world)
-            self._show()
+    def __init__(self, policy: Policy, folder: Path | None) -> None:
+        self.policy = policy
+        self.earlier: dict[str, torch.Tensor] | None = None if folder is None else self._read(folder)
 
-    @torch.no_grad()
-    def step_done(self, step: int) -> None:
-        """Follow the policy if it is time, behind the update of a step of the stage. Collective."""
-        if (step + 1) % self.every:
+    def completion_logprobs(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], *,
+                            temperature: float = 1.0) -> torch.Tensor:
+        """See `Policy`."""
+        with self._as_it_was():
+            return self.policy.completion_logprobs(batch, features, temperature=temperature)
+
+    def features_of(self, prompts: Sequence[LoadedPrompt]) -> list[VisionFeatures | None]:
+        """See `Policy`."""
+        with self._as_it_was():
+            return self.policy.features_of(prompts)
+
+    def idle(self) -> torch.Tensor:
+        """See `Policy`."""
+        with self._as_it_was():
+            return self.policy.idle()
+
+    @property
+    def device(self) -> torch.device:
+        """See `Policy`."""
+        return self.policy.device
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        assert self.policy.adapters is not None
+        if self.earlier is None:
+            with self.policy.adapters.off():
+                yield
             return
-        for name, whole in self.session.policy.backend.weights():
-            mean = self.means.get(f"reference/{name}")
-            if mean is not None:
-                mean.lerp_(_laid_out(whole.detach(), mean), 1 - self.decay)
-        self._show()
+        own = self._own()
+        now = {name: rows.clone() for name, (_, rows) in own.items()}
+        with torch.no_grad():
+            for name, (first, rows) in own.items():
+                rows.copy_(self.earlier[name][first:first + len(rows)])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, (_, rows) in self._own().items():
+                    rows.copy_(now[name])
 
-    @torch.no_grad()
-    def _show(self) -> None:
-        for name, weight in self.weights.items():
-            weight.copy_(self.means[f"reference/{name}"])
+    def _own(self) -> Held:
+        """What this rank holds of each matrix."""
+        assert self.policy.adapters is not None
+        held = self.policy.backend.held()
+        return {name: held[name] for name, _ in self.policy.adapters.parameters()}
 
-
-def _laid_out(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A weight in float32 on the ranks as another one is; `whole` is empty on all ranks but the first. Collective."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor):
-        return whole.to(like)
-    if whole.shape != like.shape:
-        whole = torch.empty(like.shape, device=like.to_local().device)
-    return distribute_tensor(whole.to(like.to_local()), like.device_mesh, like.placements)
-
-
-@torch.no_grad()
-def tell_logprobs(reference: Policy, loaded: Mapping[int, LoadedPrompt], groups: Mapping[int, RolloutGroup],
-                  temperature: float, session: Session) -> None:
-    """Fill in `reference_logprobs` and `answer_tokens` of groups that have no reward yet. Collective.
-
-    Args:
-        loaded, groups: of this rank, by number.
-    """
-    wanted = [number for number, group in groups.items() if any(row.reward is None for row in group.completions)]
-    for number in padded(wanted, session.world):
-        if number is None:
-            reference.idle()
-            continue
-        prompt, rows = loaded[number], groups[number].completions
-        batch = pack([(prompt.encoded, [row.token_ids for row in rows])])
-        logprobs = reference.completion_logprobs(batch, reference.features_of([prompt]), temperature=temperature)
-        for row, own in zip(rows, logprobs.split([len(row.token_ids) for row in rows]), strict=True):
-            row.reference_logprobs = own.tolist()
-            row.answer_tokens = answer_tokens(session.policy.encoder, row.token_ids, row.text, prompt.prompt.form)
-
-
-def answer_tokens(encoder: PromptEncoder, token_ids: list[int], text: str, form: Any) -> tuple[int, int] | None:
-    """The first token of a completion with a character of its answer, and the one behind the last; None without."""
-    bounds = answer_bounds(text, form)
-    if bounds is None:
-        return None
-    known = partial(_characters, encoder, token_ids, text)
-    counts = range(len(token_ids) + 1)
-    begin, end = (bisect_left(counts, bound, key=known) for bound in bounds)
-    return begin - (known(begin) > bounds[0]), end  # a token may hold the end of the tag too
-
-
-def _characters(encoder: PromptEncoder, token_ids: list[int], text: str, count: int) -> int:
-    """How many characters of a text its first tokens give; half a character, which decodes to U+FFFD, is none."""
-    begun = encoder.decode_completion(token_ids[:count])
-    return len(begun) if text.startswith(begun) else len(begun.rstrip("\ufffd"))
+    def _read(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Each matrix of an adapter folder, flattened, in the dtype and on the device of the policy's."""
+        adapters = self.policy.adapters
+        assert adapters is not None
+        if not is_adapter_folder(folder):
+            raise ConfigError(f"grpo.reference names {folder}, a whole model; with model.lora it is the base without "
+                              "adapters (base), or a folder of adapters")
+        stored = adapters.check(folder)
+        return {name: stored[file_name(name)].to(self.policy.device, parameter.dtype).flatten()
+                for name, parameter in adapters.parameters()}

@@ -17,6 +17,7 @@ from veripo_fast.errors import DataError
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import read_groups
 from veripo_fast.run.folder import RunDir
+from veripo_fast.run.metrics import read_records
 from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ def stage_rollouts(run: RunDir, config: Config, name: str, some_may_be_gone: boo
     stage = next(stage for stage in config.stages if stage.name == name)
     files = run.rollout_files(name)
     expected = apply_overrides(config, stage.set).grpo.steps
+    if config.eval.patience is not None:  # it may have ended early: its metrics say where
+        expected = min(expected, sum(row.get("stage") == name for row in read_records(run.metrics)))
     if len(files) < expected and not some_may_be_gone:
         raise DataError(f"{expected - len(files)} of {expected} rollout files of stage {name} are gone from "
                         f"{run.root / 'rollouts' / name}; what follows would learn from the rest. Put them back, or go "

@@ -21,6 +21,7 @@ from veripo_fast.distributed.state_files import on_host, write_state
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import CheckpointError
 from veripo_fast.model.policy import Policy, save_policy, weights_on_host
+from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.checkpoint import checkpoint_path, save_checkpoint
 from veripo_fast.schedule.timeline import FOR_CHECKPOINT, span
 from veripo_fast.stages.optimizer import Optimizer
@@ -44,6 +45,14 @@ class State:
     """Name of the checkpoint that the current stage began from; empty: the model of the configuration."""
     moments: dict[str, list[float]] = field(default_factory=dict)
     """What the stage's advantage remembers of each task; empty for most."""
+    best: str = ""
+    """Name of the checkpoint of the best evaluation inside of a stage (`eval.keep_best`); empty: none yet."""
+    best_score: float | None = None
+    """Its metric."""
+    stage_best: float | None = None
+    """The best metric of the current stage."""
+    stale: int = 0
+    """Evaluations in a row since, which were no better."""
 
 
 def read_state(checkpoint: Path | None) -> State:
@@ -56,6 +65,16 @@ def read_state(checkpoint: Path | None) -> State:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); another version of veripo-fast may have written it: "
                               "inputs.json in the run folder says which") from error
+
+
+def name_best(root: Path, state: State) -> None:
+    """Let the file `best` name the best checkpoint that there is. A run that is resumed does it too: a crash may have
+    come right behind the checkpoint, or the newest ones may be damaged."""
+    path = root / "best"
+    if not state.best or not (root / state.best).is_dir():
+        return
+    if not path.is_file() or path.read_text("utf-8", errors="replace").strip() != state.best:
+        atomic_write_text(path, state.best + "\n")
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,7 @@ class Saves:
         if world.main:
             save_checkpoint(self.root, content.state.global_step, partial(self._fill, content, world),
                             self.config.keep, content.protect)
+            name_best(self.root, content.state)
         elif content.optimizer is not None:
             write_state(world.broadcast(Path()), content.optimizer, world)
         world.barrier()  # what others read next is whole

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,15 @@ from tqdm import tqdm
 
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.schema import Config, StageConfig
-from veripo_fast.data.prompts import load_prompts
 from veripo_fast.distributed.choice import distribute
-from veripo_fast.distributed.shares import gathered, of_engine, own_numbers
 from veripo_fast.distributed.world import ONE, World
-from veripo_fast.errors import DataError
 from veripo_fast.model.checkpoint_files import resolve_device, resolve_path
 from veripo_fast.model.policy import in_own_memory, load_policy
 from veripo_fast.rollout.engine import make_engine
 from veripo_fast.rollout.parity import gate_of
 from veripo_fast.rollout.protocol import OnGroup, Sampling
 from veripo_fast.rollout.store import write_groups
-from veripo_fast.run.checkpoint import latest_checkpoint
+from veripo_fast.run.checkpoint import checkpoint_path, latest_checkpoint
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.interrupt import Request, StopRequests
 from veripo_fast.run.memory import HighWater
@@ -35,17 +31,19 @@ from veripo_fast.run.metrics import MetricsLog
 from veripo_fast.schedule.timeline import span
 from veripo_fast.stages.books import Books
 from veripo_fast.stages.dealer import Dealer
+from veripo_fast.stages.inside import Inside
+from veripo_fast.stages.loading import Loading
 from veripo_fast.stages.memory import MemoryBooks
 from veripo_fast.stages.optimizer import Optimizer
 from veripo_fast.stages.phases import Phases
 from veripo_fast.stages.rollouts import stage_rollouts, stored_groups
-from veripo_fast.stages.saves import Saves, State, read_state
+from veripo_fast.stages.saves import Saves, State, name_best, read_state
 from veripo_fast.stages.step_work import StepWork
 from veripo_fast.stages.stops import end_all, request_of_any
-from veripo_fast.types import LoadedPrompt, Prompt, RolloutGroup
+from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 
-class Session:
+class Session(Loading):
     """One run, at the point where its newest checkpoint left it.
 
     Args:
@@ -68,11 +66,12 @@ class Session:
         self._began_at = self.state.global_step
         if world.main:
             metrics.truncate_after(self.state.global_step)
+            name_best(run.checkpoints, self.state)
         world.doing("loading the policy")
         self.high_water = HighWater(resolve_device(config.model.device))
         self.memory = MemoryBooks(run, self.high_water, world)
         with span("load"), self.high_water.phase("load"):
-            self.policy = in_own_memory(load_policy(config.model, self.checkpoint))
+            self.policy = in_own_memory(load_policy(config.model, self.checkpoint, seed=config.seed))
         self.memory.loaded(self.policy.encoder.family)
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
@@ -90,8 +89,7 @@ class Session:
         self.engine = make_engine(config, self.policy)  # last: what is built must be closed
         self.gate = gate_of(config, self.policy, self.engine)
         self._checked_parity = False
-        self._told_bad = 0
-        """Bad prompts that all ranks know, the first of the loader's."""
+        self.inside = Inside(config.eval)
 
     def close(self) -> None:
         """Stop the decoding threads, finish writing to cache and checkpoints, and end timeline and engine."""
@@ -108,10 +106,12 @@ class Session:
         """The numbers of the steps that are left of a stage; each ends with `finish_step`."""
         self._stage, self._optimizer = stage, optimizer
         with tqdm(total=total, initial=self.state.step, desc=stage.name, unit="step") as self._bar:
-            while self.state.step < total:
-                self.work.begin()
+            while self.state.step < total and not self.inside.ends(self.state):
+                self.work.begin(self.state.global_step)
                 self.books.times.begin_step(stage.name, self.state.step)
                 yield self.state.step
+        if self.world.main and self.inside.ends(self.state):
+            self.inside.say_end(self.state, stage.name, total)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Measure a block: its wall time goes into the metrics of the step that runs or comes next. A block that fails
@@ -177,7 +177,7 @@ class Session:
         self.state.global_step += 1
         stage = self._stage
         self.saves.check()
-        work = self.work.metrics()
+        work = self.work.metrics() | self._evaluated()
         self.books.write(stage.name, self.state.global_step)
         if self.world.main:
             self.metrics.log({"global_step": self.state.global_step, "stage": stage.name, "kind": stage.kind,
@@ -185,14 +185,25 @@ class Session:
         self.memory.step_done(self.loader.cached_bytes)
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(1)
-        if self.state.step == self._bar.total:
+        if self.state.step == self._bar.total or self.inside.ends(self.state):
             return
         request = request_of_any(self.requests, self.world)
-        if self.state.global_step % self.config.checkpoint.every == 0 or request:
+        best = self.state.best == checkpoint_path(self.run.checkpoints, self.state.global_step).name
+        if self.state.global_step % self.config.checkpoint.every == 0 or best or request:
             with self.phase("checkpoint"):
                 self.save(self._optimizer)
         self.requests.step_done()
         self._stop(request)
+
+    def _evaluated(self) -> dict[str, float]:
+        """Scores of an evaluation that is due. Its time is that of the next step, as a checkpoint's is."""
+        if not self.inside.due(self.state):
+            return {}
+        if self._optimizer is not None and self._optimizer.config.offload:
+            self._optimizer.offload()
+        with self.phase("eval"):
+            return self.inside.scores(self.state, self._stage.name, checkpoint_path(
+                self.run.checkpoints, self.state.global_step).name)
 
     def stop_if_asked(self) -> None:
         """End all ranks, see `end_all`, when any of them was asked to stop. Collective."""
@@ -230,7 +241,8 @@ class Session:
     def finish_stage(self) -> None:
         """Count the stage and write a checkpoint of its end."""
         stage = self.config.stages[self.state.stage]
-        self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step)
+        self.state = State(stage=self.state.stage + 1, global_step=self.state.global_step, best=self.state.best,
+                           best_score=self.state.best_score)
         with span("checkpoint"), self.high_water.phase("checkpoint"):
             self.save(None)
         self.memory.stage_done(stage.name, self._optimizer)
@@ -247,53 +259,14 @@ class Session:
             stage, step = self._stage.name, self.state.step
             write_groups(self.run.rollouts(stage, step), groups, stage, step)
 
-    def load(self, prompts: Sequence[Prompt]) -> list[LoadedPrompt]:
-        """Load prompts whose media are still what they were. Raises DataError."""
-        self.books.media.check(prompts)
-        return self.loader.load(prompts)
-
-    def load_share(self, batch: Sequence[Prompt]) -> dict[int, LoadedPrompt]:
-        """This rank's share of a batch, by place in it; those that cannot be loaded are left out. Raises DataError."""
-        own = self._own_numbers(batch)
-        self.books.media.check([batch[number] for number in own])
-        with self.work.shared():
-            return of_engine(self.loader.load_some(batch, own), self.world, self.config.rollout.tensor_parallel)
-
-    def prefetch_share(self, batch: Sequence[Prompt]) -> None:
-        """Decode the media of a batch that comes next, of this rank's share."""
-        self.loader.prefetch([batch[number] for number in self._own_numbers(batch)])
-
-    def _own_numbers(self, batch: Sequence[Prompt]) -> list[int]:
-        return own_numbers(len(batch), self.world, self.config.rollout.tensor_parallel)
-
-    def gathered(self, own: Mapping[int, RolloutGroup]) -> dict[int, RolloutGroup]:
-        """The groups of all ranks, by their numbers. Collective."""
-        speaks = self.world.rank % self.config.rollout.tensor_parallel == 0  # for the ranks that share an engine
-        return gathered(own if speaks else {}, self.world)
-
-    def check_some_loaded(self, prompts: Sequence[Prompt], what: str) -> None:
-        """Raise DataError when every prompt turned out to be bad. Collective: a rank alone may have bad ones only."""
-        new = dict(islice(self.loader.bad.items(), self._told_bad, None))
-        for bad in self.world.gather(new):
-            self.loader.bad |= bad  # else a rank that gets the prompt later would try it, and say so, once more
-        self._told_bad = len(self.loader.bad)
-        if all(prompt in self.loader.bad for prompt in prompts):
-            raise DataError(f"none of the {len(prompts)} {what} could be loaded; {self.run.skipped} says why for each")
-
     def stage_groups(self, name: str) -> list[RolloutGroup]:
         """All rollouts of an earlier stage, in the order they were made. Raises DataError when some are gone."""
         return self.world.on_main(
             lambda: stage_rollouts(self.run, self.config, name, "rollouts" in self.allow_changes))
 
-    def load_prompts(self, files: tuple[str, ...]) -> list[Prompt]:
-        """Prompts of data files; records that cannot be used are named in skipped.jsonl."""
-        prompts, skipped = load_prompts(files, self.config.data)
-        self.books.skip_records(skipped)
-        return prompts
-
     def save(self, optimizer: Optimizer | None) -> None:
         """Write a checkpoint of the state as it is; without optimizer, and waiting for it, at the end of a stage."""
         self.state.policy_version = self.policy.version
         self.world.doing(f"writing the checkpoint of step {self.state.global_step}")
-        start = self.stage_start()
-        self.checkpoint = self.saves.save(self.state, optimizer, [start] if start else [], wait=optimizer is None)
+        needed = [self.run.checkpoints / name for name in (self.state.stage_start, self.state.best) if name]
+        self.checkpoint = self.saves.save(self.state, optimizer, needed, wait=optimizer is None)

@@ -21,9 +21,10 @@ from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.recipes.checked import check_functions, own_files
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.folder import RunDir
-from veripo_fast.run.inputs import differences, read_inputs, take_inputs, write_inputs
+from veripo_fast.run.inputs import differences, folder_fingerprints, read_inputs, take_inputs, write_inputs
 from veripo_fast.run.lock import NAME as LOCK
 from veripo_fast.run.lock import RunLock
+from veripo_fast.run.trackers import check_trackers
 from veripo_fast.schedule.judge import judge_shapes
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,9 @@ def check_ranks(config: Config, world: World) -> dict[str, Any]:
     world.same("a configuration", to_yaml(config), "start all ranks with the same file and options")
     world.agreed(lambda: _check_inputs(config))
     inputs = take_inputs(local_files(_data_files(config)), resolve_path(config.model.path), own_files(config))
+    if config.model.lora.adapter:
+        folder = resolve_path(config.model.lora.adapter)
+        inputs["model"] |= {f"adapter/{name}": value for name, value in folder_fingerprints(folder).items()}
     for kind, what in (("data", "data files"), ("model", "a model"), ("versions", "packages"), ("code", "functions")):
         world.same(what, json.dumps(inputs[kind], sort_keys=True), "every machine needs the same")
     world.same("a GPU", gpu_name(config.model.device), "mixed GPUs would wait for the slowest")
@@ -144,7 +148,11 @@ def _data_files(config: Config) -> list[str]:
 def _check_inputs(config: Config) -> None:
     if not resolve_path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path} is not a folder")
+    adapter = config.model.lora.adapter
+    if adapter and not resolve_path(adapter).is_dir():
+        raise ConfigError(f"model.lora.adapter {adapter} is not a folder")
     judge_shapes(config)
+    check_trackers(config.train.trackers)
     if any(stage.kind != "dpo" and not stage.data for stage in config.stages) and not config.data.train:
         raise ConfigError("data.train names no files")
     for file in _data_files(config):

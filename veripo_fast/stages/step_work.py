@@ -45,8 +45,10 @@ class StepWork:
         self._new_rollout()
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, global_step: int = 0) -> None:
         """The step begins here."""
+        if self.policy.adapters is not None:
+            self.policy.adapters.begin_step(global_step, self.world.rank)
         self._began = time.perf_counter()
         self._before = self.policy.passes.copy()
 
