@@ -20,6 +20,8 @@ from veripo_fast.run.trackers import Tracker
 TEXT = (REPOSITORY / "docs" / "metrics.md").read_text("utf-8")
 ROWS = re.findall(r"^\| `([\w.]+)` \|([^|]*)\| ((?:[^|]|\\\|)*) \|$", TEXT, re.MULTILINE)
 """Name, unit, and what it is."""
+NAMED = ("columns", "pairs_by_family")
+"""Groups of metrics whose names a configuration chooses."""
 ELSEWHERE = {name for name, _, meaning in ROWS if meaning.startswith(("vllm: ", "GPU: "))}
 """Names that a run on a CPU with the torch engine does not write; the code writes them as they stand here."""
 
@@ -27,7 +29,7 @@ ELSEWHERE = {name for name, _, meaning in ROWS if meaning.startswith(("vllm: ", 
 def names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in record.items():
         if isinstance(value, dict):
-            yield from ({"columns.NAME"} if key == "columns" else names(value, f"{prefix}{key}."))
+            yield from ({f"{key}.NAME"} if key in NAMED else names(value, f"{prefix}{key}."))
         else:
             yield prefix + key
 
@@ -54,6 +56,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
                   reward__terms=[{"use": "accuracy"}, {"use": "format"}, {"use": "temporal", "weight": 0.3}],
                   stages=[{"kind": "grpo"}])
         | trained(folder / "wordings", 1, **wordings)
+        | trained(folder / "online", 1, grpo__dpo_rate=0.1, dpo__guard="nll", grpo__loss_options={"entropy_coef": 0.01}, eval__at="never",
+                  stages=[{"kind": "grpo"}])
         | trained(folder / "ranks", 2, stages=[{"kind": "grpo"}], eval__at="never")
         | missed(folder / "missed"))
 

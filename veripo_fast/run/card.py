@@ -204,8 +204,11 @@ def _results(run: RunDir) -> Iterator[str]:
             cells[0] += f" ({_cell(low, 'accuracy')} to {_cell(high, 'accuracy')})"
         rows.append([record["stage"], record["mode"], f"{record.get('prompts', 0):,}", *cells])
     yield _table(["after", "mode", "prompts", *_SCORES.values()], rows)
+    judges = " and ".join(dict.fromkeys(str(record.get("judge", "rules")) for record in records))
+    curated = any(record.get("judge_chose_pairs") for record in records)
     yield ("Accuracy with its 95 % interval, resampled over videos. Inconsistent: the answer contradicts what its "
-           "reasoning concludes, by rules. All are shares of completions, but the mean number of tokens.\n")
+           f"reasoning concludes, by the judge {judges}{', which also chose the pairs' if curated else ''}. All are "
+           "shares of completions, but the mean number of tokens.\n")
 
 
 def _cell(value: float | None, name: str) -> str:
