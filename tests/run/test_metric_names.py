@@ -56,8 +56,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
                   reward__terms=[{"use": "accuracy"}, {"use": "format"}, {"use": "temporal", "weight": 0.3}],
                   stages=[{"kind": "grpo"}])
         | trained(folder / "wordings", 1, **wordings)
-        | trained(folder / "online", 1, grpo__dpo_rate=0.1, dpo__guard="nll", grpo__loss_options={"entropy_coef": 0.01}, eval__at="never",
-                  stages=[{"kind": "grpo"}])
+        | trained(folder / "online", 1, grpo__dpo_rate=0.1, dpo__guard="nll", eval__at="never",
+                  grpo__loss_options={"entropy_coef": 0.01}, stages=[{"kind": "grpo"}])
         | trained(folder / "ranks", 2, stages=[{"kind": "grpo"}], eval__at="never")
         | missed(folder / "missed"))
 
