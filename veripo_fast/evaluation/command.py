@@ -17,7 +17,7 @@ from veripo_fast.distributed.world import World, joined
 from veripo_fast.errors import ConfigError
 from veripo_fast.evaluation.evaluate import evaluate, summary
 from veripo_fast.evaluation.progress import SKIPPED, Progress, check_same, provenance
-from veripo_fast.model.checkpoint_files import resolve_path
+from veripo_fast.model.checkpoint_files import adapter_folder, resolve_path
 from veripo_fast.model.policy import load_policy
 from veripo_fast.recipes.checked import check_functions, own_files
 from veripo_fast.rollout.engine import make_engine
@@ -88,7 +88,8 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
 
 def _inputs(config: Config, folder: Path) -> dict[str, Any]:
     """What is evaluated; refused before the policy is loaded where the folder holds a part of something else."""
-    taken = take_inputs(local_files(config.data.eval), resolve_path(config.model.path), own_files(config))
+    taken = take_inputs(local_files(config.data.eval), resolve_path(config.model.path), own_files(config),
+                        adapter_folder(config.model))
     inputs = provenance(config, taken)
     check_same(folder, inputs)
     return inputs

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from veripo_fast.config.families import FAMILIES
+from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError, ConfigError
 from veripo_fast.run.weight_files import read_json, weight_files
 
@@ -32,6 +33,11 @@ def resolve_path(path: str) -> Path:
     if named.name in ("latest", "best") and named.is_file():
         return named.with_name(named.read_text("utf-8", errors="replace").strip())
     return named
+
+
+def adapter_folder(config: ModelConfig) -> Path | None:
+    """Of the adapters that a policy begins with, if there are any."""
+    return resolve_path(config.lora.adapter) if config.lora.adapter else None
 
 
 def check_files(folder: Path) -> None:

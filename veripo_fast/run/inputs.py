@@ -50,15 +50,17 @@ def folder_fingerprints(folder: Path) -> dict[str, str]:
     return {path.name: file_fingerprint(path) for path in model_files(folder)}
 
 
-def take_inputs(data_files: Mapping[str, str], model_folder: Path, code: Mapping[str, Path] | None = None
-                ) -> dict[str, Any]:
+def take_inputs(data_files: Mapping[str, str], model_folder: Path, code: Mapping[str, Path] | None = None,
+                adapter: Path | None = None) -> dict[str, Any]:
     """Fingerprints of data files, checkpoint and the files of the user's functions, and versions. Raises OSError.
 
     Args:
         data_files: as they are named -> where they, or their copies, lie.
+        adapter: folder of adapters on top of the checkpoint.
     """
+    adapters = {} if adapter is None else folder_fingerprints(adapter)
     return {"data": {file: file_fingerprint(Path(path)) for file, path in sorted(data_files.items())},
-            "model": folder_fingerprints(model_folder),
+            "model": folder_fingerprints(model_folder) | {f"adapter/{name}": value for name, value in adapters.items()},
             "code": {place: file_fingerprint(path) for place, path in sorted((code or {}).items())},
             "versions": versions()}
 

@@ -17,11 +17,11 @@ from veripo_fast.data.remote import is_remote, local_files
 from veripo_fast.distributed.choice import check_backend, gpu_name
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError, DataError
-from veripo_fast.model.checkpoint_files import resolve_path
+from veripo_fast.model.checkpoint_files import adapter_folder, resolve_path
 from veripo_fast.recipes.checked import check_functions, own_files
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.folder import RunDir
-from veripo_fast.run.inputs import differences, folder_fingerprints, read_inputs, take_inputs, write_inputs
+from veripo_fast.run.inputs import differences, read_inputs, take_inputs, write_inputs
 from veripo_fast.run.lock import NAME as LOCK
 from veripo_fast.run.lock import RunLock
 from veripo_fast.run.trackers import check_trackers
@@ -97,10 +97,8 @@ def check_ranks(config: Config, world: World) -> dict[str, Any]:
     world.agreed(lambda: check_backend(config, world))
     world.same("a configuration", to_yaml(config), "start all ranks with the same file and options")
     world.agreed(lambda: _check_inputs(config))
-    inputs = take_inputs(local_files(_data_files(config)), resolve_path(config.model.path), own_files(config))
-    if config.model.lora.adapter:
-        folder = resolve_path(config.model.lora.adapter)
-        inputs["model"] |= {f"adapter/{name}": value for name, value in folder_fingerprints(folder).items()}
+    inputs = take_inputs(local_files(_data_files(config)), resolve_path(config.model.path), own_files(config),
+                         adapter_folder(config.model))
     for kind, what in (("data", "data files"), ("model", "a model"), ("versions", "packages"), ("code", "functions")):
         world.same(what, json.dumps(inputs[kind], sort_keys=True), "every machine needs the same")
     world.same("a GPU", gpu_name(config.model.device), "mixed GPUs would wait for the slowest")
