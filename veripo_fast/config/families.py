@@ -58,6 +58,8 @@ class Family:
     """Of its layers that have a recurrent state (gated delta rule) in place of attention; empty: all attend."""
     router_class: str = ""
     """Of what chooses experts; empty: it has no experts."""
+    transposed_experts: bool = False
+    """Whether its files hold the matrices of experts transposed, of which transformers turns those that do not fit."""
     shared_expert: bool = False
     """Whether each mixture has an expert that all tokens pass."""
     liger: bool = False
@@ -106,7 +108,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (
            engine_rules=_LANGUAGE | _TOWER | _QWEN3_TOWER),
     Family("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeVisionModel", "Qwen3VLMoeConfig",
            "Qwen3VLMoeForConditionalGeneration", _HALF, "stamps", query_norm=True, deepstack=True,
-           router_class="Qwen3VLMoeTextTopKRouter"),
+           router_class="Qwen3VLMoeTextTopKRouter", transposed_experts=True),
     Family("qwen3_5", "Qwen3.5", "Qwen3_5VisionModel", "Qwen3_5Config", "Qwen3_5ForConditionalGeneration", _HALF,
            "stamps", query_norm=True, delta_class="Qwen3_5GatedDeltaNet"),
     Family("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5MoeVisionModel", "Qwen3_5MoeConfig",

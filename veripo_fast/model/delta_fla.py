@@ -31,11 +31,12 @@ def refusal(device: torch.device) -> str | None:
     """Why fla cannot be used on a GPU; None when its kernels compute what the definition does."""
     try:
         importlib.import_module("fla.ops.gated_delta_rule")
+        refused = importlib.import_module("triton.errors").TritonError
     except ImportError as error:
         return f"cannot be imported: {error}; pip install 'veripo-fast[fla]'"
     try:
         return disagreement(device)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (refused, RuntimeError, ValueError, TypeError, AssertionError) as error:
         return f"fails on a small example: {type(error).__name__} {str(error).partition(chr(10))[0]}"
 
 

@@ -40,9 +40,9 @@ def check_options(family: Family, config: ModelConfig) -> None:
 def check_expert_widths(folder: Path, family: Family, config: Any) -> None:
     """CheckpointError where transformers cannot tell how a file lays out the weights of experts.
 
-    Files of Qwen3-VL-MoE hold them transposed, and it turns those whose shape does not fit. A square fits both ways.
+    Where `transposed_experts`, it turns those whose shape does not fit. A square fits both ways.
     """
-    if family.name != "qwen3_vl_moe":
+    if not family.transposed_experts:
         return
     text = config.get_text_config()
     if text.hidden_size in (text.moe_intermediate_size, 2 * text.moe_intermediate_size):
