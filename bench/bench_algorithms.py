@@ -5,7 +5,7 @@
 `grpo`: GRPO alone. `veripo`: GRPO, verifier and DPO, GRPO. `agreement`: GRPO with a reward for reasonings that agree
 with the answer. `online`: GRPO with a preference term on pairs of the step's own rollouts (grpo.dpo_rate). Per seed
 `veripo` runs first; the others get as many GRPO steps as cost its FLOPs, two thirds of them at the first learning rate.
-What a step of each costs is measured by a pilot of three steps. Corpus, policy, video contract and both learning rates
+What a step of each costs is measured by a pilot of a few steps. Corpus, policy, video contract and both learning rates
 are the same. Inconsistency is reported by the rules, which also chose the pairs of `veripo` and `online`.
 
 One line per way and seed in bench/results/algorithms.jsonl; a line that is there is not measured again, and a run that
@@ -38,9 +38,11 @@ from veripo_fast.run.jsonlines import read_objects
 from veripo_fast.run.metrics import read_records
 from veripo_fast.trainer import train
 
-TRAIN, HELDOUT, PILOT = 240, 180, 3
-RATE, AGREEMENT = 1.0, 0.3
-"""Weight of the preference term, and of the reward for agreement."""
+TRAIN, HELDOUT = 240, 180
+PILOT, PILOT_ONLINE = 3, 8
+"""Steps of a pilot; pairs become fewer in the first steps, so that of `online` is longer."""
+RATE, AGREEMENT = 0.5, 0.3
+"""Weight of the preference term, and of the reward for agreement; neither is tuned."""
 WAYS: dict[str, dict[str, object]] = {
     "veripo": {}, "grpo": {},
     "agreement": {"reward.terms": [{"use": "accuracy"}, {"use": "format", "weight": 0.5},
@@ -91,7 +93,8 @@ def whole_flops(run: RunDir) -> float:
 
 def pilot_flops(way: str, seed: int, folder: Path) -> float:
     """Mean FLOPs of the first steps of a way."""
-    config = replace(config_of(way, seed, folder, f"pilot-{way}", (PILOT, 0, 0)), eval=replace(
+    steps = PILOT_ONLINE if way == "online" else PILOT
+    config = replace(config_of(way, seed, folder, f"pilot-{way}-{steps}", (steps, 0, 0)), eval=replace(
         demo_config(folder, seed, quick=False).eval, at="never"))
     return statistics.fmean(flops_of(trained(config), "grpo"))
 

@@ -73,6 +73,22 @@ def test_the_gradient_is_the_sum_of_both(policy):
     assert metrics["chosen_drift"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_pair_weighs_the_same_in_a_step_with_many(policy):
+    """The gradients of steps with a part of the pairs add up to that of all."""
+    prompts, groups = groups_of(policy)
+    for row in [row for group in groups for row in group.completions]:
+        row.advantage = 0.0
+    config = config_of()
+    config = replace(config, grpo=replace(config.grpo, dpo_rate=RATE))
+    gradients = []
+    for pairs in (pairs_of(groups), pairs_of(groups)[:1], pairs_of(groups)[1:]):
+        optimizer = optimizer_of(policy, config)
+        GrpoUpdate(policy, optimizer, config, None, None, term_of(policy, optimizer, config, policy)).run(
+            prompts, groups, pairs)
+        gradients.append(optimizer.recorded[0])
+    assert_close(gradients[1] + gradients[2], gradients[0])
+
+
 def test_pairs_teach_where_no_group_has_a_signal(policy):
     prompts, groups = groups_of(policy)
     for group in groups:

@@ -179,8 +179,9 @@ class GrpoConfig:
     drop_easy: float = 0.0
     """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
     dpo_rate: float = 0.0
-    """Weight of a preference loss beside the policy loss, on pairs that the verifier builds from the step's own
-    rollouts: at most dpo.pairs_per_step in each optimizer step, against `reference`. 0: no pairs are built."""
+    """Weight of the preference losses beside the policy loss, summed over pairs that the verifier builds from the
+    step's own rollouts and divided by its prompts: at most dpo.pairs_per_step in each optimizer step, against
+    `reference`. 0: no pairs are built."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "prompts_per_step", "updates_per_rollout", "learning_rate", "reference_every")

@@ -229,7 +229,7 @@ class GrpoUpdate:
                 metrics[name] = max(metrics[name], value) if name.endswith("_max") else metrics[name] + value
         metrics = over_ranks(metrics, self.world)
         if self.term is not None:
-            metrics |= self.term.backward(*pairs)
+            metrics |= self.term.backward(*pairs, len(part))
         stepped = step_policy(self.policy, self.optimizer)
         largest = metrics.pop("parity_max")
         compared = fresh and self.config.plan.pairing == "own" and not self.config.model.lora.dropout

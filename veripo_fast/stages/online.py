@@ -1,8 +1,9 @@
 """A preference term beside the policy loss (`grpo.dpo_rate`): the loop of VerIPO without its stages.
 
 After the rewards of a step the verifier builds pairs from its rollouts. Each optimizer step adds dpo_rate times the
-preference loss of the pairs of its own prompts to the policy loss, so prompts that all completions answer right still
-teach through their consistency pairs. Pairs follow from the rollouts and a seed: nothing is kept between steps.
+preference losses of the pairs of its own prompts, per prompt, to the policy loss. So prompts that all completions
+answer right still teach through their consistency pairs. Pairs follow from the rollouts and a seed: nothing is kept
+between steps.
 """
 
 from __future__ import annotations
@@ -100,12 +101,17 @@ class PairTerm:
         return [PairRow(number, prompt, pair) for number, prompt in dealt.items()
                 for pair in by_group[number]], len(own)
 
-    def backward(self, rows: Sequence[PairRow], total: int) -> dict[str, float]:
-        """Forward and backward of this rank's pairs; metrics over the `total` pairs of all ranks. Collective."""
+    def backward(self, rows: Sequence[PairRow], total: int, prompts: int) -> dict[str, float]:
+        """Forward and backward of this rank's pairs; metrics are means over the `total` pairs of all ranks. Collective.
+
+        Args:
+            prompts: of the optimizer step. The loss is the sum over its pairs divided by them: a pair that is alone in
+                its step weighs as much as one among many, and not as much as all prompts together.
+        """
         if not total:
             return {"pairs": 0.0}
         config, policy = self.guard.of_step(), self.policy
-        loss, rate = preference_loss_of(config), config.grpo.dpo_rate
+        loss, weight = preference_loss_of(config), config.grpo.dpo_rate * total / prompts
         metrics: dict[str, float] = dict.fromkeys(_METRICS, 0.0)
         lengths = [pair_length(row) for row in rows]
         for part in padded(micro_batches(lengths, config.optimizer.max_tokens), self.dealer.world):
@@ -121,7 +127,7 @@ class PairTerm:
             output = policy.forward(batch, policy.features_of([row.prompt for row in own]),
                                     PairLossInputs(loss, ref_logprobs, mask, total))
             assert output.loss is not None
-            metrics["dpo_loss"] += self.optimizer.backward(rate * output.loss) / rate
+            metrics["dpo_loss"] += self.optimizer.backward(weight * output.loss) / weight
             for name, value in output.metrics.items():
                 metrics[name] += value.item()
         policy.passes.spare_flops += repeated_flops(
