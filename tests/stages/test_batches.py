@@ -184,7 +184,7 @@ def test_a_contrast_needs_a_video(tmp_path: Path) -> None:
     ({"plan.wordings": 2, "plan.pairing": "all", "data.keep_keys": ["problem", "new_questions"],
       "grpo.importance": "token_mask"}, "grpo.importance cannot be combined with plan.pairing all"),
     ({"plan.wordings": 2, "plan.pairing": "all", "data.keep_keys": ["problem", "new_questions"],
-      "grpo.advantage": "my.py:own"}, "plan.pairing all needs one of the shipped advantages"),
+      "grpo.advantage": "my.py:own"}, "plan.pairing all takes the advantage over two kinds of groups"),
     ({"plan.contrast_size": 2}, "contrast_size changes nothing while contrast is none"),
     ({"plan.contrast_by": "frame"}, "contrast_by changes nothing while contrast is none"),
     ({"plan.oversample": 0.5}, "oversample must be at least 1, got 0.5"),

@@ -166,8 +166,8 @@ def test_who_keeps_the_error_of_a_run_keeps_no_policy(tmp_path: Path, monkeypatc
     policies: list[weakref.ref[Policy]] = []
     load = sessions.load_policy
 
-    def failing(*arguments: Any) -> Policy:
-        policy = load(*arguments)
+    def failing(*arguments: Any, **options: Any) -> Policy:
+        policy = load(*arguments, **options)
         policies.append(weakref.ref(policy))
         Failing(layers_of(policy), torch.is_grad_enabled)
         return policy

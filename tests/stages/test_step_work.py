@@ -77,7 +77,7 @@ def test_ranks_that_share_an_engine_count_its_work_once(policy, loaded, rank):
 
 def test_a_device_with_a_known_peak_has_an_mfu(policy, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    stand_in = SimpleNamespace(device=torch.device("cuda"), passes=policy.passes)
+    stand_in = SimpleNamespace(device=torch.device("cuda"), passes=policy.passes, adapters=None)
     work = StepWork(stand_in, RolloutConfig(), ONE)
     policy.passes.flops += 10**12
     speed = work.metrics()["speed"]

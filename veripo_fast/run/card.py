@@ -50,16 +50,17 @@ def write_card(run: RunDir, config: Config, base: Path) -> None:
         folder = run.checkpoints / (run.checkpoints / "latest").read_text("utf-8").strip()
         if not (folder / NAME).exists():
             atomic_write_text(folder / NAME, card(run, config, base, folder))
-    except OSError as error:
-        _log.warning("the model card of %s could not be written: %s", run.root, error.strerror or error)
+    except (OSError, CheckpointError) as error:
+        _log.warning("the model card of %s could not be written: %s", run.root, getattr(error, "strerror", "") or error)
 
 
 def card(run: RunDir, config: Config, base: Path, checkpoint: Path) -> str:
-    """Text of the card. Raises OSError."""
+    """Text of the card. Raises OSError, or CheckpointError where the model is described in no file."""
     inputs = read_inputs(run.inputs)
-    header = _header(config, base, checkpoint)
+    model = checkpoint if (checkpoint / "config.json").is_file() else base  # adapters lie there without their base
+    header = _header(config, base, model)
     parts = ["---\n" + yaml.safe_dump(header, sort_keys=False, allow_unicode=True) + "---\n",
-             f"# {run.root.absolute().name}\n", *_opening(header, config), *_use(config, checkpoint),
+             f"# {run.root.absolute().name}\n", *_opening(header, config), *_use(config, model),
              *_recipe(run, config), *_data(config, inputs), *_results(run), *_versions(inputs)]
     return "\n".join(parts)
 
@@ -72,13 +73,14 @@ def without_folders(text: str) -> str:
 
 # -- the header -------------------------------------------------------------------------------------------------------
 
-def _header(config: Config, base: Path, checkpoint: Path) -> dict[str, Any]:
+def _header(config: Config, base: Path, model: Path) -> dict[str, Any]:
     before = _header_of(base / NAME)
-    family = read_json(checkpoint / "config.json").get("model_type", "")
+    family = read_json(model / "config.json").get("model_type", "")
+    adapted = config.model.lora.rank > 0
     kinds = list(dict.fromkeys(stage.kind for stage in config.stages))
     header = {"base_model": before.get("base_model") if "veripo-fast" in _tags(before) else _base_name(base),
-              "pipeline_tag": "video-text-to-text", "library_name": "transformers",
-              "tags": ["veripo-fast", *kinds, "video", family]}
+              "pipeline_tag": "video-text-to-text", "library_name": "peft" if adapted else "transformers",
+              "tags": ["veripo-fast", *(["lora"] if adapted else []), *kinds, "video", family]}
     for name in ("license", "license_name", "license_link"):
         if isinstance(before.get(name), str):
             header[name] = before[name]
@@ -120,21 +122,27 @@ def _opening(header: Mapping[str, Any], config: Config) -> Iterator[str]:
         yield "The license is that of the base model; its name belongs into the header above as `license`.\n"
 
 
-def _use(config: Config, checkpoint: Path) -> Iterator[str]:
+def _use(config: Config, model: Path) -> Iterator[str]:
     video = config.video
     frames = f"{video.num_frames} frames" if video.num_frames else (
         f"{number(video.fps or 0)} frames per second, {video.min_frames} to {video.max_frames}")
     yield "## Use\n"
-    yield ("```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-           "model = AutoModelForImageTextToText.from_pretrained(FOLDER)\n"
-           "processor = AutoProcessor.from_pretrained(FOLDER)\n```\n")
+    if config.model.lora.rank:
+        yield ("```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForImageTextToText, "
+               "AutoProcessor\n\nmodel = AutoModelForImageTextToText.from_pretrained(BASE)\n"
+               "model = PeftModel.from_pretrained(model, FOLDER)\nprocessor = AutoProcessor.from_pretrained(BASE)\n"
+               "```\n")
+    else:
+        yield ("```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+               "model = AutoModelForImageTextToText.from_pretrained(FOLDER)\n"
+               "processor = AutoProcessor.from_pretrained(FOLDER)\n```\n")
     yield (f"Videos were shown as {frames}, of {video.min_pixels:,} to {video.max_pixels:,} pixels each. "
            f"Completions had at most {plural(config.rollout.max_new_tokens, 'token')}.\n")
-    if read_json(checkpoint / "config.json").get("model_type", "").startswith("qwen3"):
+    if read_json(model / "config.json").get("model_type", "").startswith("qwen3"):
         yield ("Each pair of frames follows its time, with no `<|vision_start|>` before the first. The processor of "
                "transformers 5.10 or newer leaves one there: give it `<|video_pad|>` in place of "
                "`<|vision_start|><|video_pad|><|vision_end|>`.\n")
-    file = checkpoint / "generation_config.json"
+    file = model / "generation_config.json"
     stored = read_json(file) if file.is_file() else {}
     changed = [f"`{name}={_PENALTIES[name]:g}`" for name in _PENALTIES
                if stored.get(name, _PENALTIES[name]) not in (None, _PENALTIES[name])]
