@@ -55,7 +55,8 @@ def test_a_run_trains_and_saves_adapters_alone(whole: Path) -> None:
     saved = sum(path.stat().st_size for path in newest.glob("*"))
     assert saved < 0.5 * (runs.model() / "model.safetensors").stat().st_size
     card = (newest / "README.md").read_text()
-    assert "library_name: peft\n" in card and "\n- lora\n" in card and "PeftModel.from_pretrained(model, FOLDER)" in card
+    for line in ("library_name: peft", "- lora", "model = PeftModel.from_pretrained(model, FOLDER)"):
+        assert f"\n{line}\n" in card
 
 
 @pytest.mark.parametrize("moment", [r"mkdir .*\.tmp-step_000001$", "rename .*ref_logprobs", "rename .*tmp-step_000003",
