@@ -145,7 +145,7 @@ class GrpoConfig:
     `task_std` also decay (0.99), guard (5.0) and by: problem_type, data_source or a key of data.keep_keys."""
     loss: PolicyLossName = "grpo"
     """The policy loss; formulas and sources: veripo_kernels.PolicyLoss."""
-    loss_options: dict[str, float] = field(default_factory=dict)
+    loss_options: dict[str, Any] = field(default_factory=dict)
     """Other numbers of the loss: entropy_coef, the weight of an entropy bonus, of any; sapo_temperature_pos and
     sapo_temperature_neg of sapo and sapo_sequence; vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg of
     vespo. Their defaults: veripo_kernels.PolicyLoss."""
@@ -310,7 +310,7 @@ class DpoConfig:
 
     loss: PreferenceLossName = "sigmoid"
     """The preference loss; formulas and sources: veripo_kernels.formulas."""
-    loss_options: dict[str, float] = field(default_factory=dict)
+    loss_options: dict[str, Any] = field(default_factory=dict)
     """Other numbers of the loss: discopop_tau (0.05) of discopop."""
     dpo_beta: float = 0.1
     """Strength of the pull towards the reference (VerIPO Table 1: 0.1)."""
