@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from veripo_fast.errors import ConfigError
 from veripo_fast.run.atomic import atomic_write_text
@@ -140,7 +140,7 @@ class _Wandb:
     def __init__(self, project: str, root: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
-        mode = None
+        mode: Literal["offline"] | None = None
         if not os.environ.get("WANDB_MODE") and not wandb.api.api_key:
             log.warning("wandb has no key, so it notes offline: wandb sync sends what lies in %s", root / "wandb")
             mode = "offline"
