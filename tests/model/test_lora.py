@@ -287,3 +287,23 @@ def test_adapters_are_no_model(tmp_path: Path) -> None:
 def test_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         apply_overrides(Config(), options)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"])
+def test_families_with_recurrent_layers_and_experts(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Packed completions are those that run alone, every adapter has a gradient, and off is the base."""
+    policy = moved(load_policy(config_of(family)))
+    parts = {name.split(".")[-4] for name, _ in policy.adapters.parameters()}
+    assert {"q_proj", "o_proj"} <= parts and ("in_proj_qkv" in parts) == ("qwen3_5" in family)
+    assert ("no linear layers" in caplog.text) == ("moe" in family)
+    prompt = policies.loaded(policy, [("video", 4, 2, 2)])
+    completions = policies.random_completions(LENGTHS)
+    together = policy.completion_logprobs(pack([(prompt.encoded, completions)]), [prompt.features])
+    alone = [policy.completion_logprobs(pack([(prompt.encoded, [ids])]), [prompt.features]) for ids in completions]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-4)
+    together.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0
+               for _, parameter in policy.adapters.parameters())
+    with policy.adapters.off():
+        torch.testing.assert_close(logprobs_of(policy), logprobs_of(policies.policy(family, freeze_vision=True)),
+                                   rtol=0, atol=1e-5)

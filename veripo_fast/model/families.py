@@ -51,12 +51,19 @@ def check_expert_widths(folder: Path, family: Family, config: Any) -> None:
             f"{text.moe_intermediate_size}); transformers cannot tell whether the file holds such matrices transposed")
 
 
-def fit(model: Any, family: Family, folder: Path) -> None:
-    """Let a loaded model run packed groups: recurrent layers start where prompts end, routers choose in float32."""
+def fit(model: Any, family: Family, folder: Path, adapted: bool = False) -> None:
+    """Let a loaded model run packed groups: recurrent layers start where prompts end, routers choose in float32.
+
+    Args:
+        adapted: whether adapters are all that is trained; what they cannot reach is said.
+    """
     serve_groups(model, family)
     for router in model.model.language_model.modules():
         if type(router).__name__ == family.router_class:
             router.forward = partial(_choose_experts, router)
+    if family.router_class and adapted:
+        log.warning("model.lora leaves the experts of %s as they are: their matrices are no linear layers; attention, "
+                    "and experts that all tokens share, get adapters", folder)
     if family.delta_class and _drafts(folder):
         log.warning("%s has layers that draft several tokens (mtp.*); they are not trained, and checkpoints of the run "
                     "leave them out", folder)

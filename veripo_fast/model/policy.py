@@ -181,7 +181,7 @@ def load_policy(config: ModelConfig, path: Path | None = None, *, seed: int = 0)
         model.eval()
     if config.liger:
         apply_liger(model)
-    fit(model, encoder.family, folder)
+    fit(model, encoder.family, folder, lora.rank > 0)
     attention = select(config.attention, AttentionShape.of(model))
     adapters = None
     if lora.rank:
