@@ -247,7 +247,7 @@ def test_adapters_of_another_base(tmp_path: Path) -> None:
         load_policy(other)
     # as peft writes it, without a word on the base: names and shapes are left to compare
     (tmp_path / "adapters" / "base.json").unlink()
-    wider = replace(config_of("qwen2_5_vl"), lora=LoraConfig(rank=4, adapter=adapter))
+    wider = replace(config_of("qwen3_vl_moe"), lora=LoraConfig(rank=4, adapter=adapter))
     with pytest.raises(CheckpointError, match=r"of another base: .* has shape|of other layers: the file"):
         load_policy(wider)
 
