@@ -119,7 +119,7 @@ def test_every_dependency_is_pinned_within_its_range():
 
 def test_extras():
     assert set(PROJECT["optional-dependencies"]) == {"vllm", "dali", "deepspeed", "flash", "trl", "liger", "remote",
-                                                     "answers", "bench", "dev", "lora", "trackio", "wandb"}
+                                                     "answers", "bench", "dev", "fla", "lora", "trackio", "wandb"}
 
 
 @pytest.mark.parametrize(("python", "words"), [

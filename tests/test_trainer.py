@@ -120,7 +120,7 @@ def test_stages_continue_from_the_last(run):
     assert steps == {"grpo-1": 2, "grpo-2": 2} and version >= 5
     state = json.loads((run.checkpoints / "step_000006" / "trainer" / "state.json").read_text())
     assert state == {"stage": 3, "step": 0, "global_step": 6, "position": 0, "policy_version": version,
-                     "stage_start": ""}
+                     "stage_start": "", "moments": {}, "best": "", "best_score": None, "stage_best": None, "stale": 0}
 
 
 def test_rollouts_hold_scored_groups(run):

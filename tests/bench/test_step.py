@@ -206,11 +206,11 @@ def ours(folder: Path, case: Case) -> Ours:
 def calls(side: Ours, monkeypatch: pytest.MonkeyPatch, switch: str) -> tuple[int, list[int]]:
     """Passes of the tower, and tokens of each pass of the language model but for decoding, in one step."""
     towers, passes = [], []
-    tower, hidden = side.policy.vision_features, side.policy.step.hidden
+    tower, run = side.policy.vision_features, side.policy.step._run
     with monkeypatch.context() as patch:
         patch.setattr(side.policy, "vision_features", lambda media: towers.append(1) or tower(media))
-        patch.setattr(side.policy.step, "hidden", lambda batch, *rest: passes.append(len(batch.token_ids))
-                      or hidden(batch, *rest))
+        patch.setattr(side.policy.step, "_run", lambda batch, *rest, **options: passes.append(len(batch.token_ids))
+                      or run(batch, *rest, **options))
         side.step(switch)
     return len(towers), passes
 
