@@ -33,7 +33,6 @@ from veripo_fast.model.step import PairLossInputs
 from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.rollout.local_texts import LocalTexts
 from veripo_fast.rollout.store import write_table
-from veripo_fast.run.metrics import read_records
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.optimizer import Optimizer, step_policy
@@ -71,9 +70,7 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         ref_logprobs = stage_reference(session, stage, config, source)
     steps = usable_steps(step_order(len(pairs), config, derive_seed(config.seed, stage.name)), ref_logprobs)
     optimizer = session.stage_optimizer(config, config.dpo.learning_rate, len(steps))
-    records = session.world.on_main(
-        lambda: [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
-    guard = ChosenGuard(stage.name, config, records, session.world)
+    guard = ChosenGuard(stage.name, config, session.stage_records(stage.name), session.world)
     for step in session.steps(stage, len(steps), optimizer):
         with session.phase("vision"):
             rows = source.load(source.share(steps[step]))

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -28,7 +28,6 @@ from veripo_fast.model.policy import Policy
 from veripo_fast.model.step import PolicyLossInputs
 from veripo_fast.reward.groups import has_signal
 from veripo_fast.reward.score import scores_of
-from veripo_fast.run.metrics import read_records
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.batches import Sampler
 from veripo_fast.stages.dealer import Dealer
@@ -54,11 +53,11 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
     optimizer = session.stage_optimizer(config, config.grpo.learning_rate,
                                         config.grpo.steps * config.grpo.updates_per_rollout)
     reference = stage_reference(session, config.grpo.reference) if config.needs_reference else None
-    follows = reference is not None and config.grpo.reference == "ema"
-    moving = MovingReference(session, cast(Policy, reference), optimizer, config.grpo) if follows else None
+    moving = None
+    if config.grpo.reference == "ema" and isinstance(reference, Policy):
+        moving = MovingReference(session, reference, optimizer, config.grpo)
     sampler = Sampler(session, prompts, order, stage, config, reference)
-    records = session.world.on_main(
-        lambda: [row for row in read_records(session.run.metrics) if row["stage"] == stage.name])
+    records = session.stage_records(stage.name)
     health = StageHealth(stage.name, records)
     harvest = guard = term = None
     if config.grpo.dpo_rate and reference is not None:

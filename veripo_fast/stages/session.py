@@ -27,7 +27,7 @@ from veripo_fast.run.checkpoint import checkpoint_path, latest_checkpoint
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.interrupt import Request, StopRequests
 from veripo_fast.run.memory import HighWater
-from veripo_fast.run.metrics import MetricsLog
+from veripo_fast.run.metrics import MetricsLog, read_records
 from veripo_fast.schedule.timeline import span
 from veripo_fast.stages.books import Books
 from veripo_fast.stages.dealer import Dealer
@@ -233,6 +233,10 @@ class Session(Loading):
     def stage_start(self) -> Path | None:
         """The checkpoint that the current stage began from; None: the model of the configuration."""
         return self.run.checkpoints / self.state.stage_start if self.state.stage_start else None
+
+    def stage_records(self, name: str) -> list[dict[str, Any]]:
+        """The metrics of a stage's finished steps, on all ranks. Collective."""
+        return self.world.on_main(lambda: [row for row in read_records(self.run.metrics) if row["stage"] == name])
 
     def earlier_stages(self, kind: str) -> list[str]:
         """Names of the finished stages of a kind."""
