@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tests.support import policies, runs
-from tests.support.run_compare import assert_same, written
+from tests.support.run_compare import assert_resumes
 from veripo_fast.config.inputs import DataConfig
 from veripo_fast.config.objectives import GrpoConfig
 from veripo_fast.config.plans import PlanConfig
@@ -82,19 +81,9 @@ def test_what_a_configuration_refuses() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"plan__refill": 1, "rollout__group_size": 2}], ids=["plain", "refill"])
 def test_killed_and_resumed_it_remembers(tmp_path: Path, changes: dict[str, Any]) -> None:
-    forks, files = runs.forks(), {}
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        config = runs.config(tmp_path / name / "run", stages=[{"kind": "grpo"}], eval__at="never", grpo__steps=3,
-                             grpo__prompts_per_step=4, grpo__advantage="task_std", checkpoint__keep=9, **changes)
-        files[name] = written(config, tmp_path / name)
-    ended = forks.run("train", "--config", files["whole"])
-    assert ended.code == 0, ended.output
-    ended = forks.run("train", "--config", files["killed"], at="rename .*tmp-step_000002")
-    assert ended.code == -signal.SIGKILL, ended.output
-    ended = forks.run("train", "--config", files["killed"], "--resume")
-    assert ended.code == 0, ended.output
-    assert_same(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
-    states = [read_state(tmp_path / "whole" / "run" / "checkpoints" / f"step_00000{step}") for step in (1, 2, 3)]
+    whole, _ = assert_resumes(tmp_path, "rename .*tmp-step_000002", lambda run: runs.config(
+        run, stages=[{"kind": "grpo"}], eval__at="never", grpo__steps=3, grpo__prompts_per_step=4,
+        grpo__advantage="task_std", checkpoint__keep=9, **changes))
+    states = [read_state(whole / "checkpoints" / f"step_00000{step}") for step in (1, 2, 3)]
     assert states[0].moments and states[0].moments != states[1].moments
     assert states[2].moments == {}  # of the next stage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from tests.support import policies, ranks, runs
 from tests.support.paths import REPOSITORY
 from tests.support.ranks import assert_close, codes
-from tests.support.run_compare import assert_same, written
+from tests.support.run_compare import assert_resumes, written
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.config.load import apply_overrides, load_config
 from veripo_fast.config.objectives import GrpoConfig, RewardConfig
@@ -162,17 +161,7 @@ def test_in_bfloat16_the_mean_moves_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["rename .*tmp-step_000002", "doing in reference of step 2"])
 def test_killed_and_resumed_it_is_bitwise_the_same(tmp_path: Path, moment: str) -> None:
-    forks, files = runs.forks(), {}
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        files[name] = written(runs.config(tmp_path / name / "run", **CARE), tmp_path / name)
-    ended = forks.run("train", "--config", files["whole"])
-    assert ended.code == 0, ended.output
-    ended = forks.run("train", "--config", files["killed"], at=moment)
-    assert ended.code == -signal.SIGKILL, ended.output
-    ended = forks.run("train", "--config", files["killed"], "--resume")
-    assert ended.code == 0, ended.output
-    assert_same(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
+    assert_resumes(tmp_path, moment, lambda run: runs.config(run, **CARE))
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])

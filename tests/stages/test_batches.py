@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support import policies, runs
-from tests.support.run_compare import assert_same, written
+from tests.support.run_compare import assert_resumes
 from veripo_fast.cache.contrasts import contrast_by_frame
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.config.inputs import DataConfig
@@ -112,19 +111,9 @@ def test_the_cap_holds_where_nothing_ever_has_signal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [CONTRAST, CONTRAST | REFILL], ids=["contrast", "refill"])
 def test_killed_and_resumed_it_is_bitwise_the_same(tmp_path: Path, changes: dict[str, Any]) -> None:
-    forks = runs.forks()
-    files = {}
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        files[name] = written(one_stage(tmp_path / name / "run", **({"grpo__steps": 3} | changes)), tmp_path / name)
-    ended = forks.run("train", "--config", files["whole"])
-    assert ended.code == 0, ended.output
-    ended = forks.run("train", "--config", files["killed"], at="rename .*tmp-step_000002")
-    assert ended.code == -signal.SIGKILL, ended.output
-    ended = forks.run("train", "--config", files["killed"], "--resume")
-    assert ended.code == 0, ended.output
-    assert changes is not CONTRAST or ended.output.count("are used again") == 2, ended.output  # the contrast's too
-    assert_same(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
+    _, said = assert_resumes(tmp_path, "rename .*tmp-step_000002",
+                             lambda run: one_stage(run, **({"grpo__steps": 3} | changes)))
+    assert changes is not CONTRAST or said.count("are used again") == 2, said  # the contrast's too
 
 
 def test_every_completion_trains_under_every_wording(tmp_path: Path) -> None:

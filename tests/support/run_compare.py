@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from bench.compare_runs import PER_PROCESS
+from tests.support.forks import forks
 from veripo_fast.config.describe import to_yaml
 from veripo_fast.config.schema import Config
 from veripo_fast.run.folder import RunDir
@@ -47,3 +50,26 @@ def assert_same(run_folder: Path, other_folder: Path) -> None:
     assert tree(run.checkpoints) == tree(other.checkpoints)
     for weights in run.checkpoints.glob("*/*model.safetensors"):
         assert weights.read_bytes() == (other.checkpoints / weights.relative_to(run.checkpoints)).read_bytes()
+
+
+def assert_resumes(folder: Path, moment: str, config_of: Callable[[Path], Config]) -> tuple[Path, str]:
+    """A run that is killed at a moment (`forks.Job.at`) and resumed is the uninterrupted one, bitwise.
+
+    Args:
+        config_of: makes the configuration of a run folder.
+
+    Returns:
+        the folder of the uninterrupted run, and what the resumed one said.
+    """
+    files = {}
+    for name in ("whole", "killed"):
+        (folder / name).mkdir()
+        files[name] = written(config_of(folder / name / "run"), folder / name)
+    ended = forks().run("train", "--config", files["whole"])
+    assert ended.code == 0, ended.output
+    ended = forks().run("train", "--config", files["killed"], at=moment)
+    assert ended.code == -signal.SIGKILL, ended.output
+    ended = forks().run("train", "--config", files["killed"], "--resume")
+    assert ended.code == 0, ended.output
+    assert_same(folder / "killed" / "run", folder / "whole" / "run")
+    return folder / "whole" / "run", ended.output
