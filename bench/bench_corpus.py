@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -50,6 +49,7 @@ def child(path: str) -> None:
     from veripo_fast.config.inputs import DataConfig
     from veripo_fast.data.order import PromptOrder
     from veripo_fast.data.prompts import read_prompts
+    from veripo_fast.run.memory import status_bytes
 
     imports = time.process_time()
     started = time.perf_counter()
@@ -58,7 +58,7 @@ def child(path: str) -> None:
     print(json.dumps({"import_cpu_seconds": imports, "read_cpu_seconds": time.process_time() - imports,
                       "read_wall_seconds": time.perf_counter() - started, "prompts": len(prompts),
                       "skipped": len(skipped), "drawn": len(indices),
-                      "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}))
+                      "peak_bytes": status_bytes("VmHWM")}))
 
 
 def measure(path: Path, runs: int) -> list[dict[str, float]]:
