@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.support import policies
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.errors import DataError
 from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.policy import Policy
@@ -305,9 +306,10 @@ def test_parts_of_a_batch_give_what_the_whole_gives(family: str, monkeypatch: py
     parts = generate(family, SAMPLED)
     assert sum(passes) == len(MEDIA) and len(passes) > 2
     assert tokens(parts) == tokens(whole)
+    atol = 5e-5 if FAMILIES[family].router_class else 1e-5  # tokens are multiplied with their neighbours in an expert
     for one, other in zip(parts, whole, strict=True):
         for a, b in zip(one.completions, other.completions, strict=True):
-            assert torch.tensor(a.rollout_logprobs).allclose(torch.tensor(b.rollout_logprobs), rtol=0, atol=1e-5)
+            assert torch.tensor(a.rollout_logprobs).allclose(torch.tensor(b.rollout_logprobs), rtol=0, atol=atol)
 
 
 def test_logits_exist_for_a_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from veripo_fast.model.liger import apply_liger
 from veripo_fast.model.lora import Adapters, is_adapter
 from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.shared_prefix import PromptCache
+from veripo_fast.model.skinny import reordered
 from veripo_fast.model.step import LogprobInputs, LossInputs, PolicyStep, StepOutput
 from veripo_fast.model.tower import Tower
 from veripo_fast.types import LoadedPrompt, Message, Prompt, VisionFeatures
@@ -55,7 +56,8 @@ class Policy(Tower):
             adapters.freeze_the_rest(model)
         self.version = 0
         self._idle_batch: PackedBatch | None = None
-        self.text_cost = ModelCost.of(model.config, tower_trained=False, adapters=_language_numbers(adapters))
+        self.text_cost = ModelCost.of(model.config, tower_trained=False, adapters=_language_numbers(adapters),
+                                      router_balance=router_balance)
         self.step = PolicyStep(model, list(encoder.pad_ids.values()), router_balance)
         self.backend: Backend = LocalBackend(self.step, self.all_parameters)
         model.model.language_model.set_attn_implementation(implementation(attention))
@@ -129,8 +131,12 @@ class Policy(Tower):
 
     def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
                cache: PromptCache | None = None) -> torch.Tensor:
-        """Last hidden states [T, D] of a packed row; `features` of each group's prompt, None without media."""
+        """`PolicyStep.hidden`; `features` of each group's prompt, None without media."""
         return self.step.hidden(batch, features, cache)
+
+    def decoding(self, rows: int, tokens: int) -> AbstractContextManager[None]:
+        """A block in which up to `tokens` tokens of each of `rows` completions are written (`skinny.reordered`)."""
+        return reordered([self.step.language_model, self.step.lm_head], rows, tokens)
 
     def decode_hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: PromptCache) -> torch.Tensor:
         """Hidden states [rows, D] of one new token per completion: token_ids and positions int64 [rows]."""

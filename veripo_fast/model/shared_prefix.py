@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -56,6 +56,12 @@ def _block_mask(prompt: int, lengths: list[int]) -> torch.Tensor:
     return torch.cat([torch.ones(tokens, prompt, dtype=torch.bool), own], 1)
 
 
+@lru_cache(maxsize=4)
+def read_tokens(groups: tuple[GroupSpan, ...], device: torch.device) -> torch.Tensor:
+    """int64 [n]: the packed tokens from which one is predicted: the last of each prompt, and those of completions."""
+    return torch.cat([torch.arange(group.completion_start - 1, group.end) for group in groups]).to(device)
+
+
 Attend: TypeAlias = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, tuple[GroupSpan, ...], float | None], torch.Tensor]
 """query [1, H, T, d], key and value [1, K, T, d], groups, scaling -> [1, H, T, d]."""
@@ -75,6 +81,7 @@ class PromptCache:
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.visible = torch.empty(0)
+        self.padding = False
         self.group_size = 1
         self.length = 0
 
@@ -97,6 +104,7 @@ class PromptCache:
             self.states[number] = inputs.repeat_interleave(group_size, 0), state.repeat_interleave(group_size, 0)
         device = next(iter(self.padded.values()))[0].device
         self.visible = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+        self.padding = min(lengths) < max(lengths)
 
     def keep(self, prompts: torch.Tensor) -> None:
         """Drop the prompts whose completions have all ended; `prompts` int64 lists the rows to keep."""
@@ -114,10 +122,13 @@ def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: tuple[GroupSpan, ...],
-                  scaling: float | None) -> torch.Tensor:
+                  scaling: float | None, tails: bool = False) -> torch.Tensor:
     """The definition: attention [1, H, T, d] of a packed row by SDPA, query [1, H, T, d], key and value [1, K, T, d].
 
     The row is split once: slicing it per group would make the backward pass quadratic in the number of groups.
+
+    Args:
+        tails: of each prompt only the last token asks (`read_tokens`); zeros stand for the others.
     """
     sizes = [size for group in groups for size in (group.prompt, *(tokens for tokens, _ in group.blocks))]
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
@@ -125,7 +136,10 @@ def attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g
     outputs: list[torch.Tensor] = []
     for group in groups:
         prompt_query, prompt_key, prompt_value = next(parts)
-        outputs.append(F.scaled_dot_product_attention(prompt_query, prompt_key, prompt_value, is_causal=True,
+        if tails:
+            outputs.append(torch.zeros_like(prompt_query[:, :, :-1]))
+            prompt_query = prompt_query[:, :, -1:]
+        outputs.append(F.scaled_dot_product_attention(prompt_query, prompt_key, prompt_value, is_causal=not tails,
                                                       scale=scaling, enable_gqa=gqa))
         for (_, mask), (own_query, own_key, own_value) in zip(group.blocks, parts, strict=False):
             outputs.append(F.scaled_dot_product_attention(
@@ -146,8 +160,9 @@ def _attend_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     repeat = heads // key_heads
     own = query.view(rows, key_heads, repeat, size) * scaling
     shared = own.view(prompts, -1, key_heads, repeat, size).transpose(1, 2).reshape(prompts, key_heads, -1, size)
-    prompt_scores = (shared @ prompt_keys.transpose(-1, -2)).masked_fill(
-        ~cache.visible[:, None, None], float("-inf"))
+    prompt_scores = shared @ prompt_keys.transpose(-1, -2)
+    if cache.padding:
+        prompt_scores.masked_fill_(~cache.visible[:, None, None], float("-inf"))
     prompt_scores = prompt_scores.view(prompts, key_heads, -1, repeat, length).transpose(1, 2)
     scores = torch.cat([prompt_scores.reshape(rows, key_heads, repeat, length), own @ keys.transpose(-1, -2)], -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
@@ -160,7 +175,8 @@ def _attend_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 def shared_prefix_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, *, groups: tuple[GroupSpan, ...] | None = None,
-    cache: PromptCache | None = None, scaling: float | None = None, attend: Attend = attend_packed, **_: Any,
+    cache: PromptCache | None = None, scaling: float | None = None, attend: Attend = attend_packed,
+    tails: bool = False, **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function for transformers' registry.
 
@@ -170,6 +186,8 @@ def shared_prefix_attention(
         groups: where the groups lie in the packed row; they tile it without gaps.
         cache: collects the prompts' keys and values while packing, serves them while decoding.
         attend: what computes a packed row: the definition, or a backend that agrees with it.
+        tails: of each prompt only what the last token sees is read (model/last_layer.py). The definition computes no
+            more; a backend attends for the others too, with queries of zero.
 
     Returns:
         [rows, T, H, d] and None, as transformers expects.
@@ -182,6 +200,8 @@ def shared_prefix_attention(
     if cache is not None:
         prompts = zip(_prompt_parts(key, groups), _prompt_parts(value, groups), strict=True)
         cache.prompts.setdefault(layer, []).extend(prompts)
+    if tails and attend is attend_packed:
+        attend = partial(attend_packed, tails=True)
     return attend(query, key, value, groups, scaling).transpose(1, 2).contiguous(), None
 
 

@@ -51,10 +51,11 @@ class TorchEngine:
         following = torch.tensor([item.encoded.next_position for item in prompts], device=hidden.device)
         groups: list[RolloutGroup | None] = [None] * len(prompts)
         noise = draws(sampling, numbers).to(hidden.device)
-        for number, output in self._decode(hidden, following, cache, sampling, noise):
-            groups[number] = group = self._group(prompts[number], *output)
-            if on_group is not None:
-                on_group(number, group)
+        with self.policy.decoding(len(prompts) * sampling.group_size, sampling.max_new_tokens):
+            for number, output in self._decode(hidden, following, cache, sampling, noise):
+                groups[number] = group = self._group(prompts[number], *output)
+                if on_group is not None:
+                    on_group(number, group)
         return [group for group in groups if group is not None]
 
     def _prefill(self, prompts: Sequence[LoadedPrompt], cache: PromptCache) -> torch.Tensor:
@@ -62,8 +63,7 @@ class TorchEngine:
         ends = []
         for part in micro_batches([len(item.encoded.token_ids) for item in prompts], PREFILL_TOKENS):
             batch = pack([(prompts[number].encoded, []) for number in part])
-            hidden = self.policy.hidden(batch, [prompts[number].features for number in part], cache)
-            ends.append(hidden[[group.completion_start - 1 for group in batch.groups]])
+            ends.append(self.policy.hidden(batch, [prompts[number].features for number in part], cache))
         return torch.cat(ends)
 
     def sync(self) -> dict[str, float]:
