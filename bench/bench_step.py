@@ -31,6 +31,7 @@ from veripo_fast.config.families import FAMILIES
 from veripo_fast.model import attention
 from veripo_fast.model.attention import PREFERENCE, AttentionShape
 from veripo_fast.model.delta_layers import serve_groups
+from veripo_fast.model.last_layer import trim_last_layer
 from veripo_fast.model.liger import apply_liger
 from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.positions import GridSpan, TextSpan, mrope_positions
@@ -88,6 +89,7 @@ class Step:
         self.model = model
         self.train_vision = train_vision
         model.model.visual.requires_grad_(train_vision)
+        trim_last_layer(model.model.language_model)
         self.prompt, self.pixels, self.grid = video_prompt(prompt)
         self.completions = torch.randint(20, VOCABULARY, (group, completion))
         self.weights = torch.randn(group * completion) / (group * completion)
@@ -117,7 +119,7 @@ class Step:
         batch = self.packed()
         hidden = self.model.model.language_model(
             inputs_embeds=self.embeddings(batch.token_ids[None], 1), position_ids=batch.positions[:, None],
-            attention_mask=None, use_cache=False, groups=batch.groups).last_hidden_state[0]
+            attention_mask=None, use_cache=False, groups=batch.groups, trim=True).last_hidden_state[0]
         return self.backward(hidden[batch.logit_index])
 
     def repeated(self) -> torch.Tensor:

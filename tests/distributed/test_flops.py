@@ -35,8 +35,15 @@ SHORT = ("aten.convolution", "aten.convolution_backward")
 """The convolutions of recurrent layers over four tokens, which the cost leaves out as it does norms."""
 
 
-def attention_flops(cost, pairs):
-    return 6 * cost.attending * 2 * cost.heads * cost.head_dim * pairs
+def attention_flops(cost, pairs, unread):
+    """Of (query, key) pairs in every layer that attends, but `unread` of them in the last."""
+    assert cost.trimmed or not unread
+    return 6 * 2 * cost.heads * cost.head_dim * (cost.attending * pairs - unread)
+
+
+def unread_pairs(cost, prompt):
+    """Of a prompt whose last token alone asks in the last layer."""
+    return prompt * (prompt - 1) // 2 if cost.trimmed else 0
 
 
 def rule_flops(cost, tokens):
@@ -65,12 +72,14 @@ def test_flops_of_a_packed_step_are_those_that_torch_counts(family):
     cost = ModelCost.of(policy.model.config, tower_trained=False)
     prompt, packed = len(loaded.encoded.token_ids), [length - 1 for length in lengths]
     ours = group_flops(cost, prompt, lengths, loaded.encoded.media.grid_thw.tolist())
-    apart = attention_flops(cost, attention_pairs(prompt, packed)) + rule_flops(cost, prompt + sum(packed))
+    apart = attention_flops(cost, attention_pairs(prompt, packed), unread_pairs(cost, prompt))
+    apart += rule_flops(cost, prompt + sum(packed))
     assert linear == ours - apart
     if cost.delta:
         return  # chunks compute more than the rule
     every = prompt ** 2 + sum(packed) * (prompt + sum(packed))
-    assert attention == pytest.approx(attention_flops(cost, every), rel=0.01)  # and the rotary embedding
+    unread = prompt ** 2 - prompt if cost.trimmed else 0
+    assert attention == pytest.approx(attention_flops(cost, every, unread), rel=0.01)  # and the rotary embedding
 
 
 def test_attention_pairs_are_those_of_the_mask():
@@ -108,7 +117,8 @@ def test_flops_without_a_backward_are_those_that_torch_counts(family):
     cost = ModelCost.of(policy.model.config, tower_trained=False)
     with torch.no_grad():
         linear, _ = counted(lambda: policy.step(batch, [loaded.features], NaiveHead()), SHORT)
-    apart = attention_flops(cost, attention_pairs(prompt, packed)) + rule_flops(cost, prompt + sum(packed))
+    apart = attention_flops(cost, attention_pairs(prompt, packed), unread_pairs(cost, prompt))
+    apart += rule_flops(cost, prompt + sum(packed))
     assert linear == group_flops(cost, prompt, lengths, backward=False) - apart // 3
     media = policies.random_media(policy.encoder, [("video", 4, 4, 6), ("image", 1, 2, 4)])
     linear, attention = counted(lambda: policy.vision_features(media))

@@ -188,7 +188,7 @@ def supervised(tokens: int):
 @pytest.mark.parametrize("family", MIXED)
 def test_the_load_of_experts_is_that_of_transformers(family: str) -> None:
     """Against transformers' own loss of a plain forward, whose prompt is there once; and its weight in the loss."""
-    policy = policies.policy(family)
+    policy = load_policy(ModelConfig(str(policies.checkpoint(family)), device="cpu"))
     prompt, completion = policies.encoded(policy.encoder, []), policies.random_completions([9])[0]
     ids = torch.cat([prompt.token_ids, torch.tensor(completion[:-1])])
     positions = torch.cat([prompt.positions, (torch.arange(8) + prompt.next_position).expand(3, -1)], 1)

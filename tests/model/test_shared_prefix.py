@@ -10,7 +10,7 @@ from veripo_fast.config.families import FAMILIES
 from veripo_fast.model.packing import micro_batches, pack
 from veripo_fast.model.plain import plain_logprobs
 from veripo_fast.model.policy import Policy
-from veripo_fast.model.shared_prefix import GroupSpan
+from veripo_fast.model.shared_prefix import GroupSpan, read_tokens
 from veripo_fast.schedule import blocks
 from veripo_fast.types import EncodedPrompt
 
@@ -115,7 +115,9 @@ def test_the_last_token_of_a_completion_is_not_run() -> None:
     prompt = policies.encoded(policy.encoder, [])
     batch = pack([(prompt, [[30, 31, 32], [33]])])
     assert len(batch.token_ids) == len(prompt.token_ids) + 2
-    assert batch.logit_index.tolist()[0] == batch.logit_index.tolist()[3] == len(prompt.token_ids) - 1
+    read = read_tokens(batch.groups, torch.device("cpu"))[batch.logit_index].tolist()
+    end = len(prompt.token_ids)
+    assert read == [end - 1, end, end + 1, end - 1]
     assert batch.targets.tolist() == [30, 31, 32, 33]
 
 

@@ -60,6 +60,8 @@ class ExpertsCost:
     """Of an expert."""
     shared: int
     """Of the expert that every token passes besides; 0: none."""
+    last: bool = True
+    """Whether the last layer is one."""
 
     def per_token(self, hidden: int) -> int:
         """Multiply-adds of a layer."""
@@ -108,9 +110,11 @@ class ModelCost:
     delta: DeltaCost | None = None
     adapters: int = 0
     """Numbers of the adapters of the language model, which are then all that is trained of it."""
+    trimmed: bool = False
+    """Whether the last layer computes only what is read of it (`trims_last_layer`)."""
 
     @classmethod
-    def of(cls, config: Any, *, tower_trained: bool, adapters: int = 0) -> ModelCost:
+    def of(cls, config: Any, *, tower_trained: bool, adapters: int = 0, router_balance: float = 0.0) -> ModelCost:
         """From a Hugging Face configuration of a family in `config/families.py`."""
         text, family = config.get_text_config(), FAMILIES[config.model_type]
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -118,12 +122,19 @@ class ModelCost:
                    text.num_attention_heads, text.num_key_value_heads, head_dim, text.vocab_size,
                    TowerCost.of(config.vision_config) if tower_trained else None, bool(family.delta_class),
                    _experts(text) if family.router_class else None, _delta(text) if family.delta_class else None,
-                   adapters)
+                   adapters, trims_last_layer(config, router_balance))
 
     @property
     def attending(self) -> int:
         """Layers that attend."""
         return self.layers - (self.delta.layers if self.delta else 0)
+
+    def unread_matrices(self) -> int:
+        """Multiply-adds that a prompt token whose last hidden state nobody reads leaves out in a trimmed last layer:
+        queries, gate and way out of the attention, and the MLP."""
+        attention = self.hidden * self.head_dim * self.heads * (3 if self.gated else 2)
+        return attention + (self.experts.per_token(self.hidden) if self.experts and self.experts.last
+                            else 3 * self.hidden * self.intermediate)
 
     def layer_matrices(self) -> int:
         """Multiply-adds of a token in all layers, what tokens have to do with each other left out."""
@@ -139,17 +150,30 @@ class ModelCost:
 
 
 def _experts(text: Any) -> ExpertsCost:
-    sparse = text.num_hidden_layers
+    sparse = [True] * text.num_hidden_layers
     if hasattr(text, "decoder_sparse_step"):  # Qwen3-VL-MoE's; in Qwen3.5-MoE every layer is one
-        sparse = sum(layer not in (text.mlp_only_layers or ()) and (layer + 1) % text.decoder_sparse_step == 0
-                     for layer in range(text.num_hidden_layers))
-    return ExpertsCost(sparse, text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size,
-                       getattr(text, "shared_expert_intermediate_size", 0))
+        sparse = [layer not in (text.mlp_only_layers or ()) and (layer + 1) % text.decoder_sparse_step == 0
+                  for layer in range(text.num_hidden_layers)]
+    return ExpertsCost(sum(sparse), text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size,
+                       getattr(text, "shared_expert_intermediate_size", 0), sparse[-1])
 
 
 def _delta(text: Any) -> DeltaCost:
     return DeltaCost(list(text.layer_types).count("linear_attention"), text.linear_num_key_heads,
                      text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim)
+
+
+def trims_last_layer(config: Any, router_balance: float = 0.0) -> bool:
+    """Whether the last decoder layer leaves out what nobody reads (model/last_layer.py): where it attends, no output of
+    the tower is added behind it, and the load of its experts is not balanced, which counts every token.
+
+    Args:
+        config: a Hugging Face configuration. router_balance: `model.router_balance`.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
+    deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None) or ()
+    return not router_balance and kinds[-1] != "linear_attention" and len(deepstack) < text.num_hidden_layers
 
 
 def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequence[int],
@@ -161,7 +185,8 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
         FLOPs = 6 layers (T (2 D d (H + K) + 3 D intermediate) + 2 H d pairs) + 6 D V sum(R)
 
     of a dense model that attends in every layer. Of experts those count that a token passes; a layer with a recurrent
-    state has no pairs, and per token what `DeltaCost` says.
+    state has no pairs, and per token what `DeltaCost` says. A trimmed last layer leaves out P - 1 tokens of its queries
+    and of all that follows them.
 
     A multiply and add is 2 FLOPs and backward takes twice the forward, which makes 6 (arXiv 2001.08361 sec. 2.1; arXiv
     2104.04473 eq. 3, which also counts recomputation and pairs that are masked). Norms, rotary embedding, softmax and
@@ -177,8 +202,10 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
     """
     packed = [max(length - 1, 0) for length in completion_lengths]
     tokens = prompt_tokens + sum(packed)
-    layers = tokens * cost.layer_matrices()
-    attention = cost.attending * 2 * cost.heads * cost.head_dim * attention_pairs(prompt_tokens, packed)
+    unread = prompt_tokens - 1 if cost.trimmed else 0
+    layers = tokens * cost.layer_matrices() - unread * cost.unread_matrices()
+    pairs = cost.attending * attention_pairs(prompt_tokens, packed) - unread * prompt_tokens // 2
+    attention = 2 * cost.heads * cost.head_dim * pairs
     if cost.delta:
         attention += tokens * cost.delta.layers * cost.delta.rule
     head = cost.hidden * cost.vocabulary * sum(completion_lengths)

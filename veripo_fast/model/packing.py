@@ -31,7 +31,7 @@ class PackedBatch:
     positions: torch.Tensor
     """int64 [3, T]."""
     logit_index: torch.Tensor
-    """int64 [M]: the packed token whose logits predict each target."""
+    """int64 [M]: the number, among the tokens that are read (`read_tokens`), of the one that predicts each target."""
     targets: torch.Tensor
     """int64 [M]: completion tokens."""
     cu_seqlens: torch.Tensor
@@ -54,21 +54,23 @@ def pack(groups: Sequence[tuple[EncodedPrompt, Sequence[Sequence[int]]]]) -> Pac
     positions: list[torch.Tensor] = []
     index: list[torch.Tensor] = []
     lengths: list[int] = []
-    start = 0
+    start = read = 0
     for prompt, completions in groups:
         size = len(prompt.token_ids)
         ids.append(prompt.token_ids)
         positions.append(prompt.positions)
-        offset = start + size
+        offset, first = start + size, read
+        read += 1
         for completion in completions:
             if not completion:
                 raise ValueError("a completion without tokens cannot be packed")
             packed = len(completion) - 1
             ids.append(torch.tensor(completion[:-1], dtype=torch.long))
             positions.append((torch.arange(packed) + prompt.next_position).expand(3, -1))
-            index.append(torch.cat([torch.tensor([start + size - 1]), torch.arange(packed) + offset]))
+            index.append(torch.cat([torch.tensor([first]), torch.arange(packed) + read]))
             lengths.append(len(completion))
             offset += packed
+            read += packed
         spans.append(GroupSpan(start, size, tuple(len(c) - 1 for c in completions)))
         start = offset
     targets = [torch.tensor(c, dtype=torch.long) for _, completions in groups for c in completions]

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from veripo_kernels import PolicyLoss, PreferenceLoss, linear_dpo_loss, linear_logprobs, linear_policy_loss
 
+from veripo_fast.distributed.flops import trims_last_layer
 from veripo_fast.model.families import balance_loss
+from veripo_fast.model.last_layer import trim_last_layer
 from veripo_fast.model.lora import head_weight
 from veripo_fast.model.packing import PackedBatch
-from veripo_fast.model.shared_prefix import PromptCache
+from veripo_fast.model.shared_prefix import PromptCache, read_tokens
 from veripo_fast.types import VisionFeatures
 
 
@@ -147,13 +149,16 @@ class PolicyStep(torch.nn.Module):
         self.pad_ids = list(pad_ids)
         self.router_balance = router_balance
         self._config = model.config
+        self._trimmed = trims_last_layer(model.config, router_balance)
+        if self._trimmed:
+            trim_last_layer(self.language_model)
 
     def forward(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], inputs: LossInputs) -> StepOutput:
         """Run a packed row and compute its loss; `features` of each group's prompt, None without media."""
         device = self.lm_head.weight.device
         routed = {"output_router_logits": True} if self.router_balance else {}
         output = self._run(batch, features, None, **routed)
-        hidden = output.last_hidden_state[0][batch.logit_index.to(device)]
+        hidden = self._read(output, batch)[batch.logit_index.to(device)]
         computed = inputs.compute(hidden, head_weight(self.lm_head), batch.targets.to(device),
                                   batch.cu_seqlens.to(device))
         if not self.router_balance or computed.loss is None:
@@ -163,16 +168,22 @@ class PolicyStep(torch.nn.Module):
 
     def hidden(self, batch: PackedBatch, features: Sequence[VisionFeatures | None],
                cache: PromptCache | None = None) -> torch.Tensor:
-        """Last hidden states [T, D] of a packed row; `cache` keeps the keys and values of the prompts."""
-        hidden: torch.Tensor = self._run(batch, features, cache).last_hidden_state[0]
-        return hidden
+        """Last hidden states [n, D] of the tokens of a packed row that are read (`read_tokens`); `cache` keeps the keys
+        and values of the prompts."""
+        return self._read(self._run(batch, features, cache), batch)
+
+    def _read(self, output: Any, batch: PackedBatch) -> torch.Tensor:
+        """Last hidden states [n, D] of the tokens that are read."""
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden if self._trimmed else hidden[read_tokens(batch.groups, hidden.device)]
 
     def _run(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], cache: PromptCache | None,
              **options: Any) -> Any:
         device = self.lm_head.weight.device
         return self._output(
             batch.token_ids.to(device)[None], batch.positions.to(device)[:, None],
-            [item for item in features if item is not None], groups=batch.groups, cache=cache, **options)
+            [item for item in features if item is not None], groups=batch.groups, cache=cache, trim=self._trimmed,
+            **options)
 
     def run_language_model(self, ids: torch.Tensor, positions: torch.Tensor, features: Sequence[VisionFeatures],
                            **attention: Any) -> torch.Tensor:

@@ -36,8 +36,8 @@ class Dealer:
     @classmethod
     def of(cls, policy: Policy, world: World) -> Dealer:
         """For the groups of a policy."""
-        return cls(ModelCost.of(policy.model.config, tower_trained=not policy.frozen_vision,
-                                adapters=policy.text_cost.adapters), world, policy.device)
+        cost = replace(policy.text_cost, tower=None if policy.frozen_vision else policy.cost)
+        return cls(cost, world, policy.device)
 
     def deal(self, prompts: Sequence[LoadedPrompt | None], groups: Sequence[RolloutGroup], numbers: Sequence[int]
              ) -> dict[int, LoadedPrompt]:
