@@ -17,6 +17,7 @@ import torch
 from tests.support import policies
 from veripo_fast.config.families import FAMILIES
 from veripo_fast.errors import DataError
+from veripo_fast.model import shared_prefix
 from veripo_fast.model.packing import PackedBatch, pack
 from veripo_fast.model.policy import Policy
 from veripo_fast.rollout import torch_engine
@@ -291,7 +292,7 @@ def test_tokens_are_those_of_a_running_sum_over_the_vocabulary(vocabulary: int, 
 
 @pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_parts_of_a_batch_give_what_the_whole_gives(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are prefilled and tokens are drawn for a part of the batch at a time."""
+    """Prompts are prefilled, completions attend and tokens are drawn for a part of the batch at a time."""
     whole = generate(family, SAMPLED)
     passes: list[int] = []
     plain = Policy.hidden
@@ -302,6 +303,7 @@ def test_parts_of_a_batch_give_what_the_whole_gives(family: str, monkeypatch: py
 
     monkeypatch.setattr(Policy, "hidden", hidden)
     monkeypatch.setattr(torch_engine, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(shared_prefix, "MOST_SCORES", 1)
     monkeypatch.setattr(torch_engine, "MOST_LOGITS", 4 * policies.policy(family).vocabulary)
     parts = generate(family, SAMPLED)
     assert sum(passes) == len(MEDIA) and len(passes) > 2

@@ -10,7 +10,7 @@ Letters: T packed tokens, P prompt, R completion tokens, N prompts, G group, H q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, TypeAlias, cast
@@ -23,6 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from veripo_fast.schedule.blocks import blocks_of
 
 NAME = "veripo_shared_prefix"
+MOST_SCORES, MOST_SCORES_ON_GPU = 1 << 20, 1 << 27
+"""Attention scores that exist at once while completions are written, on a CPU and on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +72,34 @@ Attend: TypeAlias = Callable[
 class PromptCache:
     """Keys and values of a decoding batch: one copy per prompt, shared by its G completions, plus the tokens written.
 
-    Prefill fills `prompts` (one packed row); `start_decoding` pads them to [N, K, P, d] and every later forward takes
-    one token of each of the N*G completions. A layer with a recurrent state has that instead (`states`), and the last
-    inputs of its convolution; while decoding every completion has its own.
+    Prefill fills [N, K, longest P, d] of each layer, some prompts at a time (`keep_prompts`); behind `start_decoding`
+    every forward takes one token of each of the N*G completions. A layer with a recurrent state has that instead
+    (`states`), and the last inputs of its convolution; while decoding every completion has its own.
+
+    Args:
+        lengths: P of each prompt.
     """
 
-    def __init__(self) -> None:
-        self.prompts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        self.padding = min(lengths) < max(lengths)
         self.padded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.visible = torch.empty(0)
-        self.padding = False
+        self.visible = torch.arange(max(lengths)) < torch.tensor(self.lengths)[:, None]
         self.group_size = 1
         self.length = 0
+        self._filled: dict[int, int] = {}
+
+    def keep_prompts(self, layer: int, keys: torch.Tensor, values: torch.Tensor, groups: tuple[GroupSpan, ...]) -> None:
+        """Take what the prompts of a packed row leave in a layer that attends: keys and values [1, K, T, d]."""
+        if layer not in self.padded:
+            shape = (len(self.lengths), keys.shape[1], max(self.lengths), keys.shape[-1])
+            self.padded[layer] = keys.new_zeros(shape), values.new_zeros(shape)
+        for number, group in enumerate(groups, self._filled.get(layer, 0)):
+            for kept, rows in zip(self.padded[layer], (keys, values), strict=True):
+                kept[number, :, :group.prompt] = rows[0, :, group.start:group.completion_start]
+        self._filled[layer] = self._filled.get(layer, 0) + len(groups)
 
     def keep_states(self, layer: int, inputs: torch.Tensor, states: torch.Tensor) -> None:
         """Take what further prompts leave in a recurrent layer: [N, ...] each, the convolution's inputs first."""
@@ -91,20 +107,15 @@ class PromptCache:
             inputs, states = (torch.cat(pair) for pair in zip(self.states[layer], (inputs, states), strict=True))
         self.states[layer] = inputs, states
 
-    def start_decoding(self, lengths: list[int], group_size: int, max_new_tokens: int) -> None:
-        """Pad the prompts of `lengths` tokens and make room for G * N completions of `max_new_tokens`."""
+    def start_decoding(self, group_size: int, max_new_tokens: int) -> None:
+        """Make room for G * N completions of `max_new_tokens`."""
         self.group_size = group_size
-        for number, layer in self.prompts.items():
-            keys, values = (_pad([entry[side] for entry in layer]) for side in (0, 1))
-            layer.clear()  # one layer at a time is held twice
-            self.padded[number] = keys, values
+        for number, (keys, _) in self.padded.items():
             shape = (len(keys) * group_size, keys.shape[1], max_new_tokens, keys.shape[-1])
             self.written[number] = keys.new_zeros(shape), keys.new_zeros(shape)
+            self.visible = self.visible.to(keys.device)
         for number, (inputs, state) in self.states.items():
             self.states[number] = inputs.repeat_interleave(group_size, 0), state.repeat_interleave(group_size, 0)
-        device = next(iter(self.padded.values()))[0].device
-        self.visible = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        self.padding = min(lengths) < max(lengths)
 
     def keep(self, prompts: torch.Tensor) -> None:
         """Drop the prompts whose completions have all ended; `prompts` int64 lists the rows to keep."""
@@ -113,12 +124,6 @@ class PromptCache:
             for layer, (keys, values) in kept.items():
                 kept[layer] = keys[which], values[which]  # one layer at a time is held twice
         self.visible = self.visible[prompts]
-
-
-def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
-    """List of [1, K, P_i, d] -> [N, K, max P, d], zeros behind the end."""
-    longest = max(row.shape[2] for row in rows)
-    return torch.cat([F.pad(row, (0, 0, 0, longest - row.shape[2])) for row in rows])
 
 
 def attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: tuple[GroupSpan, ...],
@@ -150,19 +155,38 @@ def attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g
 
 def _attend_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: PromptCache, layer: int,
                    scaling: float) -> torch.Tensor:
-    """One new token of each completion: query [N*G, H, 1, d], key and value [N*G, K, 1, d] -> [N*G, H, 1, d]."""
+    """One new token of each completion: query [N*G, H, 1, d], key and value [N*G, K, 1, d] -> [N*G, H, 1, d].
+
+    Scores exist for some prompts at a time, so that they do not grow with the batch.
+    """
     keys, values = cache.written[layer]
     keys[:, :, cache.length], values[:, :, cache.length] = key[:, :, 0], value[:, :, 0]
     keys, values = keys[:, :, :cache.length + 1], values[:, :, :cache.length + 1]
     prompt_keys, prompt_values = cache.padded[layer]
+    group = len(query) // len(prompt_keys)
+    of_prompt = group * query.shape[1] * (prompt_keys.shape[2] + cache.length + 1)
+    most = MOST_SCORES if query.device.type == "cpu" else MOST_SCORES_ON_GPU
+    part = max(most // of_prompt, 1)
+    outputs = [
+        _attend_groups(*(rows[start * group:(start + part) * group] for rows in (query, keys, values)),
+                       prompt_keys[start:start + part], prompt_values[start:start + part],
+                       cache.visible[start:start + part] if cache.padding else None, scaling)
+        for start in range(0, len(prompt_keys), part)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_groups(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prompt_keys: torch.Tensor,
+                   prompt_values: torch.Tensor, visible: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """Of N prompts: query [N*G, H, 1, d], keys and values [N*G, K, t, d] that the completions wrote and [N, K, P, d] of
+    the prompts -> [N*G, H, 1, d]; visible bool [N, P], where prompts differ in length."""
     rows, heads, _, size = query.shape
     prompts, key_heads, length, _ = prompt_keys.shape
     repeat = heads // key_heads
-    own = query.view(rows, key_heads, repeat, size) * scaling
+    own = query.reshape(rows, key_heads, repeat, size) * scaling
     shared = own.view(prompts, -1, key_heads, repeat, size).transpose(1, 2).reshape(prompts, key_heads, -1, size)
     prompt_scores = shared @ prompt_keys.transpose(-1, -2)
-    if cache.padding:
-        prompt_scores.masked_fill_(~cache.visible[:, None, None], float("-inf"))
+    if visible is not None:
+        prompt_scores.masked_fill_(~visible[:, None, None], float("-inf"))
     prompt_scores = prompt_scores.view(prompts, key_heads, -1, repeat, length).transpose(1, 2)
     scores = torch.cat([prompt_scores.reshape(rows, key_heads, repeat, length), own @ keys.transpose(-1, -2)], -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
@@ -198,16 +222,10 @@ def shared_prefix_attention(
         out = _attend_decode(query, key, value, cache, layer, scaling or query.shape[-1] ** -0.5)
         return out.transpose(1, 2), None
     if cache is not None:
-        prompts = zip(_prompt_parts(key, groups), _prompt_parts(value, groups), strict=True)
-        cache.prompts.setdefault(layer, []).extend(prompts)
+        cache.keep_prompts(layer, key, value, groups)
     if tails and attend is attend_packed:
         attend = partial(attend_packed, tails=True)
     return attend(query, key, value, groups, scaling).transpose(1, 2).contiguous(), None
-
-
-def _prompt_parts(rows: torch.Tensor, groups: tuple[GroupSpan, ...]) -> list[torch.Tensor]:
-    """[1, K, T, d] of a packed row -> [1, K, P, d] of each prompt."""
-    return [rows[:, :, group.start:group.completion_start] for group in groups]
 
 
 def register(name: str, attend: Attend) -> None:

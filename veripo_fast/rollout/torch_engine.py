@@ -44,10 +44,9 @@ class TorchEngine:
                  numbers: Sequence[int]) -> list[RolloutGroup]:
         if not prompts:
             return []
-        cache = PromptCache()
+        cache = PromptCache([len(item.encoded.token_ids) for item in prompts])
         hidden = self._prefill(prompts, cache)
-        cache.start_decoding([len(item.encoded.token_ids) for item in prompts], sampling.group_size,
-                             sampling.max_new_tokens)
+        cache.start_decoding(sampling.group_size, sampling.max_new_tokens)
         following = torch.tensor([item.encoded.next_position for item in prompts], device=hidden.device)
         groups: list[RolloutGroup | None] = [None] * len(prompts)
         noise = draws(sampling, numbers).to(hidden.device)
