@@ -30,8 +30,8 @@ def policy_of(family: str, lora: LoraConfig) -> Policy:
                                    freeze_vision="merger" not in lora.targets, lora=lora))
 
 
-@pytest.mark.parametrize("targets", [("language",), EVERYTHING, ("q_proj", "down_proj", "head")], ids="-".join)
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("targets", [("language",), EVERYTHING, ("q_proj", "o_proj", "head")], ids="-".join)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_shapes(family: str, targets: tuple[str, ...]) -> None:
     lora = LoraConfig(rank=4, targets=targets)
     policy, shape = policy_of(family, lora), read_shape(policies.untied_checkpoint(family))

@@ -76,11 +76,6 @@ class Family:
         return ("full_attention", "linear_attention") if self.delta_class else ("full_attention",)
 
     @property
-    def predicted(self) -> bool:
-        """Whether `schedule/` knows what its layers hold and cost."""
-        return not self.delta_class and not self.router_class
-
-    @property
     def module(self) -> str:
         """That holds its classes."""
         return f"transformers.models.{self.name}.modeling_{self.name}"

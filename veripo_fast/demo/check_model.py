@@ -76,8 +76,7 @@ def supported(policy: Policy) -> list[str]:
               "torch, vllm" if family.engine_rules else f"torch; vllm with {_others('engine_rules')}"),
              ("distributed.backend", "fsdp, deepspeed" if family.deepspeed
               else f"fsdp; deepspeed with {_others('deepspeed')}"),
-             ("model.liger", "yes" if family.liger else f"with {_others('liger')}"),
-             ("veripo plan, memory", "predicted" if family.predicted else f"predicted for {_others('predicted')}")]
+             ("model.liger", "yes" if family.liger else f"with {_others('liger')}")]
     return [f"  {name}: {value}" for name, value in rows]
 
 

@@ -76,6 +76,13 @@ class DeltaCost:
     value_heads: int
     key_dim: int
     value_dim: int
+    convolution: int
+    """Tokens of the convolution before the rule, whose FLOPs are left out."""
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values of a token."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
     def matrices(self, hidden: int) -> int:
         """Multiply-adds of a layer and token: queries, keys, values, gate, decay and strength, and the way out."""
@@ -96,6 +103,7 @@ class ModelCost:
     layers: int
     hidden: int
     intermediate: int
+    """Of a dense MLP; 0: every layer has experts."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -114,11 +122,12 @@ class ModelCost:
         """From a Hugging Face configuration of a family in `config/families.py`."""
         text, family = config.get_text_config(), FAMILIES[config.model_type]
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(text.num_hidden_layers, text.hidden_size, getattr(text, "intermediate_size", 0),
+        experts = _experts(text) if family.router_class else None
+        dense = text.num_hidden_layers > (experts.layers if experts else 0)
+        return cls(text.num_hidden_layers, text.hidden_size, text.intermediate_size if dense else 0,
                    text.num_attention_heads, text.num_key_value_heads, head_dim, text.vocab_size,
                    TowerCost.of(config.vision_config) if tower_trained else None, bool(family.delta_class),
-                   _experts(text) if family.router_class else None, _delta(text) if family.delta_class else None,
-                   adapters)
+                   experts, _delta(text) if family.delta_class else None, adapters)
 
     @property
     def attending(self) -> int:
@@ -149,7 +158,8 @@ def _experts(text: Any) -> ExpertsCost:
 
 def _delta(text: Any) -> DeltaCost:
     return DeltaCost(list(text.layer_types).count("linear_attention"), text.linear_num_key_heads,
-                     text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim)
+                     text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim,
+                     text.linear_conv_kernel_dim)
 
 
 def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequence[int],

@@ -9,6 +9,8 @@ from veripo_fast.config.lora import LoraConfig
 from veripo_fast.schedule.shapes import ModelShape, Shape, numbers
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.\d+\.(?:\w+\.)*(\w+)\.weight")
+_ROUTER = ".mlp.gate.weight"
+"""Of experts: no linear layer, so it gets no adapters."""
 _MERGER = re.compile(r"visual\.(?:merger|deepstack_merger_list\.\d+)\..+\.weight")
 
 
@@ -43,7 +45,7 @@ def adapter_shapes(shape: ModelShape, config: LoraConfig) -> AdapterShapes | Non
                 mergers.append(weight)
             continue
         match = _LAYER.fullmatch(name)
-        if match and ("language" in config.targets or match[1] in config.targets):
+        if match and not name.endswith(_ROUTER) and ("language" in config.targets or match[1] in config.targets):
             adapted.append(weight)
     head = "head" in config.targets
     if head:

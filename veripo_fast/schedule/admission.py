@@ -100,7 +100,8 @@ def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str
     return _smaller_share(config, ranks)
 
 
-_OF_ROLLOUT = ("activations", "prompt cache", "completion cache", "draws", "logits", "attention scores")
+_OF_ROLLOUT = ("activations", "allocator", "prompt cache", "completion cache", "recurrent states", "draws", "logits",
+               "attention scores")
 _BY_NAME = {
     "tower output": "lower cache.host_bytes, or cache.gpu_bytes on a GPU",
     "vision cache": "lower cache.host_bytes",
@@ -113,6 +114,9 @@ _BY_NAME = {
     "whole weights": "take rollout.engine vllm, which needs no rank to hold every weight",
     "checkpoint": "set checkpoint.asynchronous to false, or take a machine with more memory",
     "checkpoint files": "take a smaller model or a machine with more memory: every rank loads the whole model",
+    "experts one by one": "take a machine with more memory: the files hold each expert by itself, and all are read "
+                          "before they are put together",
+    "compiled products": "set model.dtype to float32, of which a CPU keeps none, or take a machine with more memory",
     "process": "take a machine with more memory, or fewer ranks on this one",
 }
 

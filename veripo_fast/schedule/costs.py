@@ -20,6 +20,7 @@ from veripo_fast.distributed.balance import deal, idle_share
 from veripo_fast.distributed.flops import ModelCost, TowerCost, group_flops, tower_flops
 from veripo_fast.schedule.adapters import adapter_shapes
 from veripo_fast.schedule.hardware import Hardware
+from veripo_fast.schedule.layer_bytes import state_bytes
 from veripo_fast.schedule.shapes import ModelShape, numbers
 from veripo_fast.schedule.workload import Workload, itemsize_of
 
@@ -112,7 +113,18 @@ def model_cost(shape: ModelShape, lora: LoraConfig | None = None) -> ModelCost:
     adapters = None if lora is None else adapter_shapes(shape, lora)
     head_size = max(shape.queries // shape.heads, 1)
     return ModelCost(shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.keys // head_size, head_size,
-                     shape.vocabulary, None, adapters=0 if adapters is None else numbers(adapters.language))
+                     shape.vocabulary, None, bool(shape.delta), shape.experts, shape.delta,
+                     0 if adapters is None else numbers(adapters.language))
+
+
+def read_numbers(shape: ModelShape, rows: int) -> float:
+    """Weights that are read for one token of each of `rows` completions: of experts those that any of them passes, if
+    each is chosen as often as another: E (1 - (1 - A / E)^rows) of E, A a token."""
+    experts = shape.experts
+    if experts is None:
+        return shape.language_numbers
+    idle = (1 - experts.chosen / experts.experts) ** rows
+    return shape.language_numbers - idle * experts.layers * experts.experts * 3 * shape.hidden * experts.intermediate
 
 
 def _trained_numbers(shape: ModelShape, config: Config) -> int:
@@ -142,9 +154,13 @@ def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -
         contrast = group_flops(cost, prompt, own[:1] * config.plan.contrast_size, backward=False)
         prefill, decode = 2 * prefill, decode + contrast - prefill
     itemsize = itemsize_of(config)
-    read = lengths.longest * shape.language_numbers * itemsize / rollout.tensor_parallel
-    cache = sampled * size * lengths.completion_tokens * 2 * shape.keys * shape.layers * itemsize
+    rows = sampled * size
+    read = lengths.longest * read_numbers(shape, rows) * itemsize / rollout.tensor_parallel
+    cache = rows * lengths.completion_tokens * 2 * shape.keys * shape.attending * itemsize
     read += cache * (lengths.prompt_tokens + lengths.completion_tokens / 2) / rollout.tensor_parallel
+    if shape.delta:  # each token reads a state and writes it
+        states = rows * shape.delta.layers * state_bytes(shape.delta)
+        read += 2 * states * lengths.completion_tokens / rollout.tensor_parallel
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False)
     most, idle = _dealt(shape, config, ranks, lengths, prompts * lengths.live_share)
     updates = grpo.updates_per_rollout

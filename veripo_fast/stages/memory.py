@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from veripo_fast.config.families import Family
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.distributed.world import World
@@ -90,11 +89,10 @@ class MemoryBooks:
         self.run, self.high_water, self.world = run, high_water, world
         self.growth = Growth()
 
-    def loaded(self, family: Family) -> None:
+    def loaded(self) -> None:
         """Say so if the policy could be loaded, but nothing was predicted of it."""
         if self.world.main and not read_plan(self.run.memory_plan):
-            log.warning("memory was not predicted: %s", "the checkpoint's files do not give the shapes of its weights"
-                        if family.predicted else f"the prediction does not know the layers of {family.name}")
+            log.warning("memory was not predicted: the checkpoint's files do not give the shapes of its weights")
 
     def step_done(self, known_bytes: int) -> None:
         """Look at the peaks of a step, less what is known to grow."""
