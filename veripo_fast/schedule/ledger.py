@@ -73,17 +73,23 @@ def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int
     """
     stages = {}
     for stage in config.stages:
-        stages[stage.name] = stage_phases(shape, apply_overrides(config, stage.set), stage, ranks, gpu_bytes, judges)
+        stages[stage.name] = stage_phases(shape, config, stage, ranks, gpu_bytes, judges)
     return stages
 
 
-def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, gpu_bytes: int,
+def stage_phases(shape: ModelShape, run: Config, stage: StageConfig, ranks: int, gpu_bytes: int,
                  judges: Mapping[str, JudgeShape] | None = None) -> list[Phase]:
-    """The phases of one stage, whose overrides are in `config`."""
+    """The phases of one stage of a run, with the evaluations inside of it (`eval`) and behind it (`evaluation`)."""
+    config = apply_overrides(run, stage.set)
     ledger = Ledger(shape, config, ranks, gpu_bytes, workload_of(config, shape, ranks))
     phases = ledger.phases(stage.kind)
     if stage.kind == "dpo" and config.verifier.judge == "llm" and judges is not None:
         phases.insert(1, ledger.verify(judges[config.verifier.llm_path]))
+    reporting = (judges or {}).get(run.reporting_judge.llm_path) if run.eval.judge == "llm" else None
+    if run.data.eval and run.eval.every is not None:
+        phases.insert(-1, ledger.evaluation(run, reporting, inside=True))
+    if run.data.eval and run.eval.at != "never":
+        phases.append(ledger.evaluation(run, reporting, inside=False))
     return phases
 
 
@@ -171,6 +177,24 @@ class Ledger:
         always["whole weights"] = self.held.whole
         return [self._phase(name, {**always, **owners}, self._host(batch.prompts))
                 for owners in moments(self.shape, batch, self.config.rollout, self.itemsize, self.on_gpu)]
+
+    def evaluation(self, run: Config, judge: JudgeShape | None, *, inside: bool) -> Phase:
+        """The largest moment of an evaluation: videos run through the tower, completions are written, a judge reads.
+
+        Args:
+            run: the configuration of the run, because no stage overrides what is evaluated. judge: a judge `llm`.
+            inside: of one inside of a stage, which is greedy, on a part of the prompts, and beside AdamW's state.
+        """
+        limit = run.eval.every_limit if inside else run.eval.limit
+        together = min(run.eval.prompts_per_batch, limit or run.eval.prompts_per_batch)
+        prompts = -(-together // max(self.ranks // run.rollout.tensor_parallel, 1))
+        batch = Batch(prompts, 1 if inside else max(run.eval.samples, 1), self.work.prompt_tokens,
+                      run.rollout.max_new_tokens)
+        name, resident = ("eval", self._resident(away=True)) if inside else ("evaluation", self._between())
+        found = [self._encoding(name, prompts, resident), *self._sampling(name, batch, resident)]
+        if judge is not None:
+            found.append(self._judging(name, judge, resident))
+        return max(found, key=_device_bytes)
 
     def verify(self, judge: JudgeShape) -> Phase:
         """A judge `llm` in this process."""

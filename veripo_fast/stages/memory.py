@@ -28,6 +28,8 @@ from veripo_fast.text import memory
 log = logging.getLogger(__name__)
 Plan = dict[str, dict[str, dict[str, dict[str, int]]]]
 """Stage -> phase -> device or host -> owner -> bytes."""
+EVALUATION = "evaluation"
+"""The phase of an evaluation between stages; one inside of a stage is `eval`."""
 GROWING = 20
 """Steps in a row that a phase has to grow before it is named."""
 _NOISE = 1 << 18
@@ -107,6 +109,15 @@ class MemoryBooks:
             predicted = read_plan(self.run.memory_plan).get(stage, {})
             self.high_water.write(self.run.memory, stage, predicted=predicted, owner_bytes=owners,
                                   ranks=self.world.size)
+
+
+    def evaluated(self, after: str) -> None:
+        """Write a line of memory.jsonl about an evaluation behind a stage, or of the start, before any."""
+        if self.world.main:
+            plan = read_plan(self.run.memory_plan)
+            phases = plan.get(after) or next(iter(plan.values()), {})
+            predicted = {name: owners for name, owners in phases.items() if name == EVALUATION}
+            self.high_water.write(self.run.memory, after, only=EVALUATION, predicted=predicted, ranks=self.world.size)
 
 
 class Growth:
