@@ -74,8 +74,7 @@ def supported(policy: Policy) -> list[str]:
         rows.append(("experts", "chosen in float32; model.router_balance weighs their load"))
     rows += [("rollout.engine",
               "torch, vllm" if family.engine_rules else f"torch; vllm with {_others('engine_rules')}"),
-             ("distributed.backend", "fsdp, deepspeed" if family.deepspeed
-              else f"fsdp; deepspeed with {_others('deepspeed')}"),
+             ("distributed.backend", "fsdp, deepspeed"),
              ("model.liger", "yes" if family.liger else f"with {_others('liger')}")]
     return [f"  {name}: {value}" for name, value in rows]
 
