@@ -62,8 +62,6 @@ class Family:
     """Whether its files hold the matrices of experts transposed, of which transformers turns those that do not fit."""
     shared_expert: bool = False
     """Whether each mixture has an expert that all tokens pass."""
-    liger: bool = False
-    """Whether `model.liger` was written for its layers."""
     engine_rules: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Names of parameters -> the method of `weights/layouts.py: Rules` that places them in vLLM; empty: their hand-over
     to vLLM is not written."""
@@ -88,7 +86,7 @@ _QWEN3_TOWER = {
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
     Family("qwen2_5_vl", "Qwen2.5-VL", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLConfig",
-           "Qwen2_5_VLForConditionalGeneration", _CLIP, "positions", liger=True,
+           "Qwen2_5_VLForConditionalGeneration", _CLIP, "positions",
            engine_rules=_LANGUAGE | _TOWER | {
                _BLOCK + r"mlp\.(?:gate|up)_proj\.(?:weight|bias)": "gate_up",
                _BLOCK + r"mlp\.down_proj\.(?:weight|bias)": "columns",
@@ -97,7 +95,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (
                r"model\.visual\.merger\.mlp\.2\.(?:weight|bias)": "columns",
            }),
     Family("qwen3_vl", "Qwen3-VL", "Qwen3VLVisionModel", "Qwen3VLConfig", "Qwen3VLForConditionalGeneration", _HALF,
-           "stamps", query_norm=True, deepstack=True, liger=True,
+           "stamps", query_norm=True, deepstack=True,
            engine_rules=_LANGUAGE | _TOWER | _QWEN3_TOWER),
     Family("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeVisionModel", "Qwen3VLMoeConfig",
            "Qwen3VLMoeForConditionalGeneration", _HALF, "stamps", query_norm=True, deepstack=True,

@@ -75,7 +75,8 @@ def supported(policy: Policy) -> list[str]:
     rows += [("rollout.engine",
               "torch, vllm" if family.engine_rules else f"torch; vllm with {_others('engine_rules')}"),
              ("distributed.backend", "fsdp, deepspeed"),
-             ("model.liger", "yes" if family.liger else f"with {_others('liger')}")]
+             ("model.liger", "norms and shared experts" if family.shared_expert else "norms"
+              if family.router_class else "norms and MLPs")]
     return [f"  {name}: {value}" for name, value in rows]
 
 
