@@ -1,10 +1,11 @@
 """Losses, gradient norms and weights of every backend over 20 updates, two ranks against one process, in float32.
 
-    python bench/bench_curve.py [--updates 20]
+    python bench/bench_curve.py [--updates 20] [--family qwen3_5_moe]
 
-A tiny Qwen3-VL, tied and untied, with a frozen and with a trained tower; groups of text, image and video; as many
-micro-batches as a rank happens to have, in some updates none. Rank 0 runs the single process too. The difference of a
-loss is relative to the largest loss of the curve, which crosses zero. Lines go to bench/results/curve.jsonl.
+A tiny checkpoint of a family, tied and untied, with a frozen and with a trained tower; groups of text, image and video;
+as many micro-batches as a rank happens to have, in some updates none. Rank 0 runs the single process too. The
+difference of a loss is relative to the largest loss of the curve, which crosses zero. Lines go to
+bench/results/curve.jsonl.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from veripo_kernels import PolicyLoss
 from bench import recipe
 from bench.measure import digits
 from bench.tied import PATHS, tied
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.config.schema import DistributedConfig, OptimizerConfig
 from veripo_fast.demo.tiny_model import init_model
@@ -146,6 +148,7 @@ def ranks(folder: Path, updates: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--family", default="qwen3_vl", choices=FAMILIES)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder is not None:
@@ -153,7 +156,7 @@ def main() -> None:
         return
     with TemporaryDirectory(prefix="veripo-curve-") as name:
         folder = Path(name)
-        init_model(folder / "tied", "qwen3_vl", 0)
+        init_model(folder / "tied", args.family, 0)
         untie(folder / "tied", folder / "untied")
         done = subprocess.run(
             tied(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__,
@@ -163,7 +166,8 @@ def main() -> None:
     for line in done.stdout.splitlines():
         if line.startswith("{"):
             row = json.loads(line)
-            path = recipe.append("curve", {"bench": "curve", "ranks": 2, "updates": args.updates, **row})
+            path = recipe.append("curve", {"bench": "curve", "family": args.family, "ranks": 2,
+                                           "updates": args.updates, **row})
             print(row, path)
 
 

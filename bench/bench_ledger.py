@@ -25,14 +25,17 @@ if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernel
     sys.path[0] = __file__.rpartition("/bench/")[0]
 
 import torch
+import transformers
 
 from bench import recipe
 from bench.measure import digits
 from bench.tied import PATHS, tied
 from bench.wide_model import write_checkpoint
 from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.data.prompts import load_prompts
+from veripo_fast.demo import tiny_model
 from veripo_fast.demo.corpus import write_corpus
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import load_policy, save_policy
@@ -63,20 +66,52 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "zero 1": (2, {**ZERO, "distributed.zero-stage": 1}),
     "zero 2": (2, {**ZERO, "distributed.zero-stage": 2}),
     "zero 3, vllm": (2, {**ZERO, "distributed.zero-stage": 3, "rollout.engine": "vllm", "rollout.kv-cache-gb": 0.25}),
+    "evaluation": (1, {"eval.at": "stages", "eval.every": 1, "eval.every-limit": 8}),
+    "evaluation, judge llm": (1, {"eval.at": "stages", "eval.every": 1, "eval.every-limit": 16, "eval.samples": 2,
+                                  "eval.judge": "llm"}),
+    "qwen3_vl_moe": (1, {}),
+    "qwen3_5": (1, {}),
+    "qwen3_5_moe": (1, {}),
+    "qwen3_vl_moe, bfloat16": (1, {"model.dtype": "bfloat16"}),
+    "qwen3_5, bfloat16": (1, {"model.dtype": "bfloat16"}),
+    "qwen3_5, gradient checkpointing": (1, {"model.gradient-checkpointing": "true"}),
+    "qwen3_5, two groups a micro-batch": (1, {"optimizer.max-tokens": 2200}),
+    "qwen3_5_moe, fsdp": (2, {}),
 }
-"""Name -> ranks, and options beside `COMMON`."""
+"""Name -> ranks, and options beside `COMMON`. One that begins with a family trains that, others Qwen3-VL."""
 
 
-def prepared(folder: Path) -> None:
+def family_of(name: str) -> str:
+    """The family that a case trains."""
+    first = name.partition(",")[0]
+    return first if first in FAMILIES else "qwen3_vl"
+
+
+def prepared(folder: Path, family: str) -> None:
     """A corpus and the policy, unless they are there: taught on questions alone, which is quick, then on videos."""
+    own = folder / family
     if not (folder / "corpus").exists():
         write_corpus(folder / "corpus", 12, 4, 0)
-    if not (folder / "start").exists():
-        write_checkpoint(folder / "start", "30m")
-    if not (folder / "text").exists():
-        teach(folder, "start", "text", videos=False, steps=25)
-    if not (folder / "model").exists():
-        teach(folder, "text", "model", videos=True, steps=12)
+    if not (folder / "judge").exists():
+        write_judge(folder / "judge")
+    if not (own / "start").exists():
+        write_checkpoint(own / "start", "30m", family=family)
+    if not (own / "text").exists():
+        teach(own, "start", "text", videos=False, steps=25)
+    if not (own / "model").exists():
+        teach(own, "text", "model", videos=True, steps=12)
+
+
+def write_judge(folder: Path) -> None:
+    """A language model of 27 million random weights, which writes no verdict but takes the memory of one that does."""
+    tokenizer = tiny_model.build_tokenizer()
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def teach(folder: Path, start: str, out: str, *, videos: bool, steps: int) -> None:
@@ -84,7 +119,7 @@ def teach(folder: Path, start: str, out: str, *, videos: bool, steps: int) -> No
     rng = random.Random(0)
     policy = load_policy(ModelConfig(path=str(folder / start), device="cpu"))
     encoder = policy.encoder
-    prompts, _ = load_prompts([str(folder / "corpus" / "train.jsonl")], DataConfig())
+    prompts, _ = load_prompts([str(folder.parent / "corpus" / "train.jsonl")], DataConfig())
     contract = VideoConfig(fps=None, num_frames=16, min_pixels=65536, max_pixels=65536)
     loader = PromptLoader(policy, contract, 1000, lambda prompt, reason: None)
     loaded = loader.load(prompts if videos else [without_media(prompt) for prompt in prompts])
@@ -132,8 +167,12 @@ def run(folder: Path, name: str, python: str) -> Path:
     if out.exists():
         sys.exit(f"{out} exists already; remove it or name another --folder")
     (folder / "empty.yaml").write_text("{}\n")
-    options = {**COMMON, "run-dir": out, "model.path": folder / "model",
+    options = {**COMMON, "run-dir": out, "model.path": folder / family_of(name) / "model",
                "data.train": folder / "corpus" / "train.jsonl", **changes}
+    if "eval.every" in options:
+        options["data.eval"] = folder / "corpus" / "heldout.jsonl"
+    if options.get("eval.judge") == "llm":
+        options["eval.judge-options"] = f"{{llm_path: {folder / 'judge'}, llm_max_failures: 1.0}}"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
     done = subprocess.run(
@@ -150,10 +189,11 @@ def row_of(name: str, stage: dict[str, object]) -> dict[str, object]:
     measured: dict[str, int] = stage["peak_bytes"]  # type: ignore[assignment]
     plan: dict[str, dict[str, dict[str, int]]] = stage["predicted"]  # type: ignore[assignment]
     predicted = {phase: sum(owners["device"].values()) for phase, owners in plan.items() if phase in measured}
-    if "update" not in predicted:
+    if "update" not in predicted and "evaluation" not in predicted:
         sys.exit(f"the case {name} trained on nothing in {stage['stage']}")
     peak = max(measured.values())
-    return {"bench": "ledger", "case": name, "ranks": CASES[name][0], "stage": stage["stage"],
+    return {"bench": "ledger", "case": name, "family": family_of(name), "ranks": CASES[name][0],
+            "stage": stage["stage"],
             "predicted_mib": {phase: count >> 20 for phase, count in predicted.items()},
             "measured_mib": {phase: measured[phase] >> 20 for phase in predicted},
             "ratios": {phase: digits(count / measured[phase]) for phase, count in predicted.items()},
@@ -169,8 +209,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(gettempdir()) / "veripo-ledger")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the runs, such as one that has vLLM")
     args = parser.parse_args()
-    prepared(args.folder)
     for name in args.cases:
+        prepared(args.folder, family_of(name))
         out = run(args.folder, name, args.python)
         for line in (out / "memory.jsonl").read_text().splitlines():
             row = row_of(name, json.loads(line))

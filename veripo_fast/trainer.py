@@ -35,7 +35,7 @@ from veripo_fast.run.trackers import trackers_of
 from veripo_fast.schedule.timeline import span
 from veripo_fast.stages import dpo, grpo, sft
 from veripo_fast.stages.inside import Score
-from veripo_fast.stages.memory import check_memory
+from veripo_fast.stages.memory import EVALUATION, check_memory
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.start import check_ranks, check_run, claimed
 from veripo_fast.types import Prompt
@@ -118,11 +118,12 @@ def evaluate_stage(session: Session) -> None:
     session.world.doing(f"evaluating after {names[-1]}")
     prompts = session.load_prompts(config.data.eval)[:config.eval.limit]
     session.world.on_main(lambda: session.books.media.check(prompts))
-    with span("eval"):
+    with span("eval"), session.high_water.phase(EVALUATION):
         records = evaluate(session.engine, session.loader, prompts, config, stage=names[-1],
                            rows=partial(run.eval_rows, names[-1]), check=session.stop_if_asked, gate=session.gate,
                            world=session.world)
         session.engine.sleep()
+    session.memory.evaluated(names[-1])
     session.books.write(names[-1], session.state.global_step)
     if session.world.main:
         atomic_write_text(run.evals, dump_objects([*done, *records]))

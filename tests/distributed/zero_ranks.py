@@ -120,15 +120,15 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def updates_match(ranks: Ranks, stage: int, folder: str, frozen: bool) -> None:
+def updates_match(ranks: Ranks, stage: int, folder: str, frozen: bool, updates: int = UPDATES) -> None:
     groups = ranks.groups(folder)
     if (folder, frozen) not in ranks.references:
         policy, local = ranks.local(folder, frozen=frozen)
-        ranks.references[folder, frozen] = run(policy, local, groups, range(UPDATES)), weights_of(local)
+        ranks.references[folder, frozen] = run(policy, local, groups, range(updates)), weights_of(local)
     wanted, weights = ranks.references[folder, frozen]
     policy, zero = ranks.zero(stage, folder, frozen=frozen)
     start = time.monotonic()
-    found = run(policy, zero, groups, range(UPDATES), ranks.rank)
+    found = run(policy, zero, groups, range(updates), ranks.rank)
     seconds = time.monotonic() - start
     loss, norm = relative(found, wanted)
     ranks.say(f"updates {stage} {folder} {'frozen' if frozen else 'trained'}", loss=loss, norm=norm,

@@ -83,12 +83,6 @@ def test_quantised_weights_are_refused(family: str, tmp_path: Path) -> None:
         load_policy(ModelConfig(str(folder), device="cpu"))
 
 
-@pytest.mark.parametrize("family", policies.NEW_FAMILIES)
-def test_liger_is_refused(family: str) -> None:
-    with pytest.raises(ConfigError, match="qwen2_5_vl and qwen3_vl, not for those of " + family):
-        load_policy(ModelConfig(str(policies.checkpoint(family)), device="cpu", liger=True))
-
-
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in MIXED])
 def test_balance_without_experts_is_refused(family: str) -> None:
     with pytest.raises(ConfigError, match=f"{family} has none; qwen3_vl_moe and qwen3_5_moe have"):

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-from transformers.models.qwen3_vl import modeling_qwen3_vl
 from veripo_kernels import dispatch
 
 from tests.support import policies
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.model import liger
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy, load_policy, save_policy
 
-MODULES = {"qwen2_5_vl": modeling_qwen2_5_vl, "qwen3_vl": modeling_qwen3_vl}
+HYBRID = [name for name, family in FAMILIES.items() if family.delta_class]
 
 
 def with_liger(family: str, **options: object) -> Policy:
@@ -40,32 +40,42 @@ def step(policy: Policy) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logprobs.detach(), gradients
 
 
-@pytest.mark.parametrize(("family", "checkpointing"), [("qwen2_5_vl", False), ("qwen3_vl", True)])
+@pytest.mark.parametrize(("family", "checkpointing"), [
+    ("qwen2_5_vl", False), ("qwen3_vl", True), ("qwen3_vl_moe", False), ("qwen3_5", True), ("qwen3_5_moe", False)])
 def test_logprobs_and_gradients_agree(family: str, checkpointing: bool) -> None:
     plain, plain_gradients = step(policies.policy(family))
     fused, fused_gradients = step(with_liger(family, gradient_checkpointing=checkpointing))
     assert (fused - plain).abs().max() < 1e-5
     assert fused_gradients.keys() == plain_gradients.keys()
+    # the plain gradients of this Qwen3.5 are off float64 by 4e-5 as a whole, of one matrix by more (families.jsonl)
+    allowed = 1e-3 if family in HYBRID else 1e-4
     for name, gradient in plain_gradients.items():
-        assert (fused_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+        assert (fused_gradients[name] - gradient).norm() <= allowed * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_all_layers_of_the_language_model_are_replaced_and_nothing_else(family: str) -> None:
-    policy, module = with_liger(family), MODULES[family]
+    """But for routed experts and the gated norms of recurrent layers, of which Liger has none that may be used."""
+    policy, module = with_liger(family), importlib.import_module(FAMILIES[family].module)
+    own = policies.policy(family).model.model.language_model
     kinds = [type(m) for m in policy.model.model.language_model.modules()]
-    norms = 2 * policy.num_layers + 1 + (2 * policy.num_layers if family == "qwen3_vl" else 0)
-    assert (kinds.count(LigerRMSNorm), kinds.count(LigerSwiGLUMLP)) == (norms, policy.num_layers)
+    norms = sum(type(m).__name__.endswith("RMSNorm") for m in own.modules())
+    feeds = sum(hasattr(m, "gate_proj") for m in own.modules())
+    assert (kinds.count(LigerRMSNorm), kinds.count(LigerSwiGLUMLP)) == (norms, feeds)
+    assert norms >= 2 * policy.num_layers + 1
+    assert feeds == (0 if family == "qwen3_vl_moe" else policy.num_layers)
+    assert [kind.__name__ for kind in kinds if "Experts" in kind.__name__ or "RMSNormGated" in kind.__name__] == [
+        type(m).__name__ for m in own.modules() if "Experts" in type(m).__name__ or "Gated" in type(m).__name__[-5:]]
     assert not any(isinstance(m, LigerRMSNorm | LigerSwiGLUMLP) for m in policy.model.model.visual.modules())
     assert not any(p.is_meta for p in policy.model.parameters())
     assert module.apply_rotary_pos_emb.__module__ == module.__name__
-    other = policies.policy(family).model.model.language_model
-    assert not any(isinstance(m, LigerRMSNorm | LigerSwiGLUMLP) for m in other.modules())
-    assert "forward" not in vars(other.layers[0].self_attn)
+    assert not any(isinstance(m, LigerRMSNorm | LigerSwiGLUMLP) for m in own.modules())
+    assert not any("forward" in vars(layer.self_attn) for layer in own.layers if hasattr(layer, "self_attn"))
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_the_rotary_embedding_is_ligers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it turns whole heads; those of Qwen3.5 are turned in part."""
     import liger_kernel.transformers as library
 
     rotary, calls = library.liger_rotary_pos_emb, []
@@ -74,7 +84,7 @@ def test_the_rotary_embedding_is_ligers(family: str, monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         prompt = policies.encoded(policy.encoder, [])
         policy.completion_logprobs(pack([(prompt, [[30, 31]])]), [None])
-    assert len(calls) == policy.num_layers
+    assert len(calls) == (0 if family in HYBRID else policy.num_layers)
 
 
 def test_a_checkpoint_has_the_same_names(tmp_path: Path) -> None:

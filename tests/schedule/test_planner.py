@@ -52,7 +52,7 @@ def config(**changes: Any) -> Config:
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", policies.ALL_FAMILIES)
 def test_shapes_cost_what_the_model_does(family: str) -> None:
     policy = policies.policy(family)
     made = read_shape(policies.checkpoint(family))

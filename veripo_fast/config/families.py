@@ -62,10 +62,6 @@ class Family:
     """Whether its files hold the matrices of experts transposed, of which transformers turns those that do not fit."""
     shared_expert: bool = False
     """Whether each mixture has an expert that all tokens pass."""
-    liger: bool = False
-    """Whether `model.liger` was written for its layers."""
-    deepspeed: bool = False
-    """Whether `distributed.backend: deepspeed` was tested with it."""
     engine_rules: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Names of parameters -> the method of `weights/layouts.py: Rules` that places them in vLLM; empty: their hand-over
     to vLLM is not written."""
@@ -74,11 +70,6 @@ class Family:
     def layer_kinds(self) -> tuple[str, ...]:
         """The `layer_types` of a config.json that are run."""
         return ("full_attention", "linear_attention") if self.delta_class else ("full_attention",)
-
-    @property
-    def predicted(self) -> bool:
-        """Whether `schedule/` knows what its layers hold and cost."""
-        return not self.delta_class and not self.router_class
 
     @property
     def module(self) -> str:
@@ -95,7 +86,7 @@ _QWEN3_TOWER = {
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
     Family("qwen2_5_vl", "Qwen2.5-VL", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLConfig",
-           "Qwen2_5_VLForConditionalGeneration", _CLIP, "positions", liger=True, deepspeed=True,
+           "Qwen2_5_VLForConditionalGeneration", _CLIP, "positions",
            engine_rules=_LANGUAGE | _TOWER | {
                _BLOCK + r"mlp\.(?:gate|up)_proj\.(?:weight|bias)": "gate_up",
                _BLOCK + r"mlp\.down_proj\.(?:weight|bias)": "columns",
@@ -104,7 +95,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (
                r"model\.visual\.merger\.mlp\.2\.(?:weight|bias)": "columns",
            }),
     Family("qwen3_vl", "Qwen3-VL", "Qwen3VLVisionModel", "Qwen3VLConfig", "Qwen3VLForConditionalGeneration", _HALF,
-           "stamps", query_norm=True, deepstack=True, liger=True, deepspeed=True,
+           "stamps", query_norm=True, deepstack=True,
            engine_rules=_LANGUAGE | _TOWER | _QWEN3_TOWER),
     Family("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeVisionModel", "Qwen3VLMoeConfig",
            "Qwen3VLMoeForConditionalGeneration", _HALF, "stamps", query_norm=True, deepstack=True,

@@ -74,10 +74,9 @@ def supported(policy: Policy) -> list[str]:
         rows.append(("experts", "chosen in float32; model.router_balance weighs their load"))
     rows += [("rollout.engine",
               "torch, vllm" if family.engine_rules else f"torch; vllm with {_others('engine_rules')}"),
-             ("distributed.backend", "fsdp, deepspeed" if family.deepspeed
-              else f"fsdp; deepspeed with {_others('deepspeed')}"),
-             ("model.liger", "yes" if family.liger else f"with {_others('liger')}"),
-             ("veripo plan, memory", "predicted" if family.predicted else f"predicted for {_others('predicted')}")]
+             ("distributed.backend", "fsdp, deepspeed"),
+             ("model.liger", "norms and shared experts" if family.shared_expert else "norms"
+              if family.router_class else "norms and MLPs")]
     return [f"  {name}: {value}" for name, value in rows]
 
 

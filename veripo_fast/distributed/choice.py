@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from veripo_fast.config.families import FAMILIES, names
 from veripo_fast.config.schema import Config, DistributedConfig
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError
@@ -44,7 +43,7 @@ def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
     """Lay the weights of a `model.policy.Policy` over the ranks, by way of its `backend`; of one process none.
 
     Raises:
-        ConfigError: the backend was not tested with the policy's family, or DeepSpeed cannot be used.
+        ConfigError: DeepSpeed cannot be used.
     """
     if world.size == 1:
         return
@@ -57,11 +56,6 @@ def distribute(policy: Any, config: DistributedConfig, world: World) -> None:
 
 
 def _zero(policy: Any, config: DistributedConfig) -> Any:
-    family = policy.encoder.family
-    if not family.deepspeed:
-        can = {name: entry for name, entry in FAMILIES.items() if entry.deepspeed}
-        raise ConfigError(f"distributed.backend is deepspeed, which was tested with {names(can)} and not with "
-                          f"{family.name}; take fsdp")
     from veripo_fast.distributed.zero import ZeroBackend
     from veripo_fast.distributed.zero_config import ZeroOptions, read_json
 

@@ -78,6 +78,13 @@ class DeltaCost:
     value_heads: int
     key_dim: int
     value_dim: int
+    convolution: int
+    """Tokens of the convolution before the rule, whose FLOPs are left out."""
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values of a token."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
     def matrices(self, hidden: int) -> int:
         """Multiply-adds of a layer and token: queries, keys, values, gate, decay and strength, and the way out."""
@@ -98,6 +105,7 @@ class ModelCost:
     layers: int
     hidden: int
     intermediate: int
+    """Of a dense MLP; 0: every layer has experts."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -112,17 +120,22 @@ class ModelCost:
     """Numbers of the adapters of the language model, which are then all that is trained of it."""
     trimmed: bool = False
     """Whether the last layer computes only what is read of it (`trims_last_layer`)."""
+    unread_adapters: int = 0
+    """Numbers of the adapters that a token passes in the last layer only where it is read."""
 
     @classmethod
-    def of(cls, config: Any, *, tower_trained: bool, adapters: int = 0, router_balance: float = 0.0) -> ModelCost:
+    def of(cls, config: Any, *, tower_trained: bool, adapters: int = 0, unread_adapters: int = 0,
+           router_balance: float = 0.0) -> ModelCost:
         """From a Hugging Face configuration of a family in `config/families.py`."""
         text, family = config.get_text_config(), FAMILIES[config.model_type]
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(text.num_hidden_layers, text.hidden_size, getattr(text, "intermediate_size", 0),
+        experts = _experts(text) if family.router_class else None
+        dense = text.num_hidden_layers > (experts.layers if experts else 0)
+        return cls(text.num_hidden_layers, text.hidden_size, text.intermediate_size if dense else 0,
                    text.num_attention_heads, text.num_key_value_heads, head_dim, text.vocab_size,
                    TowerCost.of(config.vision_config) if tower_trained else None, bool(family.delta_class),
-                   _experts(text) if family.router_class else None, _delta(text) if family.delta_class else None,
-                   adapters, trims_last_layer(config, router_balance))
+                   experts, _delta(text) if family.delta_class else None, adapters,
+                   trims_last_layer(config, router_balance), unread_adapters)
 
     @property
     def attending(self) -> int:
@@ -160,7 +173,8 @@ def _experts(text: Any) -> ExpertsCost:
 
 def _delta(text: Any) -> DeltaCost:
     return DeltaCost(list(text.layer_types).count("linear_attention"), text.linear_num_key_heads,
-                     text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim)
+                     text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim,
+                     text.linear_conv_kernel_dim)
 
 
 def trims_last_layer(config: Any, router_balance: float = 0.0) -> bool:
@@ -212,7 +226,8 @@ def group_flops(cost: ModelCost, prompt_tokens: int, completion_lengths: Sequenc
     tower = tower_flops(cost.tower, grid_thw, backward=backward) if cost.tower else 0
     passes = 6 if backward else 2
     weights = 4 if backward and cost.adapters else passes
-    return weights * (layers + head) + passes * (attention + cost.adapters * tokens) + tower
+    adapted = cost.adapters * tokens - cost.unread_adapters * unread
+    return weights * (layers + head) + passes * (attention + adapted) + tower
 
 
 def attention_pairs(prompt: int, packed: Sequence[int]) -> int:

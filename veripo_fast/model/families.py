@@ -27,10 +27,6 @@ def check_options(family: Family, config: ModelConfig) -> None:
     Raises:
         ConfigError: one cannot, by name, with the families that can.
     """
-    if config.liger and not family.liger:
-        can = {name: entry for name, entry in FAMILIES.items() if entry.liger}
-        raise ConfigError(f"model.liger was written for the layers of {names(can)}, not for those of {family.name}; "
-                          "set it to false")
     if config.router_balance and not family.router_class:
         can = {name: entry for name, entry in FAMILIES.items() if entry.router_class}
         raise ConfigError(f"model.router_balance weighs the load of experts, and {family.name} has none; {names(can)} "

@@ -1,5 +1,9 @@
 """`model.liger`: Liger's RMSNorm, SwiGLU and rotary embedding in the language model of one policy.
 
+Of Qwen3.5 the rotary embedding stays transformers': it turns a quarter of a head, and Liger 0.8.5 refuses it. So do the
+gated norms of recurrent layers, which Liger does not have, and routed experts: the backward pass of its fused kernel
+adds up with atomics, so a resumed run would have other bits. The expert that all tokens pass gets Liger's SwiGLU.
+
 Liger's own `apply_liger_kernel_to_*` replaces names in transformers' modules for the whole process, and its M-RoPE
 patch for Qwen2.5-VL names a function that transformers 5.17 no longer has (the three axes are merged before the
 layers), so it does nothing. Here Liger's public modules and function go into one model. The vision tower stays as it
@@ -17,13 +21,14 @@ import torch
 from torch import nn
 from veripo_kernels import dispatch
 
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.errors import ConfigError
 
 _ROTARY = "apply_rotary_pos_emb"
 
 
 def apply_liger(model: Any) -> None:
-    """Replace the layers of a Qwen2.5-VL's or Qwen3-VL's language model in place; its parameters and names stay.
+    """Replace the layers of a language model in place; its parameters and names stay.
 
     Raises:
         ConfigError: triton or liger-kernel is missing, the model is not on a GPU, or transformers' layers are not those
@@ -34,30 +39,43 @@ def apply_liger(model: Any) -> None:
         reason = "liger-kernel is not installed"
     if reason is not None:
         raise ConfigError(f"model.liger cannot be used: {reason}")
-    from liger_kernel.transformers import LigerSwiGLUMLP, liger_rotary_pos_emb
+    from liger_kernel.transformers import liger_rotary_pos_emb
 
     language_model = model.model.language_model
+    turns_whole_heads = not FAMILIES[model.config.model_type].delta_class
     for layer in language_model.layers:
-        attention = layer.self_attn
-        attention.forward = types.MethodType(_with_rotary(type(attention).forward, liger_rotary_pos_emb), attention)
-        with torch.device("meta"):  # its weights are replaced by the model's own
-            mlp = LigerSwiGLUMLP(language_model.config)
-        for name, projection in layer.mlp.named_children():
-            if isinstance(projection, nn.Linear):
-                setattr(mlp, name, projection)
-        layer.mlp = mlp
+        if turns_whole_heads:
+            attention = layer.self_attn
+            attention.forward = types.MethodType(_with_rotary(type(attention).forward, liger_rotary_pos_emb), attention)
+        for parent, name in ((layer, "mlp"), (layer.mlp, "shared_expert")):
+            if hasattr(getattr(parent, name, None), "gate_proj"):
+                setattr(parent, name, _swiglu(getattr(parent, name), language_model.config))
     for parent in [*language_model.modules()]:
         for name, child in [*parent.named_children()]:
             if type(child).__name__.endswith("RMSNorm"):
                 setattr(parent, name, _rms_norm(child))
 
 
+def _swiglu(mlp: Any, config: Any) -> nn.Module:
+    """Liger's module with the projections of transformers'."""
+    from liger_kernel.transformers import LigerSwiGLUMLP
+
+    with torch.device("meta"):  # its weights are replaced by the model's own
+        replacement = LigerSwiGLUMLP(config, intermediate_size=mlp.gate_proj.out_features)
+    for name, projection in mlp.named_children():
+        if isinstance(projection, nn.Linear):
+            setattr(replacement, name, projection)
+    return replacement
+
+
 def _rms_norm(norm: Any) -> nn.Module:
-    """Liger's module with the parameter of transformers'."""
+    """Liger's module with the parameter of transformers'. Qwen3.5's multiplies by 1 + weight, in float32."""
     from liger_kernel.transformers import LigerRMSNorm
 
+    centred = not hasattr(norm, "variance_epsilon")
+    options: dict[str, Any] = {"offset": 1.0, "casting_mode": "gemma", "in_place": False} if centred else {}
     with torch.device("meta"):
-        replacement = LigerRMSNorm(len(norm.weight), eps=norm.variance_epsilon)
+        replacement = LigerRMSNorm(len(norm.weight), eps=norm.eps if centred else norm.variance_epsilon, **options)
     replacement.weight = norm.weight
     return replacement
 

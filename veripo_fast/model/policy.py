@@ -56,7 +56,8 @@ class Policy(Tower):
             adapters.freeze_the_rest(model)
         self.version = 0
         self._idle_batch: PackedBatch | None = None
-        self.text_cost = ModelCost.of(model.config, tower_trained=False, adapters=_language_numbers(adapters),
+        whole, unread = _language_numbers(adapters, self.num_layers)
+        self.text_cost = ModelCost.of(model.config, tower_trained=False, adapters=whole, unread_adapters=unread,
                                       router_balance=router_balance)
         self.step = PolicyStep(model, list(encoder.pad_ids.values()), router_balance)
         self.backend: Backend = LocalBackend(self.step, self.all_parameters)
@@ -150,10 +151,13 @@ class Policy(Tower):
         return self.model.lm_head(hidden)
 
 
-def _language_numbers(adapters: Adapters | None) -> int:
-    """Numbers of the adapters outside of the tower."""
+def _language_numbers(adapters: Adapters | None, layers: int) -> tuple[int, int]:
+    """Numbers of the adapters outside of the tower; and of those of the last layer but for keys and values."""
     named = [] if adapters is None else adapters.parameters()
-    return sum(parameter.numel() for name, parameter in named if ".visual." not in name)
+    sizes = {name: parameter.numel() for name, parameter in named if ".visual." not in name}
+    last = f".layers.{layers - 1}."
+    return sum(sizes.values()), sum(size for name, size in sizes.items()
+                                    if last in name and ".k_proj." not in name and ".v_proj." not in name)
 
 
 def load_policy(config: ModelConfig, path: Path | None = None, *, seed: int = 0) -> Policy:

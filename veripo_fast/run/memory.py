@@ -138,11 +138,16 @@ class HighWater:
             self.latest[name] = self._peak()
             self.peaks[name] = max(self.peaks.get(name, 0), self.latest[name])
 
-    def write(self, path: Path, stage: str, **noted: object) -> None:
-        """Append the peaks of a stage to a file, with what else is noted, and begin anew."""
-        if self.peaks:
-            append_objects(path, [{"stage": stage, "device": self.device.type, "peak_bytes": self.peaks, **noted}])
-        self.peaks = {}
+    def write(self, path: Path, stage: str, only: str = "", **noted: object) -> None:
+        """Append the peaks of a stage to a file, with what else is noted, and begin anew.
+
+        Args:
+            only: the phase that is written; empty: all.
+        """
+        peaks = {name: peak for name, peak in self.peaks.items() if only in ("", name)}
+        if peaks:
+            append_objects(path, [{"stage": stage, "device": self.device.type, "peak_bytes": peaks, **noted}])
+        self.peaks = {name: peak for name, peak in self.peaks.items() if name not in peaks}
 
     def _begin(self) -> bool:
         if self.device.type == "cuda":

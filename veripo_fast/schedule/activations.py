@@ -1,8 +1,8 @@
 """Bytes that a forward pass leaves for its backward pass, and what both need besides, counted from the code that runs.
 
-The counts are those of transformers' Qwen2.5-VL and Qwen3-VL in eager mode with veripo's attention
-(model/shared_prefix.py, model/packed_attention.py): what autograd saves, each storage once.
-tests/schedule/test_activations.py compares them with what it saves.
+The counts are those of transformers' families in eager mode with veripo's attention (model/shared_prefix.py,
+model/packed_attention.py): what autograd saves, each storage once. tests/schedule/test_activations.py compares them
+with what it saves. Layers with experts or a recurrent state are in layer_bytes.py.
 
 Letters: T packed tokens, P prompt, R completion tokens, G group, M predicted tokens, D hidden, V vocabulary.
 """
@@ -14,6 +14,13 @@ from typing import Protocol
 
 from veripo_fast.config.families import FAMILIES
 from veripo_fast.schedule.blocks import blocks_of
+from veripo_fast.schedule.layer_bytes import (
+    Sequences,
+    delta_saved,
+    delta_working,
+    experts_saved,
+    experts_working,
+)
 from veripo_fast.schedule.shapes import ModelShape, TowerShape
 
 TILE = 1024
@@ -50,6 +57,11 @@ class Row:
         """M."""
         return round(self.groups * self.completions * self.length)
 
+    @property
+    def sequences(self) -> Sequences:
+        """Of a recurrent layer: the prompts, and the completions that begin at their ends."""
+        return (self.groups, self.prompt), (self.groups * self.completions, self.length - 1)
+
     def blocks(self) -> list[int]:
         """Completion tokens of each block of a group."""
         return [sum(block) for block in blocks_of(self.prompt, [self.length - 1] * self.completions)]
@@ -67,24 +79,26 @@ def row_of(prompt: int, completions: int, length: int, share: int, max_tokens: i
     return Row(tokens / group.group_tokens, prompt, completions, length)
 
 
-def _norm(width: int, itemsize: int) -> int:
-    """An RMS norm of a token: its input in float32, the normed in the dtype of the weights, and what it gives."""
-    return width * (4 + 2 * itemsize)
+def _norm(width: int, itemsize: int, wide: bool = False) -> int:
+    """An RMS norm of a token: its input in float32, the normed in the dtype of the weights or `wide` in float32, and
+    what it gives."""
+    return width * (4 + (4 if wide else itemsize) + itemsize)
 
 
-def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int:
-    """What a decoder layer saves for its backward pass.
+def attention_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int:
+    """What an attention layer saves for its backward pass, norms and MLP left out.
 
     Args:
         masked: attention by SDPA in blocks, with a mask and copies of the prompt's keys and values each; else by one
             varlen call, with copies for every completion but the first.
     """
     heads = shape.heads
-    token = 2 * _norm(shape.hidden, itemsize) + 4 * shape.intermediate * itemsize
-    token += 3 * shape.queries * itemsize + 2 * shape.keys * itemsize  # rotated, attended, its copy; keys and values
-    token += 4 * heads + 8
+    token = 3 * shape.queries * itemsize + 2 * shape.keys * itemsize  # rotated, attended, its copy; keys and values
+    token += 4 * heads
     if shape.family in QUERY_NORMED:
-        token += (shape.queries + shape.keys) * (4 + itemsize) + 8 * heads
+        token += (shape.queries + shape.keys) * (4 + (4 if shape.delta else itemsize)) + 8 * heads
+    if shape.delta:  # its gate, and what that lets through; in float32 the gates lie with the queries that are normed
+        token += shape.queries * (2 * itemsize + (4 if itemsize == 4 else 0))
     blocks = row.blocks()
     if masked:
         copied = row.groups * sum(row.prompt + tokens for tokens in blocks)
@@ -94,13 +108,57 @@ def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int
     return saved + (row.mask_numbers * itemsize if masked else 0)
 
 
-def saved_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool, checkpointing: bool) -> int:
-    """What the language model saves: every layer, or with gradient checkpointing the input of each and one layer."""
-    last = row.tokens * shape.hidden * (4 + itemsize)
-    layer = layer_bytes(shape, row, itemsize, masked)
+def kinds_of_layers(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> tuple[list[tuple[int, int]], ...]:
+    """How many layers save how many bytes: of those that attend and those with a state, and of dense MLPs and
+    mixtures."""
+    mixers = [(shape.attending, attention_bytes(shape, row, itemsize, masked))]
+    if shape.delta:
+        mixers.append((shape.delta.layers, delta_saved(shape.delta, row.sequences, itemsize)))
+    mixtures = shape.experts.layers if shape.experts else 0
+    feeds = [(shape.layers - mixtures, row.tokens * 4 * shape.intermediate * itemsize)]
+    if shape.experts:
+        feeds.append((mixtures, experts_saved(shape.experts, row.tokens, shape.hidden, itemsize)))
+    return mixers, feeds
+
+
+def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int:
+    """What the largest decoder layer saves for its backward pass; `masked` as in `attention_bytes`."""
+    norms = row.tokens * (2 * _norm(shape.hidden, itemsize, wide=bool(shape.delta)) + 8)
+    kinds = kinds_of_layers(shape, row, itemsize, masked)
+    return norms + sum(max(size for count, size in kind if count) for kind in kinds)
+
+
+def unread_bytes(shape: ModelShape, row: Row, itemsize: int) -> int:
+    """What a trimmed last layer (model/last_layer.py) saves less than others: of the prompt tokens that nobody reads
+    all behind their attention, which has a copy of the others' input."""
+    tokens = round(row.groups * (row.prompt - 1))
+    less = tokens * (_norm(shape.hidden, itemsize, wide=bool(shape.delta)) + 4 + 2 * shape.queries * itemsize
+                     + 4 * shape.heads)
+    if shape.experts and shape.experts.last:
+        whole, read = (experts_saved(shape.experts, count, shape.hidden, itemsize)
+                       for count in (row.tokens, row.tokens - tokens))
+        less += whole - read
+    else:
+        less += tokens * 4 * shape.intermediate * itemsize
+    return less - (row.tokens - tokens) * shape.hidden * itemsize
+
+
+def saved_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool, checkpointing: bool, trimmed: bool) -> int:
+    """What the language model saves: every layer, or with gradient checkpointing the input of each and one layer.
+
+    Args:
+        trimmed: whether the last layer leaves out what nobody reads.
+    """
+    wide = bool(shape.delta)
+    read = row.tokens - (round(row.groups * (row.prompt - 1)) if trimmed else 0)
+    last = read * shape.hidden * (4 + (4 if wide else itemsize))
     if checkpointing:
+        layer = layer_bytes(shape, row, itemsize, masked)
         return last + layer + shape.layers * row.tokens * shape.hidden * itemsize
-    return last + shape.layers * layer
+    norms = shape.layers * row.tokens * (2 * _norm(shape.hidden, itemsize, wide) + 8)
+    kinds = kinds_of_layers(shape, row, itemsize, masked)
+    unread = unread_bytes(shape, row, itemsize) if trimmed else 0
+    return last + norms + sum(count * size for kind in kinds for count, size in kind) - unread
 
 
 class Widths(Protocol):
@@ -121,6 +179,17 @@ def working_bytes(shape: Widths, tokens: int, itemsize: int) -> int:
     mlp = 3 * shape.intermediate + 3 * shape.hidden
     attention = 4 * shape.queries + 4 * shape.keys + 3 * shape.hidden
     return tokens * max(mlp, attention) * itemsize
+
+
+def layer_working_bytes(shape: ModelShape, sequences: Sequences, itemsize: int) -> int:
+    """The same of the layer that takes most, on sequences that run side by side."""
+    tokens = round(sum(count * length for count, length in sequences))
+    found = [working_bytes(shape, tokens, itemsize)]
+    if shape.experts:
+        found.append(experts_working(shape.experts, tokens, shape.hidden, itemsize))
+    if shape.delta:
+        found += [delta_working(shape.delta, [part], shape.hidden, itemsize) for part in sequences]
+    return max(found)
 
 
 def tower_saved_bytes(tower: TowerShape, patches: int, itemsize: int) -> int:

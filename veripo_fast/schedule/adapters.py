@@ -9,6 +9,8 @@ from veripo_fast.config.lora import LoraConfig
 from veripo_fast.schedule.shapes import ModelShape, Shape, numbers
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.\d+\.(?:\w+\.)*(\w+)\.weight")
+_ROUTER = ".mlp.gate.weight"
+"""Of experts: no linear layer, so it gets no adapters."""
 _MERGER = re.compile(r"visual\.(?:merger|deepstack_merger_list\.\d+)\..+\.weight")
 
 
@@ -23,6 +25,8 @@ class AdapterShapes:
     """[out, in] of each adapted weight of the language model."""
     head: bool
     """Whether the head is one of them."""
+    unread: tuple[Shape, ...]
+    """Of `language`: those of the last layer but for keys and values."""
 
     @property
     def all(self) -> tuple[Shape, ...]:
@@ -35,6 +39,7 @@ def adapter_shapes(shape: ModelShape, config: LoraConfig) -> AdapterShapes | Non
         return None
     adapted: list[Shape] = []
     mergers: list[Shape] = []
+    unread: list[Shape] = []
     for name, weight in shape.named:
         if len(weight) != 2:
             continue
@@ -43,12 +48,15 @@ def adapter_shapes(shape: ModelShape, config: LoraConfig) -> AdapterShapes | Non
                 mergers.append(weight)
             continue
         match = _LAYER.fullmatch(name)
-        if match and ("language" in config.targets or match[1] in config.targets):
+        if match and not name.endswith(_ROUTER) and ("language" in config.targets or match[1] in config.targets):
             adapted.append(weight)
+            if f"layers.{shape.layers - 1}." in name and match[1] not in ("k_proj", "v_proj"):
+                unread.append(weight)
     head = "head" in config.targets
     if head:
         adapted.append((shape.vocabulary, shape.hidden))
-    return AdapterShapes(_pairs(adapted, config.rank), _pairs(mergers, config.rank), tuple(adapted), head)
+    return AdapterShapes(_pairs(adapted, config.rank), _pairs(mergers, config.rank), tuple(adapted), head,
+                         _pairs(unread, config.rank))
 
 
 def _pairs(weights: list[Shape], rank: int) -> tuple[Shape, ...]:

@@ -77,6 +77,8 @@ def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str
     owner, phase = excess.largest, excess.phase.name
     kind = next((stage.kind for stage in config.stages if stage.name == excess.stage), "grpo")
     rollout, video = config.rollout, config.video
+    if phase in _EVALUATIONS and (of_evaluation := _smaller_evaluation(owner, phase, config)):
+        return of_evaluation
     if owner in ("activations", "allocator", "backward", "logits", "loss") and phase != "rollout":
         return _smaller_rows(config, shape, ranks, kind)
     if owner in _OF_ROLLOUT:
@@ -100,7 +102,9 @@ def remedy(excess: Excess, config: Config, shape: ModelShape, ranks: int) -> str
     return _smaller_share(config, ranks)
 
 
-_OF_ROLLOUT = ("activations", "prompt cache", "completion cache", "draws", "logits", "attention scores")
+_OF_ROLLOUT = ("activations", "allocator", "prompt cache", "completion cache", "recurrent states", "draws", "logits",
+               "attention scores")
+_EVALUATIONS = ("eval", "evaluation")
 _BY_NAME = {
     "tower output": "lower cache.host_bytes, or cache.gpu_bytes on a GPU",
     "vision cache": "lower cache.host_bytes",
@@ -113,8 +117,26 @@ _BY_NAME = {
     "whole weights": "take rollout.engine vllm, which needs no rank to hold every weight",
     "checkpoint": "set checkpoint.asynchronous to false, or take a machine with more memory",
     "checkpoint files": "take a smaller model or a machine with more memory: every rank loads the whole model",
+    "experts one by one": "take a machine with more memory: the files hold each expert by itself, and all are read "
+                          "before they are put together",
+    "compiled products": "set model.dtype to float32, of which a CPU keeps none, or take a machine with more memory",
     "process": "take a machine with more memory, or fewer ranks on this one",
 }
+
+
+def _smaller_evaluation(owner: str, phase: str, config: Config) -> str:
+    """What makes an evaluation smaller; empty for an owner that others share."""
+    settings, rollout = config.eval, config.rollout
+    if owner.startswith("judge ") and (owner != "judge key/value cache" or rollout.engine == "torch"):
+        return ("take a smaller judge (llm_path in eval.judge_options), or eval.judge endpoint, which takes no memory "
+                "here")
+    if owner not in (*_OF_ROLLOUT, "frames"):
+        return ""
+    other = f"eval.samples (now {settings.samples})"
+    if phase == "eval":
+        other = f"eval.every_limit (now {settings.every_limit})"
+    engine = "" if owner == "frames" else ", or take rollout.engine vllm"
+    return f"lower eval.prompts_per_batch (now {settings.prompts_per_batch}) or {other}{engine}"
 
 
 def _can_move_adamw(excess: Excess, config: Config) -> bool:

@@ -14,12 +14,14 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-from veripo_fast.config.lora import LoraConfig
+from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.distributed.balance import deal, idle_share
 from veripo_fast.distributed.flops import ModelCost, TowerCost, group_flops, tower_flops
 from veripo_fast.schedule.adapters import adapter_shapes
 from veripo_fast.schedule.hardware import Hardware
+from veripo_fast.schedule.layer_bytes import state_bytes
+from veripo_fast.schedule.sampling import read_numbers
 from veripo_fast.schedule.shapes import ModelShape, numbers
 from veripo_fast.schedule.workload import Workload, itemsize_of
 
@@ -107,12 +109,15 @@ class Work:
     """Sampled by all ranks."""
 
 
-def model_cost(shape: ModelShape, lora: LoraConfig | None = None) -> ModelCost:
+def model_cost(shape: ModelShape, model: ModelConfig | None = None) -> ModelCost:
     """The shape as `group_flops` wants it; its tower counts where it is trained."""
-    adapters = None if lora is None else adapter_shapes(shape, lora)
+    adapters = None if model is None else adapter_shapes(shape, model.lora)
+    trimmed = shape.trimmed and not (model and model.router_balance)
     head_size = max(shape.queries // shape.heads, 1)
     return ModelCost(shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.keys // head_size, head_size,
-                     shape.vocabulary, None, adapters=0 if adapters is None else numbers(adapters.language))
+                     shape.vocabulary, None, bool(shape.delta), shape.experts, shape.delta,
+                     0 if adapters is None else numbers(adapters.language), trimmed,
+                     0 if adapters is None else numbers(adapters.unread))
 
 
 def _trained_numbers(shape: ModelShape, config: Config) -> int:
@@ -132,7 +137,7 @@ def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -
     """A GRPO step whose overrides are in `config`, with one round of sampling: what a refill takes is not known."""
     size, grpo, rollout = config.rollout.group_size, config.grpo, config.rollout
     engines = max(ranks // rollout.tensor_parallel, 1)
-    prompts, cost = grpo.prompts_per_step, model_cost(shape, config.model.lora)
+    prompts, cost = grpo.prompts_per_step, model_cost(shape, config.model)
     sampled = math.ceil(config.plan.groups(prompts) / engines)
     own = [max(round(lengths.completion_tokens), 1)] * size
     prompt = max(round(lengths.prompt_tokens), 1)
@@ -142,9 +147,13 @@ def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -
         contrast = group_flops(cost, prompt, own[:1] * config.plan.contrast_size, backward=False)
         prefill, decode = 2 * prefill, decode + contrast - prefill
     itemsize = itemsize_of(config)
-    read = lengths.longest * shape.language_numbers * itemsize / rollout.tensor_parallel
-    cache = sampled * size * lengths.completion_tokens * 2 * shape.keys * shape.layers * itemsize
+    rows = sampled * size
+    read = lengths.longest * read_numbers(shape, rows) * itemsize / rollout.tensor_parallel
+    cache = rows * lengths.completion_tokens * 2 * shape.keys * shape.attending * itemsize
     read += cache * (lengths.prompt_tokens + lengths.completion_tokens / 2) / rollout.tensor_parallel
+    if shape.delta:  # each token reads a state and writes it
+        states = rows * shape.delta.layers * state_bytes(shape.delta)
+        read += 2 * states * lengths.completion_tokens / rollout.tensor_parallel
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False)
     most, idle = _dealt(shape, config, ranks, lengths, prompts * lengths.live_share)
     updates = grpo.updates_per_rollout
@@ -160,8 +169,8 @@ def dpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) ->
     pairs = math.ceil(config.dpo.pairs_per_step / ranks)
     own = [max(round(lengths.completion_tokens), 1)] * 2
     prompt = max(round(lengths.prompt_tokens), 1)
-    flops = group_flops(model_cost(shape, config.model.lora), prompt, own) * pairs
-    reference = group_flops(model_cost(shape, config.model.lora), prompt, own, backward=False) * pairs
+    flops = group_flops(model_cost(shape, config.model), prompt, own) * pairs
+    reference = group_flops(model_cost(shape, config.model), prompt, own, backward=False) * pairs
     update = flops * _recomputed(config) + _tower_update(shape, config, lengths) * pairs
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * pairs
     return Work(encode, 0, 0, 0, update + reference, _link_bytes(shape, config, ranks, update), 0,
@@ -173,7 +182,7 @@ def sft_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) ->
     """An SFT step, with one answer to each prompt."""
     prompts = math.ceil(config.sft.prompts_per_step / ranks)
     own = [max(round(lengths.completion_tokens), 1)]
-    flops = group_flops(model_cost(shape, config.model.lora), max(round(lengths.prompt_tokens), 1), own) * prompts
+    flops = group_flops(model_cost(shape, config.model), max(round(lengths.prompt_tokens), 1), own) * prompts
     update = flops * _recomputed(config) + _tower_update(shape, config, lengths) * prompts
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * prompts
     return Work(encode, 0, 0, 0, update, _link_bytes(shape, config, ranks, update), 0,
@@ -238,7 +247,7 @@ def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, live
     sigma = math.sqrt(math.log1p(lengths.spread ** 2))
     drawn = [math.exp(sigma * draw.gauss(0.0, 1.0)) for _ in range(groups)]
     drawn = [value * groups / sum(drawn) for value in drawn]
-    limit, size, cost = config.rollout.max_new_tokens, config.rollout.group_size, model_cost(shape, config.model.lora)
+    limit, size, cost = config.rollout.max_new_tokens, config.rollout.group_size, model_cost(shape, config.model)
     prompt, tower = max(round(lengths.prompt_tokens), 1), _tower_update(shape, config, lengths)
     flops = []
     for factor in drawn:
@@ -279,7 +288,7 @@ def _link_bytes(shape: ModelShape, config: Config, ranks: int, flops: float) -> 
         return 0.0
     itemsize = itemsize_of(config)
     weights = shape.language_numbers * itemsize * (ranks - 1) / ranks
-    cost = model_cost(shape, config.model.lora)
+    cost = model_cost(shape, config.model)
     per_batch = group_flops(cost, config.optimizer.max_tokens, [1]) * _recomputed(config)
     batches = max(math.ceil(flops / per_batch), 1)
     sharded = config.distributed.backend != "deepspeed" or config.distributed.zero_stage == 3

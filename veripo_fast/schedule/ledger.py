@@ -10,35 +10,35 @@ GPU. On a CPU the process itself is an owner, and so is what glibc keeps of free
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.schedule.activations import (
     Row,
+    layer_working_bytes,
     loss_bytes,
     row_of,
     saved_bytes,
     tower_saved_bytes,
     tower_working_bytes,
-    working_bytes,
 )
-from veripo_fast.schedule.adapters import adapter_shapes, loss_with, merged_bytes, saved_by_adapters
+from veripo_fast.schedule.adapters import adapter_shapes, loss_with, saved_by_adapters
+from veripo_fast.schedule.engine import EngineShape
 from veripo_fast.schedule.judge import JudgeShape, judging_owners
 from veripo_fast.schedule.placement import Held, Owners, Placement, held_by, reference_owners
-from veripo_fast.schedule.process import LOADING, process_bytes
+from veripo_fast.schedule.process import LOADING, compiled_bytes, process_bytes
+from veripo_fast.schedule.sampling import Batch, moments
 from veripo_fast.schedule.shapes import ModelShape, numbers
-from veripo_fast.schedule.workload import MOST_LOGITS, PREFILL_TOKENS, Workload, itemsize_of, steps_of, workload_of
+from veripo_fast.schedule.workload import Workload, itemsize_of, steps_of, workload_of
 
 ROOM_BYTES = 256 << 20
 """Frames and patches that wait to be used again: MAX_BYTES of video/buffers.py."""
 SPLINTERED = 0.10
 """Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile."""
-HEAP_BLOCK = 32 << 20
-"""glibc takes smaller blocks from its heap, where what is kept of a layer pins the free blocks around it."""
-DRAWING_BYTES, TRUNCATING_BYTES = 16, 40
-"""Per logit of the torch engine while a token is drawn: float32 copies, and for top-k or top-p sorted ones."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,23 @@ def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int
     """
     stages = {}
     for stage in config.stages:
-        stages[stage.name] = stage_phases(shape, apply_overrides(config, stage.set), stage, ranks, gpu_bytes, judges)
+        stages[stage.name] = stage_phases(shape, config, stage, ranks, gpu_bytes, judges)
     return stages
 
 
-def stage_phases(shape: ModelShape, config: Config, stage: StageConfig, ranks: int, gpu_bytes: int,
+def stage_phases(shape: ModelShape, run: Config, stage: StageConfig, ranks: int, gpu_bytes: int,
                  judges: Mapping[str, JudgeShape] | None = None) -> list[Phase]:
-    """The phases of one stage, whose overrides are in `config`."""
+    """The phases of one stage of a run, with the evaluations inside of it (`eval`) and behind it (`evaluation`)."""
+    config = apply_overrides(run, stage.set)
     ledger = Ledger(shape, config, ranks, gpu_bytes, workload_of(config, shape, ranks))
     phases = ledger.phases(stage.kind)
     if stage.kind == "dpo" and config.verifier.judge == "llm" and judges is not None:
         phases.insert(1, ledger.verify(judges[config.verifier.llm_path]))
+    reporting = (judges or {}).get(run.reporting_judge.llm_path) if run.eval.judge == "llm" else None
+    if run.data.eval and run.eval.every is not None:
+        phases.insert(-1, ledger.evaluation(run, reporting, inside=True))
+    if run.data.eval and run.eval.at != "never":
+        phases.append(ledger.evaluation(run, reporting, inside=False))
     return phases
 
 
@@ -104,117 +110,131 @@ class Ledger:
         self.trained_tower = not config.model.freeze_vision
         self.adapters = adapter_shapes(shape, config.model.lora)
         self.held: Held = held_by(shape, self.placement, self.itemsize, self.trained_tower, self.on_gpu, self.adapters)
+        self._engine = EngineShape(shape, config.rollout, self.itemsize, gpu_bytes,
+                                   work.prompt_tokens + work.completion_tokens, self.placement.backend == "none",
+                                   self.adapters)
         self.masked = not self.on_gpu or config.model.attention == "sdpa"
         offloads = config.optimizer.offload and self.placement.backend in ("none", "fsdp")
         self.away = {name: self.held.resident[name] for name in ("masters", "AdamW's moments") if offloads}
         """In host memory from a rollout to the step behind it."""
         self.reference: Owners = {}
         """The reference of a GRPO stage, which is there for all of it."""
+        self.compiled = 0  # of products in bfloat16 on a CPU
         self.one_step = False  # whether the stage ends with its first step, before which AdamW has no moments
 
     def phases(self, kind: str) -> list[Phase]:
         """Of a stage, in the order in which they come. Of an sft stage one answer to each prompt is looked at."""
-        self.one_step = steps_of(self.config, kind) == 1
+        steps, work = steps_of(self.config, kind), self.work
+        self.one_step = steps == 1
         if self.one_step:
             self.away.pop("AdamW's moments", None)
-        if kind == "sft":
-            prompts = self.work.demonstrated
-            row = row_of(self.work.prompt_tokens, 1, self.work.demonstrated_tokens, prompts,
-                         self.config.optimizer.max_tokens)
-            return [self._load(), self._vision(prompts), self._update(row, prompts, prompts), self._checkpoint()]
+        trained = work.group_size * (self.config.plan.wordings if self.config.plan.pairing == "all" else 1)
+        completions, length, groups, prompts = {
+            "sft": (1, work.demonstrated_tokens, work.demonstrated, work.demonstrated),
+            "dpo": (2, work.completion_tokens, work.pairs, work.pairs),
+            "grpo": (trained, work.completion_tokens, work.groups, work.prompts)}[kind]
+        row = row_of(work.prompt_tokens, completions, length, groups, self.config.optimizer.max_tokens)
+        if self.itemsize < 4 and not self.on_gpu:
+            self.compiled = compiled_bytes(self.shape, steps and steps * math.ceil(groups / row.groups))
+        if kind == "grpo":
+            self.reference = reference_owners(self.shape, self.config, self.ranks, self.itemsize, self.adapters)
+        before = [self._rollout()] if kind == "grpo" else []
         if kind == "dpo":
-            row = row_of(self.work.prompt_tokens, 2, self.work.completion_tokens, self.work.pairs,
-                         self.config.optimizer.max_tokens)
-            prompts = self.work.pairs
-            return [self._load(), self._vision(prompts), self._reference(row), self._update(row, prompts, prompts),
-                    self._checkpoint()]
-        self.reference = reference_owners(self.shape, self.config, self.ranks, self.itemsize, self.adapters)
-        trained = self.work.group_size * (self.config.plan.wordings if self.config.plan.pairing == "all" else 1)
-        row = row_of(self.work.prompt_tokens, trained, self.work.completion_tokens, self.work.groups,
-                     self.config.optimizer.max_tokens)
-        return [self._load(), self._vision(self.work.prompts), self._rollout(),
-                self._update(row, self.work.groups, self.work.prompts), self._checkpoint()]
+            before = [self._reference(row)]
+        return [self._load(), self._vision(prompts), *before, self._update(row, groups, prompts), self._checkpoint()]
 
     # -- phases -------------------------------------------------------------------------------------------------------
 
     def _load(self) -> Phase:
-        """The files are mapped, and each weight is copied into memory of its own; every rank loads all of them."""
+        """The files are mapped, and each weight is copied into memory of its own; every rank loads all of them. Experts
+        that lie there one by one are all read before they are put together."""
         whole = (self.shape.language_numbers + self.shape.vision_numbers) * self.itemsize
         mapped = self.shape.stored_bytes if not self.on_gpu else 0
-        engine = self._engine_weights(starting=True)
+        engine = self._engine.weights(starting=True)
         return self._phase("load", {"weights": whole, "checkpoint files": mapped, **engine},
-                           {"process": LOADING})
+                           {"process": LOADING, "experts one by one": self.shape.apart * self.itemsize})
 
     def _vision(self, prompts: int) -> Phase:
+        return self._encoding("vision", prompts, self._resident(early=True))
+
+    def _encoding(self, name: str, prompts: int, resident: Owners) -> Phase:
+        """While videos run through the tower, and the frames of all prompts are there."""
         work = self.work
         tower = {"tower activations": tower_working_bytes(self.shape.tower, work.patches, self.itemsize),
                  "patches": 2 * work.patches * self.shape.tower.features * self.itemsize}
         frames = 3 * work.pixels * prompts
-        return self._phase("vision", {**self._resident(early=True), **self._features(prompts), **tower},
-                           {"frames": frames, **self._host()})
+        return self._phase(name, {**resident, **self._features(prompts), **tower}, {"frames": frames, **self._host()})
 
     def _rollout(self) -> Phase:
-        if self.config.rollout.engine == "vllm":
-            return self._phase("rollout", {**self._resident(away=True), **self._features(self.work.prompts),
-                                           **self._engine_weights(starting=False), **self._engine_cache()},
-                               self._host(self.work.prompts))
-        work, shape, b = self.work, self.shape, self.itemsize
-        tokens, rows = work.prompts * work.prompt_tokens, work.prompts * work.group_size
-        token_cache = 2 * shape.keys * shape.layers * b
-        always = {**self._resident(away=True), **self._features(work.prompts), "whole weights": self.held.whole}
-        together = max(min(PREFILL_TOKENS // work.prompt_tokens, work.prompts), 1) * work.prompt_tokens
-        working = working_bytes(shape, together, b)
-        in_heap = not self.on_gpu and together * shape.intermediate * b < HEAP_BLOCK
-        prefill = {**always, "prompt cache": tokens * token_cache, "allocator": working if in_heap else 0,
-                   "activations": working + together * shape.hidden * b}
-        drawn = rows * work.completion_tokens * (8 + 8 + 4)
-        copied = (shape.layers + 1) * token_cache // shape.layers  # while padded, or prompts end
-        decode = {**always, "prompt cache": tokens * copied, "completion cache": rows * work.completion_tokens * copied,
-                  "draws": drawn}
-        scores = rows * shape.heads * (work.prompt_tokens + work.completion_tokens) * 4 * 4
-        sampled = {**decode, "logits": self._logits(rows), "attention scores": scores}
-        return max((self._phase("rollout", owners, self._host(work.prompts)) for owners in (prefill, sampled)),
-                   key=lambda phase: phase.device_bytes)
+        return max(self._sampling("rollout", Batch.of(self.work), self._resident(away=True, early=True)),
+                   key=attrgetter("device_bytes"))
 
-    def _logits(self, rows: int) -> int:
-        """Of the torch engine, with what is made of them while tokens are drawn."""
-        rollout, vocabulary = self.config.rollout, self.shape.vocabulary
-        truncated = rollout.top_k > 0 or rollout.top_p < 1
-        return max(min(rows * vocabulary, MOST_LOGITS), vocabulary) * (TRUNCATING_BYTES if truncated else DRAWING_BYTES)
+    def _sampling(self, name: str, batch: Batch, resident: Owners) -> list[Phase]:
+        """The moments in which an engine writes completions."""
+        always = {**resident, **self._features(batch.prompts)}
+        if self.config.rollout.engine == "vllm":
+            engine = {**self._engine.weights(starting=False), **self._engine.cache()}
+            return [self._phase(name, {**always, **engine}, self._host(batch.prompts))]
+        always["whole weights"] = self.held.whole
+        return [self._phase(name, {**always, **owners}, self._host(batch.prompts))
+                for owners in moments(self.shape, batch, self.config.rollout, self.itemsize, self.on_gpu)]
+
+    def evaluation(self, run: Config, judge: JudgeShape | None, *, inside: bool) -> Phase:
+        """The largest moment of an evaluation: videos run through the tower, completions are written, a judge reads.
+
+        Args:
+            run: the configuration of the run, because no stage overrides what is evaluated. judge: a judge `llm`.
+            inside: of one inside of a stage, which is greedy, on a part of the prompts, and beside AdamW's state.
+        """
+        limit = run.eval.every_limit if inside else run.eval.limit
+        together = min(run.eval.prompts_per_batch, limit or run.eval.prompts_per_batch)
+        prompts = -(-together // max(self.ranks // run.rollout.tensor_parallel, 1))
+        batch = Batch(prompts, 1 if inside else max(run.eval.samples, 1), self.work.prompt_tokens,
+                      run.rollout.max_new_tokens)
+        name, resident = ("eval", self._resident(away=True)) if inside else ("evaluation", self._between())
+        found = [self._encoding(name, prompts, resident), *self._sampling(name, batch, resident)]
+        if judge is not None:
+            found.append(self._judging(name, judge, resident))
+        return max(found, key=attrgetter("device_bytes"))
 
     def verify(self, judge: JudgeShape) -> Phase:
-        """A judge `llm` in this process, while the policy's engine sleeps; on a CPU an engine cannot."""
+        """A judge `llm` in this process."""
+        return self._judging("verify", judge, self._between())
+
+    def _judging(self, name: str, judge: JudgeShape, resident: Owners) -> Phase:
+        """While a judge works, the policy's engine sleeps; on a CPU an engine cannot."""
         asleep: Owners = {}
         cache = 0
         if self.config.rollout.engine == "vllm":
-            cache = self._engine_cache()["key/value cache"]
-            asleep = {} if self.on_gpu else {**self._engine_weights(starting=False), "key/value cache": cache}
-        return self._phase("verify", {**self._resident(stepped=False), **asleep,
-                                      **judging_owners(judge, self.itemsize, cache)}, self._host())
+            cache = self._engine.cache()["key/value cache"]
+            asleep = {} if self.on_gpu else {**self._engine.weights(starting=False), "key/value cache": cache}
+        return self._phase(name, {**resident, **asleep, **judging_owners(judge, self.itemsize, cache)}, self._host())
 
     def _reference(self, row: Row) -> Phase:
-        return self._phase("reference", {**self._resident(stepped=False), **self._features(self.work.pairs),
+        return self._phase("reference", {**self._between(), **self._features(self.work.pairs),
                                          **self._forward(row)}, self._host(self.work.pairs))
 
     def _update(self, row: Row, groups: int, prompts: int) -> Phase:
         shape, b, held = self.shape, self.itemsize, self.held
-        always = {**self._resident(away=True), **self._features(prompts), "gathered layers": held.gathered}
+        always = {**self._resident(away=True, early=True), **self._features(prompts), "gathered layers": held.gathered}
         several = groups > row.groups
-        saved = {"activations": saved_bytes(shape, row, b, self.masked, self.config.model.gradient_checkpointing)}
+        model = self.config.model
+        saved = {"activations": saved_bytes(shape, row, b, self.masked, model.gradient_checkpointing,
+                                            shape.trimmed and not model.router_balance)}
         if self.trained_tower:
             patches = round(self.work.patches * row.groups)
             saved["tower activations"] = tower_saved_bytes(shape.tower, patches, b)
         saved["adapters"] = saved_by_adapters(self.adapters, self.config.model.lora, row.tokens, b)
         loss = loss_with(self.adapters, loss_bytes(shape, row, b, self.on_gpu), shape, b)
         earlier = {"gradients": held.gradients if several else 0}
-        backward = {"backward": working_bytes(shape, row.tokens, b), "head gradient": 2 * loss["head gradient"]}
+        backward = {"backward": layer_working_bytes(shape, row.sequences, b),
+                    "head gradient": 2 * loss["head gradient"]}
         splintered = {} if self.on_gpu else {"allocator": round(SPLINTERED * sum(saved.values()))}
-        moments = [{**always, **saved, **loss, **earlier, **splintered},
+        largest = [{**always, **saved, **loss, **earlier, **splintered},
                    {**always, **saved, **earlier, **backward, **splintered},
                    {**always, **self._resident(), "offloaded AdamW": 0, "gradients": held.gradients,
                     "AdamW's step": held.stepping}]
-        return max((self._phase("update", owners, self._host(prompts)) for owners in moments),
-                   key=lambda phase: phase.device_bytes)
+        return max((self._phase("update", owners, self._host(prompts)) for owners in largest), key=attrgetter("device_bytes"))
 
     def _checkpoint(self) -> Phase:
         """Rank 0's: a whole copy in host memory where ranks share the weights or training goes on, and what safetensors
@@ -239,9 +259,13 @@ class Ledger:
             resident |= dict.fromkeys(self.away, 0)
             if not self.on_gpu:
                 resident["offloaded AdamW"] = sum(self.away.values())
-        if self.one_step and (early or away):
+        if self.one_step and early:
             resident["AdamW's moments"] = 0
         return resident if stepped else {name: resident[name] for name in ("weights", "tower")}
+
+    def _between(self) -> Owners:
+        """Outside of steps: DeepSpeed's state stays, other backends drop theirs with the stage."""
+        return self._resident(stepped=self.placement.backend.startswith("zero"))
 
     def _features(self, prompts: int) -> Owners:
         """The tower's output, and while the tower trains the patches of every prompt of the step."""
@@ -254,7 +278,7 @@ class Ledger:
         return {"tower output": max(prompts * entry, cached)}
 
     def _forward(self, row: Row) -> Owners:
-        return {"activations": working_bytes(self.shape, row.tokens, self.itemsize)
+        return {"activations": layer_working_bytes(self.shape, row.sequences, self.itemsize)
                 + row.tokens * self.shape.hidden * self.itemsize, "gathered layers": self.held.gathered}
 
     def _host(self, prompts: int = 0) -> Owners:
@@ -264,7 +288,7 @@ class Ledger:
         buffers = min(ROOM_BYTES, 3 * work.pixels * prompts + patches) if prompts else 0
         ahead = min(self.config.cache.prefetch_prompts, work.prompts) * 3 * work.pixels
         process = process_bytes(self.placement.backend, self.config.rollout.engine)
-        host = {**self.held.host, **process, "free buffers": buffers,
+        host = {**self.held.host, **process, "compiled products": self.compiled, "free buffers": buffers,
                 "frames ahead": min(ahead, self.config.cache.prefetch_bytes)}
         if self.on_gpu and self.away:
             host["offloaded AdamW"] = host.get("offloaded AdamW", 0) + sum(self.away.values())
@@ -272,22 +296,3 @@ class Ledger:
             entry = work.features * self.shape.tower.out_hidden * (1 + self.shape.tower.deepstack) * self.itemsize
             host["vision cache"] = min(work.media * entry, self.config.cache.host_bytes)
         return host
-
-    def _engine_weights(self, starting: bool) -> Owners:
-        """vLLM makes its own weights while it starts, and keeps them unless they are the trainer's."""
-        rollout = self.config.rollout
-        if rollout.engine != "vllm":
-            return {}
-        alias = rollout.weights == "alias" and self.placement.backend == "none"
-        whole = (self.shape.language_numbers + self.shape.vision_numbers) * self.itemsize // rollout.tensor_parallel
-        if alias and not starting:
-            merged = merged_bytes(self.adapters, self.itemsize)
-            return {"engine weights": merged} if merged else {}
-        return {"engine weights": whole}
-
-    def _engine_cache(self) -> Mapping[str, int]:
-        rollout, shape = self.config.rollout, self.shape
-        asked = int(rollout.kv_cache_gb * 2 ** 30) or self.gpu_bytes // 4 or 2 ** 30  # as rollout/limits.py
-        batched = max(8192, self.work.prompt_tokens + self.work.completion_tokens)
-        return {"key/value cache": asked, "engine activations": working_bytes(shape, batched, self.itemsize)
-                + min(rollout.max_sequences, batched) * shape.vocabulary * 4 * 3}

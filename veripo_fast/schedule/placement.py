@@ -119,8 +119,7 @@ def _held_with(adapters: AdapterShapes, shape: ModelShape, placement: Placement,
                 "AdamW's moments": 8 * own}
     gathered = 0
     if placement.sharded:
-        root = shape.language_numbers - shape.layers * shape.layer_numbers
-        gathered = (root + 4 * shape.layer_numbers) * itemsize
+        gathered = (shape.outside_numbers + 4 * shape.layer_numbers) * itemsize
     return Held(resident, own * itemsize, gathered, (whole - weights) * itemsize, stepping, {})
 
 
@@ -131,7 +130,7 @@ def _gathered(shape: ModelShape, placement: Placement, itemsize: int, on_gpu: bo
     if placement.backend == "none":
         return 0
     if placement.backend == "fsdp":
-        root = language - shape.layers * layer
+        root = shape.outside_numbers
         # the root and its gradient stay whole from the forward to the backward pass; of layers there are two, each with
         # the buffer that it came in, and one gradient in float32 on its way out
         return root * 2 * itemsize + layer * (2 * 2 * itemsize + itemsize + 4)

@@ -89,17 +89,17 @@ def plan(shape: ModelShape, config: Config, gpus: int, hardware: Hardware | None
         raise ConfigError(f"{gpus} GPUs cannot be shared out to engines of rollout.tensor_parallel "
                           f"{config.rollout.tensor_parallel}")
     return RunPlan(config, gpus, hardware, rates, tuple(
-        _stage(shape, apply_overrides(config, stage.set), stage, gpus, hardware, rates, lengths.get(stage.kind),
-               judges)
+        _stage(shape, config, stage, gpus, hardware, rates, lengths.get(stage.kind), judges)
         for stage in config.stages))
 
 
-def _stage(shape: ModelShape, config: Config, stage: StageConfig, gpus: int, hardware: Hardware | None, rates: Rates,
+def _stage(shape: ModelShape, run: Config, stage: StageConfig, gpus: int, hardware: Hardware | None, rates: Rates,
            lengths: Lengths | None, judges: Mapping[str, JudgeShape] | None) -> StagePlan:
+    config = apply_overrides(run, stage.set)
     bound = Lengths.demonstrated if stage.kind == "sft" else Lengths.bound
     lengths = lengths or bound(workload_of(config, shape, gpus))
     work = WORK[stage.kind](shape, config, gpus, lengths)
-    phases = tuple(stage_phases(shape, config, stage, gpus, hardware.memory_bytes if hardware else 0, judges))
+    phases = tuple(stage_phases(shape, run, stage, gpus, hardware.memory_bytes if hardware else 0, judges))
     excess = None
     if hardware is not None:
         excess = worst_excess({stage.name: phases}, Room(hardware.name, int(hardware.memory_bytes * USABLE), None))

@@ -12,14 +12,16 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from veripo_fast.config.families import FAMILIES, names
+from veripo_fast.distributed.flops import DeltaCost, ExpertsCost
 from veripo_fast.errors import CheckpointError
 from veripo_fast.run.weight_files import read_json, weight_files
+from veripo_fast.schedule.layer_kinds import DRAFTS, Shape, apart, delta_of, ending, experts_of, layer_sizes, loaded
 
-Shape = tuple[int, ...]
 VISION = re.compile(r"(model\.)?visual\.")
 """What the names of a tower's weights begin with."""
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -62,12 +64,13 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Qwen2.5-VL or Qwen3-VL checkpoint."""
+    """A checkpoint of a family in `config/families.py`."""
 
     family: str
     layers: int
     hidden: int
     intermediate: int
+    """Of a dense MLP; 0: every layer has experts."""
     queries: int
     """Width of a token's queries: heads times head size."""
     keys: int
@@ -89,6 +92,11 @@ class ModelShape:
     """Bytes of a number in the files."""
     named: tuple[tuple[str, Shape], ...] = ()
     """Name and shape of each weight, those of the tower as visual.NAME."""
+    experts: ExpertsCost | None = None
+    apart: int = 0
+    """Numbers of experts that the files hold one by one."""
+    delta: DeltaCost | None = None
+    """Layers with a recurrent state; where there are any, attention has a gate, and norms multiply in float32."""
 
     @property
     def language_numbers(self) -> int:
@@ -103,10 +111,29 @@ class ModelShape:
         return self.vocabulary * self.hidden
 
     @property
+    def attending(self) -> int:
+        """Layers that attend."""
+        return self.layers - (self.delta.layers if self.delta else 0)
+
+    @cached_property
+    def trimmed(self) -> bool:
+        """Whether the last layer can leave out what nobody reads, as `flops.trims_last_layer` has it."""
+        last = f"layers.{self.layers - 1}.self_attn.q_proj.weight"
+        return self.tower.deepstack < self.layers and any(name.endswith(last) for name, _ in self.named)
+
+    @cached_property
     def layer_numbers(self) -> int:
-        """Weights of a decoder layer."""
-        outside = self.head_numbers * (1 if self.tied else 2) + self.hidden
-        return (self.language_numbers - outside) // self.layers
+        """Weights of the largest decoder layer."""
+        return max(layer_sizes(self._language))
+
+    @cached_property
+    def outside_numbers(self) -> int:
+        """Weights of the language model outside of its layers."""
+        return self.language_numbers - sum(layer_sizes(self._language))
+
+    @property
+    def _language(self) -> dict[str, Shape]:
+        return {name: shape for name, shape in self.named if not name.startswith("visual.")}
 
 
 def numbers(shapes: tuple[Shape, ...]) -> int:
@@ -118,7 +145,7 @@ def read_shape(folder: Path) -> ModelShape:
     """The shape of a checkpoint folder.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or it is no checkpoint of Qwen2.5-VL or Qwen3-VL.
+        CheckpointError: a file is missing or damaged, or it is no checkpoint of a family that is trained.
     """
     config = read_json(folder / "config.json")
     tensors: dict[str, tuple[Shape, int]] = {}
@@ -131,45 +158,51 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[Shape, int]]
     """The shape that a config.json and the tensors of the files, with the bytes of their numbers, describe.
 
     Raises:
-        CheckpointError: a weight or an option that everything has is not there, or a family that is not predicted.
+        CheckpointError: a weight or an option that everything has is not there.
     """
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part) or {}, dict):
             raise CheckpointError(f"{folder / 'config.json'} must hold a JSON object as {part}")
     family = FAMILIES.get(str(config.get("model_type")))
-    if family is not None and not family.predicted:
-        known = {name: entry for name, entry in FAMILIES.items() if entry.predicted}
-        raise CheckpointError(f"{folder}: what the layers of {family.name} hold and cost is not predicted; of "
-                              f"{names(known)} it is")
     text = config.get("text_config") or config  # before transformers 4.52 Qwen2.5-VL's lay at the top
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(DRAFTS)}
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     vision = {VISION.sub("", name): shape for name, shape in shapes.items() if VISION.match(name)}
-    language = {name: shape for name, shape in shapes.items() if not VISION.match(name)}
+    files = {name: shape for name, shape in shapes.items() if not VISION.match(name)}
+    language = loaded(files)
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")) or HEAD not in language
     if tied:
         language.pop(HEAD, None)
     try:
-        vocabulary, hidden = _ending(language, EMBEDDING)
-        queries = _ending(language, "layers.0.self_attn.q_proj.weight")[0]
-        keys = _ending(language, "layers.0.self_attn.k_proj.weight")[0]
-        intermediate = _ending(language, "layers.0.mlp.gate_proj.weight")[0]
+        vocabulary, hidden = ending(language, EMBEDDING)
+        queries = ending(language, "self_attn.q_proj.weight")[0]
+        keys = ending(language, "self_attn.k_proj.weight")[0]
+        experts, delta = experts_of(family, language, text), delta_of(family, language, text)
+        mixtures = experts.layers if experts else 0
+        layers = _count(language, r"layers\.(\d+)\.")
+        intermediate = ending(language, "mlp.gate_proj.weight")[0] if layers > mixtures else 0
         tower = _tower(config.get("vision_config") or {}, vision, hidden)
+        if delta:
+            queries //= 2  # the other half are gates
+        heads = int(text.get("num_attention_heads") or 32)
+        if family is not None and family.query_norm:
+            heads = queries // ending(language, "self_attn.q_norm.weight")[0]
     except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} does not hold the weights of a Qwen2.5-VL or Qwen3-VL: {error} is missing"
-                              ) from error
+        raise CheckpointError(f"{folder} does not hold the weights of a family that is trained ({names()}): {error} "
+                              "is missing") from error
     return ModelShape(
-        str(config.get("model_type")), _count(language, r"layers\.(\d+)\."), hidden, intermediate, queries, keys,
-        int(text.get("num_attention_heads") or 32), vocabulary, int(text.get("max_position_embeddings") or 32768), tied,
-        tower, tuple(language.values()), tuple(vision.values()),
-        sum(math.prod(shape) * size for shape, size in tensors.values()),
+        str(config.get("model_type")), layers, hidden, intermediate, queries, keys, heads, vocabulary,
+        int(text.get("max_position_embeddings") or 32768), tied, tower, tuple(language.values()),
+        tuple(vision.values()), sum(math.prod(shape) * size for shape, size in tensors.values()),
         frozenset(size for _, size in tensors.values()),
-        (*language.items(), *((f"visual.{name}", shape) for name, shape in vision.items())))
+        (*language.items(), *((f"visual.{name}", shape) for name, shape in vision.items())), experts,
+        apart(files), delta)
 
 
 def _tower(config: Mapping[str, Any], shapes: Mapping[str, Shape], out_hidden: int) -> TowerShape:
-    hidden, channels, temporal, patch, _ = _ending(shapes, "patch_embed.proj.weight")
+    hidden, channels, temporal, patch, _ = ending(shapes, "patch_embed.proj.weight")
     gated = "blocks.0.mlp.gate_proj.weight" in shapes
-    intermediate = _ending(shapes, f"blocks.0.mlp.{'gate_proj' if gated else 'linear_fc1'}.weight")[0]
+    intermediate = ending(shapes, f"blocks.0.mlp.{'gate_proj' if gated else 'linear_fc1'}.weight")[0]
     merge = int(config.get("spatial_merge_size", 2))
     depth = _count(shapes, r"blocks\.(\d+)\.")
     full = config.get("fullatt_block_indexes", [7, 15, 23, 31])
@@ -179,13 +212,6 @@ def _tower(config: Mapping[str, Any], shapes: Mapping[str, Shape], out_hidden: i
         _count(shapes, r"deepstack_merger_list\.(\d+)\."), int(config.get("num_heads", 16)),
         channels * temporal * patch ** 2, sum(index < depth for index in full) if gated else depth,
         side ** 2 if gated else 0)
-
-
-def _ending(shapes: Mapping[str, Shape], name: str) -> Shape:
-    for found, shape in shapes.items():
-        if found.endswith(name):
-            return shape
-    raise KeyError(name)
 
 
 def _count(shapes: Mapping[str, Shape], pattern: str) -> int:

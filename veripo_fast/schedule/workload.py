@@ -51,7 +51,7 @@ class Workload:
     demonstrated_tokens: int
     """Of the longest answer that it learns."""
     media: int
-    """Videos of the stage that any rank loads, at most."""
+    """Videos of the stage and of evaluations that any rank loads, at most."""
 
 
 def itemsize_of(config: Config) -> int:
@@ -76,7 +76,17 @@ def workload_of(config: Config, shape: ModelShape, ranks: int) -> Workload:
         rollout.max_new_tokens, rollout.group_size, -(-config.plan.groups(grpo.prompts_per_step) // engines),
         -(-(grpo.prompts_per_step * config.plan.wordings // grpo.updates_per_rollout) // ranks),
         -(-config.dpo.pairs_per_step // ranks), -(-config.sft.prompts_per_step // ranks),
-        config.sft.max_completion_tokens, -(-grpo.steps * config.plan.sampled_prompts(grpo.prompts_per_step) // ranks))
+        config.sft.max_completion_tokens,
+        -(-(grpo.steps * config.plan.sampled_prompts(grpo.prompts_per_step) + _evaluated(config)) // ranks))
+
+
+def _evaluated(config: Config) -> int:
+    """Prompts of evaluations, as far as the options tell: without `eval.limit` those between stages take all."""
+    settings = config.eval
+    if not config.data.eval:
+        return 0
+    between = settings.limit or 0 if settings.at != "never" else 0
+    return max(between, settings.every_limit if settings.every is not None else 0)
 
 
 def steps_of(config: Config, kind: str) -> int | None:

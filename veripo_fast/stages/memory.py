@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from veripo_fast.config.families import Family
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.distributed.world import World
@@ -29,6 +28,8 @@ from veripo_fast.text import memory
 log = logging.getLogger(__name__)
 Plan = dict[str, dict[str, dict[str, dict[str, int]]]]
 """Stage -> phase -> device or host -> owner -> bytes."""
+EVALUATION = "evaluation"
+"""The phase of an evaluation between stages; one inside of a stage is `eval`."""
 GROWING = 20
 """Steps in a row that a phase has to grow before it is named."""
 _NOISE = 1 << 18
@@ -90,11 +91,10 @@ class MemoryBooks:
         self.run, self.high_water, self.world = run, high_water, world
         self.growth = Growth()
 
-    def loaded(self, family: Family) -> None:
+    def loaded(self) -> None:
         """Say so if the policy could be loaded, but nothing was predicted of it."""
         if self.world.main and not read_plan(self.run.memory_plan):
-            log.warning("memory was not predicted: %s", "the checkpoint's files do not give the shapes of its weights"
-                        if family.predicted else f"the prediction does not know the layers of {family.name}")
+            log.warning("memory was not predicted: the checkpoint's files do not give the shapes of its weights")
 
     def step_done(self, known_bytes: int) -> None:
         """Look at the peaks of a step, less what is known to grow."""
@@ -109,6 +109,15 @@ class MemoryBooks:
             predicted = read_plan(self.run.memory_plan).get(stage, {})
             self.high_water.write(self.run.memory, stage, predicted=predicted, owner_bytes=owners,
                                   ranks=self.world.size)
+
+
+    def evaluated(self, after: str) -> None:
+        """Write a line of memory.jsonl about an evaluation behind a stage, or of the start, before any."""
+        if self.world.main:
+            plan = read_plan(self.run.memory_plan)
+            phases = plan.get(after) or next(iter(plan.values()), {})
+            predicted = {name: owners for name, owners in phases.items() if name == EVALUATION}
+            self.high_water.write(self.run.memory, after, only=EVALUATION, predicted=predicted, ranks=self.world.size)
 
 
 class Growth:

@@ -72,7 +72,7 @@ class Session(Loading):
         self.memory = MemoryBooks(run, self.high_water, world)
         with span("load"), self.high_water.phase("load"):
             self.policy = in_own_memory(load_policy(config.model, self.checkpoint, seed=config.seed))
-        self.memory.loaded(self.policy.encoder.family)
+        self.memory.loaded()
         self.policy.version = self.state.policy_version
         # checkpoints copy their processor files from here; the checkpoint that is resumed will be deleted
         self.policy.encoder.path = resolve_path(config.model.path)
