@@ -107,9 +107,14 @@ class PolicyLoss:
         return 1 if self.loss == "luspo" and self.aggregation is None else self.constant_length
 
     @property
+    def by_sequence(self) -> bool:
+        """Whether the ratio is one of the whole completion."""
+        return self.surrogate in _BY_SEQUENCE
+
+    @property
     def couples_tokens(self) -> bool:
         """Whether the gradient of a token depends on the other tokens of its completion."""
-        return self.surrogate in _BY_SEQUENCE or self.importance.startswith("sequence")
+        return self.by_sequence or self.importance.startswith("sequence")
 
     @property
     def dual(self) -> float:

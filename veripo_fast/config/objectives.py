@@ -21,6 +21,7 @@ from veripo_kernels.options import (
 
 from veripo_fast.config.checks import as_config_error, known_or_own, positive, require, unit_interval
 from veripo_fast.config.terms import DEFAULT_TERMS, RewardTerm, check_terms
+from veripo_fast.config.tokens import TokensConfig, check_tokens
 
 SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
 """Fields of `RolloutConfig` that a stage may change; the engine is built once for the whole run."""
@@ -176,6 +177,7 @@ class GrpoConfig:
     """Smallest such weight."""
     importance_cap: float = 2.0
     """Largest such weight."""
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     drop_easy: float = 0.0
     """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
     dpo_rate: float = 0.0
@@ -190,7 +192,7 @@ class GrpoConfig:
                  f"updates_per_rollout {self.updates_per_rollout}")
         require(0 <= self.clip_low <= 1, f"clip_low must be in [0, 1], got {self.clip_low}")
         require(self.clip_high >= 0, f"clip_high must be 0 or larger, got {self.clip_high}")
-        self.policy_loss(1)
+        check_tokens(self.tokens, self.policy_loss(1))
         known_or_own("sampler", self.sampler, get_args(SamplerName))
         known_or_own("advantage", self.advantage, get_args(AdvantageKind) + get_args(MovingAdvantage))
         known_or_own("reference", self.reference, get_args(ReferenceName))

@@ -25,7 +25,7 @@ from veripo_fast.distributed.world import ONE
 from veripo_fast.errors import DataError
 from veripo_fast.model.packing import micro_batches, pack, packed_length
 from veripo_fast.model.policy import Policy
-from veripo_fast.model.step import PolicyLossInputs
+from veripo_fast.model.step import GroupWeights, PolicyLossInputs
 from veripo_fast.reward.groups import has_signal
 from veripo_fast.reward.score import scores_of
 from veripo_fast.run.seeds import derive_seed
@@ -258,10 +258,12 @@ class GrpoUpdate:
                 ref_logprobs = self.ref.completion_logprobs(batch, self.ref.features_of(prompts),
                                                             temperature=self.config.rollout.temperature)
         old_logprobs = None if fresh else _joined([row.old_logprobs for row in rows], rollout_logprobs)
+        largest = self.config.grpo.tokens.weight_by_divergence
         output = self.policy.forward(batch, self.policy.features_of(prompts), PolicyLossInputs(
             self.loss, torch.tensor(advantages, device=device), old_logprobs, ref_logprobs,
             self.config.rollout.temperature, *counts,
-            rollout_logprobs=rollout_logprobs if self.config.grpo.importance else None))
+            rollout_logprobs=rollout_logprobs if self.config.grpo.importance else None,
+            divergence=largest and GroupWeights(tuple(len(row.group.completions) for row in rows), largest)))
         loss = self.optimizer.backward(output.loss)
         clipped = output.metrics["clip_low_share"] + output.metrics["clip_high_share"]
         bonus = {"entropy": output.metrics["entropy"].item()} if self.loss.entropy_coef else {}
