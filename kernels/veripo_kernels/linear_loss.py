@@ -168,7 +168,8 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
     advantages = advantages.to(mask.dtype)
     weights = reference.token_weights(cu_seqlens, mask, loss, num_sequences=num_sequences or None,
                                       num_tokens=num_tokens or None)
-    always = loss.entropy_coef != 0 or (loss.kl_coef != 0 and ref_logprobs is not None)
+    always = (loss.entropy_coef != 0 or loss.squared_coef != 0
+              or (loss.kl_coef != 0 and ref_logprobs is not None))
     live = (mask != 0) if always else (mask != 0) & (advantages != 0)
     if loss.couples_tokens and not always:  # a completion is in as a whole: its tokens share a ratio
         live = reference.sequence_sums(live.to(mask.dtype), cu_seqlens)[owner].bool() & (mask != 0)
@@ -279,7 +280,7 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
         entropy: measure it; where False, and the loss has no entropy_coef, the metric is 0 and costs nothing.
         workspace_bytes: room for the logits of a run (default: `linear_torch.WORKSPACE_BYTES`, 1 GiB, on a GPU
             `linear_triton.WORKSPACE_BYTES`, 1.25 GiB); memory beyond it does not grow with M. A completion that must
-            be taken as a whole (gspo, gmpo, sequence importance) and does not fit costs a fourth product.
+            be taken as a whole (gspo, gmpo, sequence importance, squared_coef) and does not fit costs a fourth product.
         The others: as in `grpo_loss`; advantages_per ("sequence" or "token") is needed where M = S.
 
     Returns:

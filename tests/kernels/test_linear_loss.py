@@ -52,7 +52,7 @@ POLICY_CASES = pairwise_cases(
     name=POLICY_LOSSES, importance=(None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     aggregation=(None, "sequence", "token", "constant"), kl=(None, "k1", "k2", "k3"), mask=(False, True),
     token_advantages=(False, True), old=(True, False), entropy=(False, True), room=(NARROW, MIDDLE, WIDE),
-    frozen=("", "head", "hidden"), temperature=(1.0, 0.7))
+    frozen=("", "head", "hidden"), temperature=(1.0, 0.7), squared=(0.0, 0.15))
 PAIR_CASES = pairwise_cases(
     name=PREFERENCE_LOSSES, ld_alpha=(None, 0.4), length_normalize=(False, True), nll_coef=(0.0, 0.2),
     mask=(False, True), pair_sums=(False, True), room=(NARROW, MIDDLE, WIDE), frozen=("", "head", "hidden"),
@@ -74,7 +74,8 @@ def workspace(room: int, impl: str, dtype: torch.dtype, vocabulary: int = 70) ->
 def policy_case(case: dict[str, Any], dtype: torch.dtype) -> Packed:
     loss = policy(case["name"], aggregation=case["aggregation"], importance=case["importance"] or "token_truncate",
                   importance_floor=0.5, importance_cap=1.5, kl_coef=0.3 if case["kl"] else 0.0,
-                  kl_kind=case["kl"] or "k3", entropy_coef=0.2 if case["entropy"] else 0.0)
+                  kl_kind=case["kl"] or "k3", entropy_coef=0.2 if case["entropy"] else 0.0,
+                  squared_coef=case["squared"])
     return packed(loss, dtype=dtype, mask=case["mask"], token_advantages=case["token_advantages"], old=case["old"],
                   ref=case["kl"] is not None, rollout=case["importance"] is not None, frozen=case["frozen"],
                   temperature=case["temperature"])
@@ -92,9 +93,9 @@ def label(case: dict[str, Any]) -> str:
 
 
 def steps(case: dict[str, Any]) -> int:
-    """More where the loss multiplies the rounding of a log-prob: vespo takes the weight of a completion to a power, the
-    gate of discopop is 20 times as steep as a sigmoid."""
-    return 16 if case["name"] in ("vespo", "discopop") else 2
+    """More where the loss multiplies the rounding of a log-prob: vespo takes the weight of a completion, the sum of up
+    to 12, to a third power; the gate of discopop is 20 times as steep as a sigmoid."""
+    return {"vespo": 32, "discopop": 16}.get(case["name"], 2)
 
 
 # -- against the definition ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from veripo_kernels.divergence import divergence_weights, group_divergence
 
 from tests.stages.test_update import (
     FAMILY,
+    MAX_NEW_TOKENS,
     TEMPERATURE,
     Gradients,
     assert_close,
@@ -83,3 +84,27 @@ def test_the_gradient_is_weighted_token_by_token(policy: Policy, max_tokens: int
     assert isinstance(optimizer, Gradients)
     assert_close(optimizer.recorded[0], theirs)
     assert torch.cat(weights).min() == 1 and torch.cat(weights).max() > 2.99
+
+
+# -- the squared log-ratio of a completion ---------------------------------------------------------------------------
+
+
+def test_later_updates_pull_completions_back(policy: Policy) -> None:
+    """With an engine that is half a nat per token too low: the log-ratio of n tokens is n / 2 in the second update, and
+    0 in the first."""
+    prompts, groups = groups_of(policy, shift=-0.5)
+    config = config_of(WHOLE, updates_per_rollout=2, loss="gpg", aggregation="constant",
+                       loss_options={"squared_coef": 0.3})
+    optimizer = optimizer_of(policy, config)
+    GrpoUpdate(policy, optimizer, config, None).run(prompts, groups)
+    assert isinstance(optimizer, Gradients)
+    for number, gradient in enumerate(optimizer.recorded):
+        loss = torch.zeros(())
+        for item, group in zip(prompts[2 * number:2 * number + 2], groups[2 * number:2 * number + 2], strict=True):
+            for completion in group.completions if any(c.advantage for c in group.completions) else ():
+                logprob = plain_logprobs(policy, item, completion.token_ids, TEMPERATURE).sum()
+                drift = logprob - sum(completion.rollout_logprobs) if number else logprob - logprob.detach()
+                loss = loss - (completion.advantage * logprob - 0.15 * drift.square()) / 8 / MAX_NEW_TOKENS
+        loss.backward()
+        assert_close(gradient, flat([p for _, p in policy.parameters()]))
+        policy.model.zero_grad()

@@ -106,6 +106,7 @@ def test_every_option_of_a_loss_reaches_it() -> None:
     ("sapo_sequence", {"sapo_temperature_neg": 1.2}),
     ("vespo", {"vespo_k_pos": 1.0, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.5}),
     ("grpo", {"entropy_coef": -0.01}),
+    ("gpg", {"squared_coef": 0.2}),
 ])
 def test_numbers_of_a_loss_reach_it(loss: str, options: dict[str, float]) -> None:
     expected = PolicyLoss(loss, constant_length=MAX_NEW_TOKENS, **options)
@@ -119,6 +120,8 @@ def test_numbers_of_another_loss_are_refused() -> None:
         GrpoConfig(loss_options={"vespo_k_pos": 1.0})
     with pytest.raises(ConfigError, match=r"loss_options.discopop_tau changes nothing while loss is sigmoid"):
         DpoConfig(loss_options={"discopop_tau": 0.1})
+    with pytest.raises(ConfigError, match=r"loss_options.squared_coef must be a number above 0, got -1"):
+        GrpoConfig(loss="gpg", loss_options={"squared_coef": -1})
     for value in (0, "much", float("nan")):
         with pytest.raises(ConfigError, match=r"must be a number above 0"):
             GrpoConfig(loss="sapo", loss_options={"sapo_temperature_neg": value})

@@ -147,9 +147,10 @@ class GrpoConfig:
     loss: PolicyLossName = "grpo"
     """The policy loss; formulas and sources: veripo_kernels.PolicyLoss."""
     loss_options: dict[str, Any] = field(default_factory=dict)
-    """Other numbers of the loss: entropy_coef, the weight of an entropy bonus, of any; sapo_temperature_pos and
-    sapo_temperature_neg of sapo and sapo_sequence; vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg of
-    vespo. Their defaults: veripo_kernels.PolicyLoss."""
+    """Other numbers of the loss: entropy_coef, the weight of an entropy bonus, and squared_coef, that of half the
+    squared log-ratio of a completion (Kimi's tau), of any; sapo_temperature_pos and sapo_temperature_neg of sapo and
+    sapo_sequence; vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg of vespo. Their defaults:
+    veripo_kernels.PolicyLoss."""
     clip_low: float = 0.2
     """Ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.2
@@ -216,7 +217,8 @@ class GrpoConfig:
         Raises:
             ConfigError: it does not exist.
         """
-        _check_loss_options(self.loss, self.loss_options, (*_POLICY_OPTIONS.get(self.loss, ()), "entropy_coef"))
+        _check_loss_options(self.loss, self.loss_options,
+                            (*_POLICY_OPTIONS.get(self.loss, ()), "entropy_coef", "squared_coef"))
         with as_config_error():
             return PolicyLoss(
                 self.loss, aggregation=self.aggregation, constant_length=constant_length, clip_low=self.clip_low,
