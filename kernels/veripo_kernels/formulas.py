@@ -84,8 +84,8 @@ def vespo_surrogate(policy_logprob, log_weight, advantage, k_pos, lambda_pos, k_
 
 
 def reinforce_surrogate(policy_logprob, advantage):
-    """The log-prob times the advantage, without a ratio (GPG, arXiv 2504.02546, eq. 4; Kimi k1.5's first term, arXiv
-    2501.12599, eq. 3).
+    """The log-prob times the advantage, without a ratio (GPG, arXiv 2504.02546; Kimi k1.5's first term, arXiv
+    2501.12599, section 2.3.2).
 
     Returns loss, its slope by policy_logprob, and two flags that are never set.
     """
@@ -96,7 +96,7 @@ def reinforce_surrogate(policy_logprob, advantage):
 
 def squared_log_ratio(total, count):
     """Half the square of a completion's log-ratio `total`, divided among its `count` tokens, at least 1 (Kimi k1.5,
-    arXiv 2501.12599, eq. 3).
+    arXiv 2501.12599, section 2.3.2).
 
     Returns what each token adds to the loss, and the slope of all of it by the log-prob of any.
     """

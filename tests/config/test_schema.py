@@ -75,7 +75,7 @@ def test_losses_are_those_of_the_kernels():
 
 
 def test_the_tables_hold_what_a_configuration_can_name():
-    assert tuple(tables.ADVANTAGES) == get_args(options.AdvantageKind)
+    assert tuple(tables.ADVANTAGES) == get_args(options.AdvantageKind) + get_args(objectives.BatchAdvantage)
     assert tuple(tables.MOVING_ADVANTAGES) == get_args(objectives.MovingAdvantage)
     assert tuple(tables.REWARDS) == get_args(terms.RewardName)
     assert tuple(tables.SAMPLERS) == get_args(objectives.SamplerName)

@@ -1,4 +1,4 @@
-"""Kimi k1.5's squared log-ratio of a completion (arXiv 2501.12599, eq. 3), beside any policy loss.
+"""Kimi k1.5's squared log-ratio of a completion (arXiv 2501.12599, section 2.3.2), beside any policy loss.
 
 Letters: M tokens, S completions, V vocabulary, D hidden.
 """
@@ -28,7 +28,7 @@ def test_it_is_the_equation_of_the_paper(impl: str) -> None:
     """-(1/k) sum over j of (r_j - mean r) log pi(y_j) - (tau/2) (log pi(y_j) / pi_i(y_j))^2, and its gradient."""
     case, dtype = batch(LENGTHS), torch.float64 if impl == "torch" else torch.float32
     value, _, (gradient,) = case.run(kimi(), dtype, impl)
-    leaf = case.policy.clone().requires_grad_()
+    leaf = case.policy.detach().clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for start, end, advantage in zip(case.cu_seqlens, case.cu_seqlens[1:], case.advantages, strict=False):
         logprob, old = leaf[start:end].sum(), case.old[start:end].sum()
@@ -48,7 +48,7 @@ def test_the_slopes_in_closed_form_are_autograds(name: str, aggregation: Any) ->
     mask = rand(len(case.policy), seed=9).abs().clamp(max=1) * (rand(len(case.policy), seed=8) > -0.5)
     loss = policy(name, aggregation=aggregation, squared_coef=TAU, kl_coef=0.2, importance="token_truncate",
                   importance_floor=0.7, importance_cap=1.2)
-    leaf = case.policy.clone().requires_grad_()
+    leaf = case.policy.detach().clone().requires_grad_()
     owner = reference.sequence_index(case.cu_seqlens, len(leaf))
     terms = reference.policy_terms(leaf, case.old, case.advantages[owner], case.cu_seqlens, mask, loss,
                                    ref_logprobs=case.named["ref_logprobs"],

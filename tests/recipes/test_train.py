@@ -150,12 +150,14 @@ def test_a_failing_reward_ends_the_run_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed_it_is_bitwise_the_same(tmp_path: Path) -> None:
-    """With functions of one's own, the rollouts that are used again included."""
+    """With functions of one's own, tokens that are left out by chance, and the rollouts that are used again."""
     forks = runs.forks()
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     (tmp_path / "code").mkdir()
-    configs = {name: written(own_config(tmp_path / "code", tmp_path / name / "run"), tmp_path / name)
+    options = {"grpo__tokens__covariance": "clip", "grpo__tokens__covariance_share": 0.3,
+               "grpo__tokens__covariance_range": [-50.0, 50.0], "grpo__updates_per_rollout": 2}
+    configs = {name: written(own_config(tmp_path / "code", tmp_path / name / "run", **options), tmp_path / name)
                for name in ("whole", "killed")}
     ended = forks.run("train", "--config", configs["whole"])
     assert ended.code == 0, ended.output

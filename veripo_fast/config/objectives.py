@@ -32,8 +32,11 @@ _POLICY_OPTIONS = dict.fromkeys(("sapo", "sapo_sequence"), ("sapo_temperature_po
     "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")}
 SamplerName = Literal["shuffled", "sequential", "curriculum", "prioritized", "mixed"]
 ReferenceName = Literal["stage_start", "base", "ema"]
+BatchAdvantage = Literal["live_scaled"]
+"""Advantages that are no kernel: further keys of `recipes.tables.ADVANTAGES`."""
 MovingAdvantage = Literal["task_std"]
 """Advantages that remember earlier steps: keys of `recipes.tables.MOVING_ADVANTAGES`."""
+_ADVANTAGES = get_args(AdvantageKind) + get_args(BatchAdvantage) + get_args(MovingAdvantage)
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,9 @@ class GrpoConfig:
     """Keyword arguments of the sampler."""
     advantage: str = "std"
     """`std`: (r - mean) / std of the group; `no_std`: r - mean (Dr. GRPO); `leave_one_out`: r - mean of the others
-    (RLOO); `batch_std`: over the std of the batch; `task_std`: over a std of the task that moves from step to step
-    (OneThinker); or a function of your own, on the rewards of a group."""
+    (RLOO); `batch_std`: over the std of the batch; `live_scaled`: r - mean, times groups over those with a signal
+    (GPG); `task_std`: over a std of the task that moves from step to step (OneThinker); or a function of your own, on
+    the rewards of a group."""
     advantage_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the advantage; `std` and `batch_std` take eps, what is added to the std (1e-6);
     `task_std` also decay (0.99), guard (5.0) and by: problem_type, data_source or a key of data.keep_keys."""
@@ -193,9 +197,9 @@ class GrpoConfig:
                  f"updates_per_rollout {self.updates_per_rollout}")
         require(0 <= self.clip_low <= 1, f"clip_low must be in [0, 1], got {self.clip_low}")
         require(self.clip_high >= 0, f"clip_high must be 0 or larger, got {self.clip_high}")
-        check_tokens(self.tokens, self.policy_loss(1))
+        check_tokens(self.tokens, self.policy_loss(1), self.updates_per_rollout)
         known_or_own("sampler", self.sampler, get_args(SamplerName))
-        known_or_own("advantage", self.advantage, get_args(AdvantageKind) + get_args(MovingAdvantage))
+        known_or_own("advantage", self.advantage, _ADVANTAGES)
         known_or_own("reference", self.reference, get_args(ReferenceName))
         require(self.dpo_rate >= 0, f"dpo_rate must be 0 or larger, got {self.dpo_rate}")
         require(self.reference == "ema" or (self.reference_decay, self.reference_every) == (0.995, 10),

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from veripo_kernels import PolicyLoss, PreferenceLoss, linear_dpo_loss, linear_logprobs, linear_policy_loss
-from veripo_kernels.divergence import divergence_weights, linear_group_divergence
 from veripo_kernels.options import AdvantagesPer
-from veripo_kernels.reference import sequence_index
 
 from veripo_fast.model.families import balance_loss
 from veripo_fast.model.lora import head_weight
 from veripo_fast.model.packing import PackedBatch
 from veripo_fast.model.shared_prefix import PromptCache
+from veripo_fast.model.token_inputs import TokenInputs
 from veripo_fast.types import VisionFeatures
 
 SEQUENCE: AdvantagesPer = "sequence"
@@ -63,23 +62,6 @@ class LogprobInputs:
 
 
 @dataclass(frozen=True)
-class GroupWeights:
-    """Weights of tokens by `veripo_kernels.divergence`."""
-
-    sizes: tuple[int, ...]
-    """Completions of each group."""
-    largest: float
-
-    def weights(self, hidden: torch.Tensor, head: torch.Tensor, cu_seqlens: torch.Tensor, temperature: float
-                ) -> torch.Tensor:
-        """float32 [M], without a gradient."""
-        cu_groups = torch.tensor([0, *self.sizes], device=cu_seqlens.device).cumsum(0)
-        divergence = linear_group_divergence(hidden.detach(), head.detach(), cu_seqlens, cu_groups,
-                                             temperature=temperature)
-        return divergence_weights(divergence, cu_seqlens, cu_groups, largest=self.largest)
-
-
-@dataclass(frozen=True)
 class PolicyLossInputs:
     """A policy loss on a micro-batch of rollout groups, weighted so that the micro-batches of an update add up."""
 
@@ -97,21 +79,25 @@ class PolicyLossInputs:
     """Completion tokens of the whole update."""
     rollout_logprobs: torch.Tensor | None = None
     """float32 [M] of the engine, for the importance weights."""
-    divergence: GroupWeights | None = None
-    """How tokens are weighted by how much the completions of a group differ at their position."""
+    tokens: TokenInputs | None = None
+    """What single tokens count; None: all the same."""
 
     def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
                 ) -> StepOutput:
         advantages, per = self.advantages, SEQUENCE
-        if self.divergence is not None:
-            weights = self.divergence.weights(hidden, head, cu_seqlens, self.temperature)
-            advantages, per = advantages[sequence_index(cu_seqlens, len(targets))] * weights, TOKEN
+        if self.tokens is not None:
+            advantages = self.tokens.advantages(advantages, hidden, head, cu_seqlens, self.temperature)
+            per = TOKEN
         loss, metrics, logprobs = linear_policy_loss(
             hidden, head, targets, self.old_logprobs, advantages, cu_seqlens, loss=self.loss,
             temperature=self.temperature, ref_logprobs=self.ref_logprobs,
             rollout_logprobs=self.rollout_logprobs, num_sequences=self.num_sequences,
             num_tokens=self.num_tokens, advantages_per=per)
-        return StepOutput(loss, metrics, logprobs, (len(cu_seqlens) - 1) / self.num_sequences)
+        pull = None if self.tokens is None else self.tokens.pull(
+            hidden, head, targets, self.old_logprobs, cu_seqlens, self.loss, temperature=self.temperature,
+            num_sequences=self.num_sequences, num_tokens=self.num_tokens)
+        return StepOutput(loss if pull is None else loss + pull, metrics, logprobs,
+                          (len(cu_seqlens) - 1) / self.num_sequences)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ REWARDS: Mapping[str, Callable[..., Any]] = {
 """(PromptView, **options) -> column."""
 ADVANTAGES: Mapping[str, Callable[..., Any]] = {
     "std": advantages.std, "no_std": advantages.no_std, "leave_one_out": advantages.leave_one_out,
-    "batch_std": advantages.batch_std}
+    "batch_std": advantages.batch_std, "live_scaled": advantages.live_scaled}
 """(rewards [S], group ids [S], **options) -> [S]; one of your own: (rewards [G] of a group, **options) -> column."""
 MOVING_ADVANTAGES: Mapping[str, Callable[..., Any]] = {"task_std": moving.task_std}
 """(rewards [S], group ids [S], tasks of the groups, moments, **options) -> [S] and the moments behind the step, which
