@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import runs
+from tests.support import runs, siglip
 from tests.support.paths import REPOSITORY
 from tests.support.run_compare import assert_same, written
 from veripo_fast.config.load import load_config
@@ -81,6 +81,8 @@ def tiny(recipe: Path, run: Path) -> Config:
                "--video.num-frames", "4", "--video.min-pixels", "1024", "--video.max-pixels", "4096",
                "--rollout.max-new-tokens", "24", "--rollout.group-size", "4", "--eval.at", "never"]
     config = load_config(recipe)
+    if config.reward.vision_text:
+        options += ["--reward.vision-text", str(siglip.folder())]
     for number, stage in enumerate(config.stages):
         for name, value in TINY[stage.kind].items():
             options += [f"--stages.{number}.set.{name}", str(value)]

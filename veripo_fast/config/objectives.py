@@ -101,6 +101,9 @@ class RewardConfig:
     reference_logprobs: bool = False
     """Rewards are told each completion's log-probs under `grpo.reference`, which runs over a rollout batch before it is
     scored; nothing is scored while others are sampled then."""
+    vision_text: str = ""
+    """Folder of a SigLIP model, which tells rewards how like each frame a reasoning is; empty: none is run. Nothing is
+    scored while others are sampled then. It lies in host memory and comes to the policy's device for the reward."""
     streamed: bool = True
     """Completions are scored while others are still sampled; false: behind the rollout, with the same scores."""
     math_seconds_per_batch: float = 60.0
@@ -116,6 +119,11 @@ class RewardConfig:
     def needs_contrast(self) -> bool:
         """Whether a term compares with a contrast group."""
         return any(term.use == "temporal" for term in self.terms)
+
+    @property
+    def needs_frames(self) -> bool:
+        """Whether a shipped term compares with frames."""
+        return any(term.use == "semantic" for term in self.terms)
 
     @property
     def needs_reference(self) -> bool:

@@ -232,6 +232,8 @@ def _check_reference(config: Config) -> None:
     """ConfigError where a reference and its readers do not go together."""
     require(config.reward.reference_logprobs or not config.reward.needs_reference,
             "reward likely_answer reads log-probs of the reference; set reward.reference_logprobs to true")
+    require(bool(config.reward.vision_text) or not config.reward.needs_frames,
+            "reward semantic compares a reasoning with frames; set reward.vision_text to the folder of a SigLIP model")
     require(not config.reward.reference_logprobs or config.plan.pairing == "own",
             "reward.reference_logprobs cannot be combined with plan.pairing all")
     require(config.needs_reference or config.grpo.reference == "stage_start",

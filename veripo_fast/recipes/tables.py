@@ -20,6 +20,7 @@ from veripo_fast.recipes import (
     references,
     rewards,
     samplers,
+    semantic,
     temporal,
 )
 
@@ -27,7 +28,7 @@ REWARDS: Mapping[str, Callable[..., Any]] = {
     "accuracy": rewards.accuracy, "format": rewards.format, "length_window": rewards.length_window,
     "overlong": rewards.overlong, "shortness": rewards.shortness, "temporal": temporal.temporal,
     "spatial_map": maps.spatial_map, "agreement": agreement.agreement,
-    "likely_answer": likely.likely_answer}
+    "likely_answer": likely.likely_answer, "semantic": semantic.semantic}
 """(PromptView, **options) -> column."""
 ADVANTAGES: Mapping[str, Callable[..., Any]] = {
     "std": advantages.std, "no_std": advantages.no_std, "leave_one_out": advantages.leave_one_out,
