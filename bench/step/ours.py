@@ -25,8 +25,9 @@ from bench.step.phases import Phases
 from bench.video.worker import Answer, serve
 from bench.wide_model import write_checkpoint
 from veripo_fast.cache.memory import VisionCache
+from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.config.inputs import CacheConfig, ModelConfig, VideoConfig
-from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig
+from veripo_fast.config.objectives import GrpoConfig, RolloutConfig
 from veripo_fast.config.schema import Config, OptimizerConfig
 from veripo_fast.demo.corpus import write_clip
 from veripo_fast.demo.world import random_clip

@@ -5,15 +5,17 @@ from typing import get_args, get_type_hints
 import pytest
 from veripo_kernels import options
 
-from veripo_fast.config import inputs, objectives, plans, schema, terms, tokens
+from veripo_fast.config import alignment, inputs, objectives, plans, schema, terms, tokens
+from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.config.describe import _docs, is_section, kinds
 from veripo_fast.config.inputs import VideoConfig
-from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig, VerifierConfig
+from veripo_fast.config.objectives import GrpoConfig, RolloutConfig, VerifierConfig
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.recipes import tables
 
-SECTIONS = [value for module in (inputs, objectives, plans, schema, terms, tokens) for value in vars(module).values()
+MODULES = (alignment, inputs, objectives, plans, schema, terms, tokens)
+SECTIONS = [value for module in MODULES for value in vars(module).values()
             if isinstance(value, type) and is_section(value) and value.__module__ == module.__name__]
 
 

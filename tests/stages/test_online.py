@@ -10,7 +10,7 @@ import torch
 from tests.stages.test_update import Gradients, assert_close, config_of, groups_of, optimizer_of
 from tests.support import policies, runs
 from tests.support.run_compare import assert_same, records, written
-from veripo_fast.config.objectives import DpoConfig
+from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.distributed.world import ONE
 from veripo_fast.errors import ConfigError
 from veripo_fast.run.folder import RunDir

@@ -17,8 +17,9 @@ from bench.video.clips import truncated
 from tests.support import policies
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.cache.memory import VisionCache
+from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.config.inputs import ModelConfig, VideoConfig
-from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig
+from veripo_fast.config.objectives import GrpoConfig, RolloutConfig
 from veripo_fast.config.schema import Config, OptimizerConfig
 from veripo_fast.demo.corpus import write_clip
 from veripo_fast.demo.world import random_clip

@@ -11,17 +11,16 @@ from typing import Literal, get_args
 
 from veripo_kernels.options import AdvantageKind
 
+from veripo_fast.config.alignment import DpoConfig, SftConfig
 from veripo_fast.config.checks import positive, require
 from veripo_fast.config.evaluation import EvalConfig
 from veripo_fast.config.inputs import CacheConfig, DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.judges import reporting
 from veripo_fast.config.objectives import (
-    DpoConfig,
     GrpoConfig,
     MovingAdvantage,
     RewardConfig,
     RolloutConfig,
-    SftConfig,
     VerifierConfig,
 )
 from veripo_fast.config.plans import PlanConfig
