@@ -41,6 +41,11 @@ def test_every_field_has_a_docstring(section):
     (DpoConfig, {"loss": "ipo", "label_smoothing": 0.1}, "loss 'ipo' does not use label_smoothing"),
     (DpoConfig, {"loss": "exo"}, "loss 'exo' needs label_smoothing above 0"),
     (RolloutConfig, {"group_size": 1}, "group_size must be at least 2, got 1"),
+    (DpoConfig, {"match": "aot", "loss": "ipo"}, "match aot is a loss of sorted differences: it takes loss sigmoid"),
+    (DpoConfig, {"match": "aot", "weights": "wpo"}, "weights wpo are of pairs, which match aot takes apart"),
+    (DpoConfig, {"match": "aot_unpaired", "ld_alpha": 0.5}, "ld_alpha compares the lengths of a pair"),
+    (Config, {"dpo": DpoConfig(weights="wpo"), "grpo": GrpoConfig(dpo_rate=0.1)},
+     "dpo.match and dpo.weights are of dpo stages; grpo.dpo_rate takes pairs as they are"),
     (DpoConfig, {"max_steps": 0}, "max_steps must be greater than 0, got 0"),
     (VerifierConfig, {"judge": "endpoint"}, "needs endpoint_url and endpoint_model"),
 ])

@@ -56,7 +56,7 @@ POLICY_CASES = pairwise_cases(
 PAIR_CASES = pairwise_cases(
     name=PREFERENCE_LOSSES, ld_alpha=(None, 0.4), length_normalize=(False, True), nll_coef=(0.0, 0.2),
     mask=(False, True), pair_sums=(False, True), room=(NARROW, MIDDLE, WIDE), frozen=("", "head", "hidden"),
-    temperature=(1.0, 0.7))
+    temperature=(1.0, 0.7), weights=(None, (0.2, 1.7, 0.0)))
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +84,9 @@ def policy_case(case: dict[str, Any], dtype: torch.dtype) -> Packed:
 def pair_case(case: dict[str, Any], dtype: torch.dtype) -> Packed:
     loss = preference(case["name"], dpo_beta=0.3, ld_alpha=case["ld_alpha"], nll_coef=case["nll_coef"],
                       length_normalize=case["length_normalize"])
+    weights = {"weights": torch.tensor(case["weights"])} if case["weights"] else {}
     return packed(loss, PAIRS, dtype=dtype, mask=case["mask"], ref=True, pair_sums=case["pair_sums"],
-                  frozen=case["frozen"], temperature=case["temperature"])
+                  frozen=case["frozen"], temperature=case["temperature"], counts=weights)
 
 
 def label(case: dict[str, Any]) -> str:
@@ -353,7 +354,7 @@ def test_opcheck(impl: str, loss: str, frozen: str) -> None:
             *leaves, data.token_ids, data.old, data.advantages, data.cu_seqlens, None, data.ref, None, 0, 0, *rest])
     else:
         torch.library.opcheck(torch.ops.veripo.linear_dpo_loss.default, [
-            *leaves, data.token_ids, data.ref, data.cu_seqlens, None, 0, *rest])
+            *leaves, data.token_ids, data.ref, data.cu_seqlens, None, torch.ones(2), 0, *rest])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -28,16 +28,10 @@ from veripo_fast.model import encoding
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.reward.groups import reward_groups
-from veripo_fast.stages.dpo import (
-    PairRow,
-    dpo_update,
-    pair_logprobs,
-    preference_loss_of,
-    reference_logprobs,
-    step_order,
-)
+from veripo_fast.stages.dpo import dpo_update, preference_loss_of, reference_logprobs, step_order
 from veripo_fast.stages.grpo import GrpoUpdate, policy_loss_of, rollout_metrics
 from veripo_fast.stages.optimizer import Optimizer
+from veripo_fast.stages.pair_rows import PairRow, pair_logprobs
 from veripo_fast.types import (
     Completion,
     LoadedPrompt,
@@ -451,9 +445,10 @@ def test_dpo_is_the_loss_of_plain_forwards_one_by_one(policy: Policy, dpo: DpoCo
     rows, config = pairs_of(policy), config_of(dpo=dpo)
     optimizer = optimizer_of(policy, config)
     metrics = dpo_update(policy, optimizer, rows, REF, config)
-    chosen = torch.stack([masked_sum(policy, item, pair.chosen_ids, pair.chosen_loss_mask) for _, item, pair in rows])
+    chosen = torch.stack([masked_sum(policy, item, pair.chosen_ids, pair.chosen_loss_mask)
+                          for _, item, pair, _ in rows])
     rejected = torch.stack([masked_sum(policy, item, pair.rejected_ids, pair.rejected_loss_mask)
-                            for _, item, pair in rows])
+                            for _, item, pair, _ in rows])
     lengths = torch.tensor([[4.0 + seed, 3.0] for seed in range(4)])
     ratios = torch.stack([chosen, rejected], 1) - REF
     if dpo.length_normalize:

@@ -39,6 +39,13 @@ class DpoConfig:
     """Which divergence from the reference is bounded (f-DPO), where the loss is one of the log-ratios' difference."""
     divergence_alpha: float = 0.5
     """alpha: between forward KL (0) and reverse KL (1)."""
+    match: Literal["pairs", "aot", "aot_unpaired"] = "pairs"
+    """What is compared: the two completions of a pair; `aot`: the k-th smallest margin of a step with the k-th smallest
+    of the reference; `aot_unpaired`: the k-th smallest log-ratio of the chosen with the k-th smallest of the rejected
+    (AOT, arXiv 2406.05882), of the step's pairs on a rank. Both need a pass over the step before its update."""
+    weights: Literal["none", "wpo"] = "none"
+    """`wpo`: a pair weighs as much as the policy would write it now (WPO, arXiv 2406.11827), by exp of the mean over
+    the tokens of each side of log p - log sum p^2. It takes two more products with the head."""
     learning_rate: float = 5e-7
     """Peak learning rate (VerIPO Table 1: 5e-7)."""
     pairs_per_step: int = 32
@@ -53,6 +60,14 @@ class DpoConfig:
         require(self.guard == "nll" or self.guard_nll == 1.0, f"guard_nll changes nothing while guard is {self.guard}")
         require(self.divergence == "alpha" or self.divergence_alpha == 0.5,
                 "divergence_alpha changes nothing unless divergence is alpha")
+        require(self.match == "pairs" or (self.loss, self.divergence, self.length_normalize) == (
+                    "sigmoid", "reverse_kl", False),
+                f"match {self.match} is a loss of sorted differences: it takes loss sigmoid, divergence reverse_kl and "
+                "length_normalize false")
+        require(self.match == "pairs" or self.weights == "none",
+                f"weights {self.weights} are of pairs, which match {self.match} takes apart")
+        require(self.match != "aot_unpaired" or self.ld_alpha is None,
+                "ld_alpha compares the lengths of a pair, which match aot_unpaired takes apart")
         self.preference_loss()
 
     def preference_loss(self) -> PreferenceLoss:

@@ -216,6 +216,8 @@ class Config:
         require(not self.grpo.dpo_rate or self.verifier.judge in ("rules", "endpoint"),
                 f"grpo.dpo_rate judges the rollouts of every step, for which verifier.judge {self.verifier.judge} "
                 "would load a model or run the policy each time; take rules or endpoint")
+        require(not self.grpo.dpo_rate or (self.dpo.match, self.dpo.weights) == ("pairs", "none"),
+                "dpo.match and dpo.weights are of dpo stages; grpo.dpo_rate takes pairs as they are")
         require("shuffled" not in self.eval.controls or self.rollout.vision == "output",
                 "eval.controls shuffled needs rollout.vision output: it reorders what the tower gave")
         object.__setattr__(self, "stages", _named(self.stages))

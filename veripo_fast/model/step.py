@@ -20,6 +20,7 @@ from veripo_kernels.options import AdvantagesPer
 from veripo_fast.model.families import balance_loss
 from veripo_fast.model.lora import head_weight
 from veripo_fast.model.packing import PackedBatch
+from veripo_fast.model.pair_weights import confidence_weights
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.model.token_inputs import TokenInputs
 from veripo_fast.types import VisionFeatures
@@ -111,12 +112,15 @@ class PairLossInputs:
     """float32 [M]: 1 on tokens that enter the loss."""
     num_pairs: int
     """Pairs of the whole update."""
+    by_confidence: bool = False
+    """Whether pairs are weighted by how likely the policy would write them now (`model/pair_weights.py`)."""
 
     def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
                 ) -> StepOutput:
+        weights = confidence_weights(hidden, head, targets, cu_seqlens, self.loss_mask) if self.by_confidence else None
         loss, metrics, logprobs = linear_dpo_loss(
             hidden, head, targets, self.ref_logprobs, cu_seqlens, loss=self.loss, loss_mask=self.loss_mask,
-            num_pairs=self.num_pairs)
+            weights=weights, num_pairs=self.num_pairs)
         return StepOutput(loss, metrics, logprobs, (len(cu_seqlens) - 1) / 2 / self.num_pairs)
 
 

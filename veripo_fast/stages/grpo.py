@@ -31,12 +31,12 @@ from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.batches import Sampler
 from veripo_fast.stages.covariance import TokenChoice
 from veripo_fast.stages.dealer import Dealer
-from veripo_fast.stages.dpo import PairRow
 from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
 from veripo_fast.stages.moving_reference import MovingReference
 from veripo_fast.stages.online import Harvest, PairTerm, families_of
 from veripo_fast.stages.optimizer import Optimizer, step_policy
+from veripo_fast.stages.pair_rows import PairRow
 from veripo_fast.stages.reference import Reference, stage_reference
 from veripo_fast.stages.rollout_metrics import column_metrics, rollout_metrics
 from veripo_fast.stages.samples import table
