@@ -171,6 +171,8 @@ class Completion:
     """Those of the reference of the stage, at the temperature of the rollout; None unless the reward asks for them."""
     answer_tokens: tuple[int, int] | None = None
     """Where its answer begins and ends among its tokens; None without an answer, and unless the reward asks for it."""
+    frame_likeness: list[float] | None = None
+    """Cosine of its reasoning with each frame under `reward.vision_text`; None without media, and without it."""
 
 
 @dataclass

@@ -25,8 +25,9 @@ from bench.step.phases import Phases
 from bench.video.worker import Answer, serve
 from bench.wide_model import write_checkpoint
 from veripo_fast.cache.memory import VisionCache
+from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.config.inputs import CacheConfig, ModelConfig, VideoConfig
-from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig
+from veripo_fast.config.objectives import GrpoConfig, RolloutConfig
 from veripo_fast.config.schema import Config, OptimizerConfig
 from veripo_fast.demo.corpus import write_clip
 from veripo_fast.demo.world import random_clip
@@ -37,9 +38,10 @@ from veripo_fast.model.step import PairLossInputs, PolicyLossInputs
 from veripo_fast.reward.groups import reward_groups
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
-from veripo_fast.stages.dpo import PairRow, dpo_update, preference_loss_of, reference_logprobs
+from veripo_fast.stages.dpo import dpo_update, preference_loss_of, reference_logprobs
 from veripo_fast.stages.grpo import GrpoUpdate, policy_loss_of
 from veripo_fast.stages.optimizer import Optimizer, step_policy
+from veripo_fast.stages.pair_rows import PairRow
 from veripo_fast.types import Completion, LoadedPrompt, Message, PreferencePair, Prompt, RolloutGroup, Video
 
 QUESTION = "What does the red shape do?"

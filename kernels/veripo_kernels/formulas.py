@@ -83,6 +83,27 @@ def vespo_surrogate(policy_logprob, log_weight, advantage, k_pos, lambda_pos, k_
     return slope * policy_logprob, slope, never, never
 
 
+def reinforce_surrogate(policy_logprob, advantage):
+    """The log-prob times the advantage, without a ratio (GPG, arXiv 2504.02546; Kimi k1.5's first term, arXiv
+    2501.12599, section 2.3.2).
+
+    Returns loss, its slope by policy_logprob, and two flags that are never set.
+    """
+    slope = -advantage
+    never = slope != slope
+    return slope * policy_logprob, slope, never, never
+
+
+def squared_log_ratio(total, count):
+    """Half the square of a completion's log-ratio `total`, divided among its `count` tokens, at least 1 (Kimi k1.5,
+    arXiv 2501.12599, section 2.3.2).
+
+    Returns what each token adds to the loss, and the slope of all of it by the log-prob of any.
+    """
+    divisor = xp.where(count < 1.0, 1.0, count)
+    return 0.5 * total * total / divisor, total * count / divisor
+
+
 def gmpo_log_ratio(log_ratio, advantage, log_low, log_high):
     """GMPO's clip (arXiv 2507.20673, eq. 4): the log-ratio, cut only where going on would raise the objective.
 

@@ -82,8 +82,10 @@ def _detached(value: torch.Tensor | None) -> Any:
 
 
 def _kinds(loss: PolicyLoss) -> str:
-    """Surrogate, weighting, KL, level and treatment of the importance weights: what is compiled into a kernel."""
-    return " ".join((loss.surrogate, loss.weighting, loss.kl_kind, *loss.importance.split("_")))
+    """Surrogate, weighting, KL, level and treatment of the importance weights, and whether the log-ratio of a
+    completion is squared: what is compiled into a kernel."""
+    return " ".join((loss.surrogate, loss.weighting, loss.kl_kind, *loss.importance.split("_"),
+                     "squared" if loss.squared_coef else "plain"))
 
 
 def _numbers(loss: PolicyLoss) -> torch.Tensor:
@@ -91,7 +93,7 @@ def _numbers(loss: PolicyLoss) -> torch.Tensor:
     return as_tensor(loss.length or 1, loss.clip_low, loss.clip_high, loss.dual, loss.sapo_temperature_pos,
                      loss.sapo_temperature_neg, loss.vespo_k_pos, loss.vespo_lambda_pos, loss.vespo_k_neg,
                      loss.vespo_lambda_neg, loss.kl_coef, loss.importance_floor, loss.importance_cap,
-                     loss.entropy_coef)
+                     loss.entropy_coef, loss.squared_coef)
 
 
 def _divisor(loss: PolicyLoss, sequences: int, num_sequences: int | None, num_tokens: int | None) -> int:

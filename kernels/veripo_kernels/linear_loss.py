@@ -168,7 +168,8 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
     advantages = advantages.to(mask.dtype)
     weights = reference.token_weights(cu_seqlens, mask, loss, num_sequences=num_sequences or None,
                                       num_tokens=num_tokens or None)
-    always = loss.entropy_coef != 0 or (loss.kl_coef != 0 and ref_logprobs is not None)
+    always = (loss.entropy_coef != 0 or loss.squared_coef != 0
+              or (loss.kl_coef != 0 and ref_logprobs is not None))
     live = (mask != 0) if always else (mask != 0) & (advantages != 0)
     if loss.couples_tokens and not always:  # a completion is in as a whole: its tokens share a ratio
         live = reference.sequence_sums(live.to(mask.dtype), cu_seqlens)[owner].bool() & (mask != 0)
@@ -200,7 +201,8 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
 
 @torch.library.custom_op("veripo::linear_dpo_loss", mutates_args=())
 def _dpo(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, ref_logprobs: torch.Tensor,
-         cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, num_pairs: int, temperature: torch.Tensor,
+         cu_seqlens: torch.Tensor, loss_mask: torch.Tensor | None, pair_weights: torch.Tensor | None, num_pairs: int,
+         temperature: torch.Tensor,
          words: str, numbers: torch.Tensor, workspace_bytes: int, needs: list[bool], impl: str,
          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [], metrics [5], logprobs [M], dhidden, dweight and its unit as `_policy`'s."""
@@ -211,14 +213,15 @@ def _dpo(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, re
     def slopes(rows: torch.Tensor, cu: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
                ) -> tuple[torch.Tensor, None]:
         ref = ref_logprobs[rows] if ref_logprobs.dim() == 1 else ref_logprobs
-        return reference.pair_terms(logprobs, ref.to(logprobs.dtype), cu, loss, mask[rows]).slope / pairs, None
+        slope = reference.pair_terms(logprobs, ref.to(logprobs.dtype), cu, loss, mask[rows]).slope / pairs
+        return slope if pair_weights is None else slope * pair_weights[owner[rows] // 2].to(slope.dtype), None
 
     logprobs, _, gradients = _run_all(
         hidden, Head(weight, temperature=numbers_of(temperature)[0]), token_ids, owner, len(cu_seqlens) - 1, kept, kept,
         ref_logprobs if ref_logprobs.dim() == 1 else None, slopes, whole=2, entropy=False,
         workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]), impl=impl)
     value, metrics = reference.dpo_loss(logprobs, ref_logprobs.to(logprobs.dtype), cu_seqlens, loss=loss,
-                                        loss_mask=mask, num_pairs=num_pairs or None)
+                                        loss_mask=mask, weights=pair_weights, num_pairs=num_pairs or None)
     return (value, torch.stack([metrics[name] for name in _PAIR_METRICS]), logprobs,
             *_formed(gradients, hidden, logprobs.dtype))
 
@@ -279,7 +282,7 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
         entropy: measure it; where False, and the loss has no entropy_coef, the metric is 0 and costs nothing.
         workspace_bytes: room for the logits of a run (default: `linear_torch.WORKSPACE_BYTES`, 1 GiB, on a GPU
             `linear_triton.WORKSPACE_BYTES`, 1.25 GiB); memory beyond it does not grow with M. A completion that must
-            be taken as a whole (gspo, gmpo, sequence importance) and does not fit costs a fourth product.
+            be taken as a whole (gspo, gmpo, sequence importance, squared_coef) and does not fit costs a fourth product.
         The others: as in `grpo_loss`; advantages_per ("sequence" or "token") is needed where M = S.
 
     Returns:
@@ -309,8 +312,8 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
 
 def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tensor, ref_logprobs: torch.Tensor,
                     cu_seqlens: torch.Tensor, *, loss: PreferenceLoss | str = "sigmoid", temperature: float = 1.0,
-                    loss_mask: torch.Tensor | None = None, num_pairs: int | None = None,
-                    workspace_bytes: int | None = None, impl: Impl = "auto",
+                    loss_mask: torch.Tensor | None = None, weights: torch.Tensor | None = None,
+                    num_pairs: int | None = None, workspace_bytes: int | None = None, impl: Impl = "auto",
                     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """`dpo_loss` of `linear_logprobs`, both gradients formed on the way: three matrix products, two for a frozen head.
 
@@ -329,10 +332,14 @@ def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.T
         raise ValueError(f"ref_logprobs must have shape [{len(token_ids)}] or [{pairs}, 2], "
                          f"got {list(ref_logprobs.shape)}")
     _check_rows(hidden, {"loss_mask": loss_mask})
+    if weights is not None:
+        if weights.shape != (pairs,):
+            raise ValueError(f"weights must have shape [{pairs}], got {list(weights.shape)}")
+        check_device("weights", weights, hidden)
     check_counts(num_pairs=num_pairs)
     refuse_transforms("linear_dpo_loss", hidden, head)
     value, metrics, logprobs, *_ = _dpo(
-        hidden, head, token_ids, ref_logprobs, cu_seqlens, loss_mask, num_pairs or 0, as_tensor(temperature),
+        hidden, head, token_ids, ref_logprobs, cu_seqlens, loss_mask, weights, num_pairs or 0, as_tensor(temperature),
         *_encoded(as_preference_loss(loss)), workspace_bytes or 0, _needs(hidden, head),
         choose("linear_dpo_loss", impl, hidden.device))
     return value, dict(zip(_PAIR_METRICS, metrics.unbind(), strict=True)), logprobs

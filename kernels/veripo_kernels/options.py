@@ -9,7 +9,7 @@ from typing import Literal, get_args
 AdvantageKind = Literal["std", "no_std", "leave_one_out", "batch_std"]
 Aggregation = Literal["sequence", "token", "constant"]
 PolicyLossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo", "luspo",
-                         "vespo", "cispo_sequence", "sapo_sequence"]
+                         "vespo", "cispo_sequence", "sapo_sequence", "gpg"]
 PreferenceLossName = Literal["sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo", "bco",
                              "discopop"]
 DivergenceName = Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -20,7 +20,7 @@ Importance = Literal["token_truncate", "token_mask", "sequence_truncate", "seque
 _AGGREGATION: dict[str, Aggregation] = {
     "grpo": "sequence", "bnpo": "token", "dr_grpo": "constant", "dapo": "token", "cispo": "token", "sapo": "sequence",
     "gspo": "sequence", "gspo_token": "sequence", "gmpo": "sequence", "luspo": "constant", "vespo": "token",
-    "cispo_sequence": "token", "sapo_sequence": "sequence"}
+    "cispo_sequence": "token", "sapo_sequence": "sequence", "gpg": "token"}
 _SURROGATE: dict[str, str] = dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo"), "clip") | {"luspo": "gspo"}
 _BY_SEQUENCE = ("gspo", "gspo_token", "gmpo", "vespo", "cispo_sequence", "sapo_sequence")
 _DIVERGES = ("sigmoid", "ipo", "hinge", "robust", "exo", "discopop")  # elsewhere f-DPO's unknown factor does not cancel
@@ -45,6 +45,7 @@ class PolicyLoss:
     | luspo (2602.05261) | that of gspo | constant, 1: sum over tokens, mean over completions |
     | vespo (2602.10693) | gamma weight of the completion's ratio, without gradient, times the log-prob | token |
     | cispo_sequence, sapo_sequence | of the ratio of the sequence, as gspo's | token, sequence |
+    | gpg (2504.02546) | the log-prob, without a ratio | token |
 
     bnpo and dapo differ only in the token count that callers give: of the micro-batch, or of the whole step.
     """
@@ -76,6 +77,9 @@ class PolicyLoss:
     importance_cap: float = 2.0
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, with the weights of the tokens; needs entropy."""
+    squared_coef: float = 0.0
+    """Weight of half the squared log-ratio of a completion, the sum over its tokens (Kimi k1.5: tau), divided among
+    them; importance weights leave it alone."""
 
     def __post_init__(self) -> None:
         for name, kind in (("loss", PolicyLossName), ("kl_kind", KlKind), ("importance", Importance)):
@@ -88,7 +92,7 @@ class PolicyLoss:
         if self.dual_clip is not None and self.dual_clip < 1 + self.clip_high:
             raise ValueError(f"dual_clip must be at least 1 + clip_high = {1 + self.clip_high:g}, got "
                              f"{self.dual_clip}")
-        for name, least in (("clip_low", 0), ("clip_high", -1), ("kl_coef", 0)):
+        for name, least in (("clip_low", 0), ("clip_high", -1), ("kl_coef", 0), ("squared_coef", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or larger, got {getattr(self, name)}")
 
@@ -98,7 +102,7 @@ class PolicyLoss:
 
     @property
     def surrogate(self) -> str:
-        """clip, cispo, sapo, gspo, gspo_token, gmpo, vespo, cispo_sequence or sapo_sequence."""
+        """clip, cispo, sapo, gspo, gspo_token, gmpo, vespo, cispo_sequence, sapo_sequence or gpg."""
         return _SURROGATE.get(self.loss, self.loss)
 
     @property
@@ -107,9 +111,14 @@ class PolicyLoss:
         return 1 if self.loss == "luspo" and self.aggregation is None else self.constant_length
 
     @property
+    def by_sequence(self) -> bool:
+        """Whether the ratio is one of the whole completion."""
+        return self.surrogate in _BY_SEQUENCE
+
+    @property
     def couples_tokens(self) -> bool:
         """Whether the gradient of a token depends on the other tokens of its completion."""
-        return self.surrogate in _BY_SEQUENCE or self.importance.startswith("sequence")
+        return self.by_sequence or self.importance.startswith("sequence") or self.squared_coef != 0
 
     @property
     def dual(self) -> float:

@@ -155,11 +155,11 @@ class PolicyTerms:
     """What every token of a packed batch contributes to a policy loss, before weights; all [M]."""
 
     loss: torch.Tensor
-    """Surrogate times importance, plus KL, minus entropy bonus: the loss is its weighted sum."""
+    """Surrogate times importance, plus KL and squared log-ratio, minus entropy bonus: the loss is its weighted sum."""
     slope: torch.Tensor
     """Slope of the surrogate by the log-ratio of the token; by that of its completion where tokens are coupled."""
     kl_slope: torch.Tensor
-    """Slope of kl_coef times the KL by the token's log-prob."""
+    """Slope by the token's log-prob of kl_coef times the KL, and of the squared log-ratio of its completion."""
     coupling: torch.Tensor | None
     """Slope of the completion's log-ratio by the token's (gspo, gmpo); None where each token has its own ratio."""
     metrics: dict[str, torch.Tensor]
@@ -208,6 +208,8 @@ def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | Non
         surrogate, slope, low, high = formulas.vespo_surrogate(
             policy_logprobs, log_weight, advantages, *traced(mask, loss.vespo_k_pos, loss.vespo_lambda_pos,
                                                              loss.vespo_k_neg, loss.vespo_lambda_neg))
+    elif loss.surrogate == "gpg":
+        surrogate, slope, low, high = formulas.reinforce_surrogate(policy_logprobs, advantages)
     elif loss.surrogate == "gspo":
         surrogate, slope, low, high = formulas.clip_surrogate(sequence_mean(log_ratio), advantages, *clip)
         coupling = mask / counts[owner]
@@ -230,8 +232,13 @@ def policy_terms(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor | Non
                "importance": importance, "ratio_max": log_ratio.detach()}
     if loss.surrogate != "vespo":  # whose own weight holds it
         surrogate, slope = surrogate * importance, slope * importance
-    return PolicyTerms(surrogate + loss.kl_coef * kl - loss.entropy_coef * bonus, slope, loss.kl_coef * kl_slope,
-                       coupling, metrics)
+    penalty, penalty_slope = loss.kl_coef * kl, loss.kl_coef * kl_slope
+    if loss.squared_coef:
+        squared = formulas.squared_log_ratio(sequence_sums(log_ratio * mask, cu_seqlens)[owner],
+                                             sequence_sums(mask, cu_seqlens)[owner])
+        penalty, penalty_slope = (part + loss.squared_coef * more
+                                  for part, more in zip((penalty, penalty_slope), squared, strict=True))
+    return PolicyTerms(surrogate + penalty - loss.entropy_coef * bonus, slope, penalty_slope, coupling, metrics)
 
 
 def _log_clip(loss: PolicyLoss, like: torch.Tensor) -> tuple[Any, ...]:

@@ -5,15 +5,17 @@ from typing import get_args, get_type_hints
 import pytest
 from veripo_kernels import options
 
-from veripo_fast.config import inputs, objectives, plans, schema, terms
+from veripo_fast.config import alignment, inputs, objectives, plans, schema, terms, tokens
+from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.config.describe import _docs, is_section, kinds
 from veripo_fast.config.inputs import VideoConfig
-from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig, VerifierConfig
+from veripo_fast.config.objectives import GrpoConfig, RolloutConfig, VerifierConfig
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.recipes import tables
 
-SECTIONS = [value for module in (inputs, objectives, plans, schema, terms) for value in vars(module).values()
+MODULES = (alignment, inputs, objectives, plans, schema, terms, tokens)
+SECTIONS = [value for module in MODULES for value in vars(module).values()
             if isinstance(value, type) and is_section(value) and value.__module__ == module.__name__]
 
 
@@ -39,6 +41,11 @@ def test_every_field_has_a_docstring(section):
     (DpoConfig, {"loss": "ipo", "label_smoothing": 0.1}, "loss 'ipo' does not use label_smoothing"),
     (DpoConfig, {"loss": "exo"}, "loss 'exo' needs label_smoothing above 0"),
     (RolloutConfig, {"group_size": 1}, "group_size must be at least 2, got 1"),
+    (DpoConfig, {"match": "aot", "loss": "ipo"}, "match aot is a loss of sorted differences: it takes loss sigmoid"),
+    (DpoConfig, {"match": "aot", "weights": "wpo"}, "weights wpo are of pairs, which match aot takes apart"),
+    (DpoConfig, {"match": "aot_unpaired", "ld_alpha": 0.5}, "ld_alpha compares the lengths of a pair"),
+    (Config, {"dpo": DpoConfig(weights="wpo"), "grpo": GrpoConfig(dpo_rate=0.1)},
+     "dpo.match and dpo.weights are of dpo stages; grpo.dpo_rate takes pairs as they are"),
     (DpoConfig, {"max_steps": 0}, "max_steps must be greater than 0, got 0"),
     (VerifierConfig, {"judge": "endpoint"}, "needs endpoint_url and endpoint_model"),
 ])
@@ -75,7 +82,7 @@ def test_losses_are_those_of_the_kernels():
 
 
 def test_the_tables_hold_what_a_configuration_can_name():
-    assert tuple(tables.ADVANTAGES) == get_args(options.AdvantageKind)
+    assert tuple(tables.ADVANTAGES) == get_args(options.AdvantageKind) + get_args(objectives.BatchAdvantage)
     assert tuple(tables.MOVING_ADVANTAGES) == get_args(objectives.MovingAdvantage)
     assert tuple(tables.REWARDS) == get_args(terms.RewardName)
     assert tuple(tables.SAMPLERS) == get_args(objectives.SamplerName)

@@ -66,6 +66,17 @@ def test_vespo_slope_is_by_the_logprob_alone() -> None:
     assert (too_large == 0).all()
 
 
+def test_reinforce_and_squared_slopes() -> None:
+    logprob, advantage = rand(TOKENS), rand(TOKENS, seed=1)
+    _, slope, low, high = formulas.reinforce_surrogate(logprob, advantage)
+    assert_same(slope, slope_of(lambda x: formulas.reinforce_surrogate(x, advantage)[0], logprob))
+    assert not (low | high).any()
+    for counted in (8.0, 0.25):  # tokens that a completion counts; fewer than 1 are divided by 1
+        count = torch.full_like(logprob, counted)
+        _, slope = formulas.squared_log_ratio(logprob, count)
+        assert_same(slope, slope_of(lambda x, n=count: n * formulas.squared_log_ratio(x, n)[0], logprob))
+
+
 @pytest.mark.parametrize(("kind", "alpha"), [("forward_kl", 0.5), ("js", 0.5), ("alpha", 0.4), ("alpha", 3.0)])
 def test_divergence_slope(kind: str, alpha: float) -> None:
     log_ratio = rand(TOKENS, scale=3.0)

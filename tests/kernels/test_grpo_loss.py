@@ -30,7 +30,7 @@ IMPORTANCES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_ma
 CASES = pairwise_cases(
     name=POLICY_LOSSES, importance=(None, *IMPORTANCES), aggregation=(None, "sequence", "token", "constant"),
     kl=(None, "k1", "k2", "k3"), mask=(False, True), token_advantages=(False, True), old=(True, False),
-    entropy=(False, True), dual=(None, 1.35))
+    entropy=(False, True), dual=(None, 1.35), squared=(0.0, 0.15))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_as_exact_as_torch(case: dict[str, Any]) -> None:
     loss = policy(case["name"], aggregation=case["aggregation"], dual_clip=case["dual"],
                   importance=case["importance"] or "token_truncate", importance_floor=0.8, importance_cap=1.3,
                   kl_coef=0.3 if case["kl"] else 0.0, kl_kind=case["kl"] or "k3",
-                  entropy_coef=0.2 if case["entropy"] else 0.0)
+                  entropy_coef=0.2 if case["entropy"] else 0.0, squared_coef=case["squared"])
     inputs = batch(token_advantages=case["token_advantages"], mask=case["mask"], old=case["old"],
                    ref=case["kl"] is not None, rollout=case["importance"] is not None, entropy=case["entropy"])
     assert_as_exact_as_torch(lambda dtype, impl: inputs.run(loss, dtype, impl))
@@ -242,11 +242,11 @@ def test_micro_batches_add_up(first: list[int], second: list[int], name: str) ->
 # -- as an op --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gspo", "luspo", "vespo", "cispo_sequence", "sapo_sequence"])
+@pytest.mark.parametrize("name", ["gspo", "luspo", "vespo", "cispo_sequence", "sapo_sequence", "gpg"])
 def test_three_launches_and_nothing_else_on_the_device(name: str) -> None:
     inputs = batch(mask=True, ref=True, rollout=True, entropy=True)
     with counted_launches() as launched:
-        inputs.run(policy(name, kl_coef=0.1, entropy_coef=0.1), torch.float32, "triton")
+        inputs.run(policy(name, kl_coef=0.1, entropy_coef=0.1, squared_coef=0.1), torch.float32, "triton")
     assert launched == ["forward_kernel", "reduce_kernel", "backward_kernel"]
 
 
@@ -346,7 +346,8 @@ def launches(lengths, offset):
     advantages = torch.zeros(len(lengths) + offset)[offset:]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     tensors = (wide, wide, advantages, bounds, None, None, None, None)
-    grpo.forward(tensors, ["clip", "token", "k3", "token", "mask"], [0.1 + offset] * 15, None, False)
+    grpo.forward(tensors, ["clip", "token", "k3", "token", "mask", "plain"], [0.1 + offset] * 16, None,
+                 False)
     grpo.backward(torch.ones(()), torch.zeros(8), torch.zeros(len(wide)), None, torch.float32, torch.float32)
     numbers = [0.1 + offset, 0.0, 1.0, 0.0, 1.0, 0.5]
     dpo.forward(wide, wide, bounds, None, None, ["sigmoid", "reverse_kl"], numbers, False, 0.5)

@@ -52,11 +52,11 @@ POLICY_CASES = pairwise_cases(
     name=POLICY_LOSSES, importance=(None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     aggregation=(None, "sequence", "token", "constant"), kl=(None, "k1", "k2", "k3"), mask=(False, True),
     token_advantages=(False, True), old=(True, False), entropy=(False, True), room=(NARROW, MIDDLE, WIDE),
-    frozen=("", "head", "hidden"), temperature=(1.0, 0.7))
+    frozen=("", "head", "hidden"), temperature=(1.0, 0.7), squared=(0.0, 0.15))
 PAIR_CASES = pairwise_cases(
     name=PREFERENCE_LOSSES, ld_alpha=(None, 0.4), length_normalize=(False, True), nll_coef=(0.0, 0.2),
     mask=(False, True), pair_sums=(False, True), room=(NARROW, MIDDLE, WIDE), frozen=("", "head", "hidden"),
-    temperature=(1.0, 0.7))
+    temperature=(1.0, 0.7), weights=(None, (0.2, 1.7, 0.0)))
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,8 @@ def workspace(room: int, impl: str, dtype: torch.dtype, vocabulary: int = 70) ->
 def policy_case(case: dict[str, Any], dtype: torch.dtype) -> Packed:
     loss = policy(case["name"], aggregation=case["aggregation"], importance=case["importance"] or "token_truncate",
                   importance_floor=0.5, importance_cap=1.5, kl_coef=0.3 if case["kl"] else 0.0,
-                  kl_kind=case["kl"] or "k3", entropy_coef=0.2 if case["entropy"] else 0.0)
+                  kl_kind=case["kl"] or "k3", entropy_coef=0.2 if case["entropy"] else 0.0,
+                  squared_coef=case["squared"])
     return packed(loss, dtype=dtype, mask=case["mask"], token_advantages=case["token_advantages"], old=case["old"],
                   ref=case["kl"] is not None, rollout=case["importance"] is not None, frozen=case["frozen"],
                   temperature=case["temperature"])
@@ -83,8 +84,9 @@ def policy_case(case: dict[str, Any], dtype: torch.dtype) -> Packed:
 def pair_case(case: dict[str, Any], dtype: torch.dtype) -> Packed:
     loss = preference(case["name"], dpo_beta=0.3, ld_alpha=case["ld_alpha"], nll_coef=case["nll_coef"],
                       length_normalize=case["length_normalize"])
+    weights = {"weights": torch.tensor(case["weights"])} if case["weights"] else {}
     return packed(loss, PAIRS, dtype=dtype, mask=case["mask"], ref=True, pair_sums=case["pair_sums"],
-                  frozen=case["frozen"], temperature=case["temperature"])
+                  frozen=case["frozen"], temperature=case["temperature"], counts=weights)
 
 
 def label(case: dict[str, Any]) -> str:
@@ -92,9 +94,9 @@ def label(case: dict[str, Any]) -> str:
 
 
 def steps(case: dict[str, Any]) -> int:
-    """More where the loss multiplies the rounding of a log-prob: vespo takes the weight of a completion to a power, the
-    gate of discopop is 20 times as steep as a sigmoid."""
-    return 16 if case["name"] in ("vespo", "discopop") else 2
+    """More where the loss multiplies the rounding of a log-prob: vespo takes the weight of a completion, the sum of up
+    to 12, to a third power; the gate of discopop is 20 times as steep as a sigmoid."""
+    return {"vespo": 32, "discopop": 16}.get(case["name"], 2)
 
 
 # -- against the definition ------------------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def test_opcheck(impl: str, loss: str, frozen: str) -> None:
             *leaves, data.token_ids, data.old, data.advantages, data.cu_seqlens, None, data.ref, None, 0, 0, *rest])
     else:
         torch.library.opcheck(torch.ops.veripo.linear_dpo_loss.default, [
-            *leaves, data.token_ids, data.ref, data.cu_seqlens, None, 0, *rest])
+            *leaves, data.token_ids, data.ref, data.cu_seqlens, None, torch.ones(2), 0, *rest])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -239,7 +239,7 @@ def test_clipped_surrogate_branch_by_branch(dual: float | None, low: float, high
 
 LENGTHS = [4, 1, 7, 3]
 NAMES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo", "luspo", "vespo",
-         "cispo_sequence", "sapo_sequence")
+         "cispo_sequence", "sapo_sequence", "gpg")
 
 
 def grpo_case() -> tuple[torch.Tensor, ...]:
@@ -261,6 +261,8 @@ def token_losses_by_hand(name: str, policy: list[float], old: list[float], advan
     if name == "vespo":
         k, decay, weight = *((2.0, 3.0) if advantage >= 0 else (3.0, 2.0)), math.exp(sum(log_ratios))
         return [-weight ** k * math.exp(decay * (1 - weight)) * advantage * p for p in policy]
+    if name == "gpg":
+        return [-advantage * p for p in policy]
     if name == "cispo":
         return [-min(math.exp(x), 1.3) * advantage * p for x, p in zip(log_ratios, policy, strict=True)]
     if name == "sapo":

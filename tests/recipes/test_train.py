@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import runs
+from tests.support import runs, siglip
 from tests.support.paths import REPOSITORY
 from tests.support.run_compare import assert_same, written
 from veripo_fast.config.load import load_config
@@ -81,6 +81,8 @@ def tiny(recipe: Path, run: Path) -> Config:
                "--video.num-frames", "4", "--video.min-pixels", "1024", "--video.max-pixels", "4096",
                "--rollout.max-new-tokens", "24", "--rollout.group-size", "4", "--eval.at", "never"]
     config = load_config(recipe)
+    if config.reward.vision_text:
+        options += ["--reward.vision-text", str(siglip.folder())]
     for number, stage in enumerate(config.stages):
         for name, value in TINY[stage.kind].items():
             options += [f"--stages.{number}.set.{name}", str(value)]
@@ -150,12 +152,14 @@ def test_a_failing_reward_ends_the_run_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed_it_is_bitwise_the_same(tmp_path: Path) -> None:
-    """With functions of one's own, the rollouts that are used again included."""
+    """With functions of one's own, tokens that are left out by chance, and the rollouts that are used again."""
     forks = runs.forks()
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     (tmp_path / "code").mkdir()
-    configs = {name: written(own_config(tmp_path / "code", tmp_path / name / "run"), tmp_path / name)
+    options = {"grpo__tokens__covariance": "clip", "grpo__tokens__covariance_share": 0.3,
+               "grpo__tokens__covariance_range": [-50.0, 50.0], "grpo__updates_per_rollout": 2}
+    configs = {name: written(own_config(tmp_path / "code", tmp_path / name / "run", **options), tmp_path / name)
                for name in ("whole", "killed")}
     ended = forks.run("train", "--config", configs["whole"])
     assert ended.code == 0, ended.output

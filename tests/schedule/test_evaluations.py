@@ -122,7 +122,7 @@ def test_a_run_notes_what_they_took(tmp_path: Path) -> None:
                                                                                "parity"}
     for line, name in ((lines[0], "evaluation"), (lines[1], "eval"), (lines[2], "evaluation")):
         owners = line["predicted"][name]["device"]
-        assert {"weights", "logits"} <= owners.keys() and min(owners.values()) > 0  # how near: bench_ledger.py
+        assert {"weights", "tower"} <= owners.keys() and min(owners.values()) > 0  # how near: bench_ledger.py
         assert line["peak_bytes"][name] > owners["weights"]
     table = memory_table(load_run(tmp_path / "run"))
     assert table is not None and table.rows[0][:2] == ["start", "evaluation"]

@@ -10,7 +10,7 @@ import torch
 from tests.stages.test_update import Gradients, assert_close, config_of, groups_of, optimizer_of
 from tests.support import policies, runs
 from tests.support.run_compare import assert_same, records, written
-from veripo_fast.config.objectives import DpoConfig
+from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.distributed.world import ONE
 from veripo_fast.errors import ConfigError
 from veripo_fast.run.folder import RunDir
@@ -18,10 +18,11 @@ from veripo_fast.schedule.costs import Lengths, grpo_work
 from veripo_fast.schedule.ledger import predict
 from veripo_fast.schedule.shapes import read_shape
 from veripo_fast.stages.dealer import Dealer
-from veripo_fast.stages.dpo import PairRow, dpo_update, pair_logprobs, preference_loss_of
+from veripo_fast.stages.dpo import dpo_update, preference_loss_of
 from veripo_fast.stages.grpo import GrpoUpdate
 from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.online import PairTerm
+from veripo_fast.stages.pair_rows import PairRow, pair_logprobs
 from veripo_fast.types import PreferencePair
 from veripo_fast.verifier.store import read_pairs
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from tests.support import policies, ranks, runs
 from tests.support.run_compare import assert_same, records, written
+from veripo_fast.config.alignment import SftConfig
 from veripo_fast.config.inputs import ModelConfig
-from veripo_fast.config.objectives import SftConfig
 from veripo_fast.config.schema import Config, OptimizerConfig
 from veripo_fast.data.order import steps_of
 from veripo_fast.errors import DataError

@@ -17,8 +17,9 @@ from bench.video.clips import truncated
 from tests.support import policies
 from veripo_fast.cache.loader import PromptLoader
 from veripo_fast.cache.memory import VisionCache
+from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.config.inputs import ModelConfig, VideoConfig
-from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig
+from veripo_fast.config.objectives import GrpoConfig, RolloutConfig
 from veripo_fast.config.schema import Config, OptimizerConfig
 from veripo_fast.demo.corpus import write_clip
 from veripo_fast.demo.world import random_clip
@@ -27,16 +28,10 @@ from veripo_fast.model import encoding
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.reward.groups import reward_groups
-from veripo_fast.stages.dpo import (
-    PairRow,
-    dpo_update,
-    pair_logprobs,
-    preference_loss_of,
-    reference_logprobs,
-    step_order,
-)
+from veripo_fast.stages.dpo import dpo_update, preference_loss_of, reference_logprobs, step_order
 from veripo_fast.stages.grpo import GrpoUpdate, policy_loss_of, rollout_metrics
 from veripo_fast.stages.optimizer import Optimizer
+from veripo_fast.stages.pair_rows import PairRow, pair_logprobs
 from veripo_fast.types import (
     Completion,
     LoadedPrompt,
@@ -106,6 +101,7 @@ def test_every_option_of_a_loss_reaches_it() -> None:
     ("sapo_sequence", {"sapo_temperature_neg": 1.2}),
     ("vespo", {"vespo_k_pos": 1.0, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.5}),
     ("grpo", {"entropy_coef": -0.01}),
+    ("gpg", {"squared_coef": 0.2}),
 ])
 def test_numbers_of_a_loss_reach_it(loss: str, options: dict[str, float]) -> None:
     expected = PolicyLoss(loss, constant_length=MAX_NEW_TOKENS, **options)
@@ -119,6 +115,8 @@ def test_numbers_of_another_loss_are_refused() -> None:
         GrpoConfig(loss_options={"vespo_k_pos": 1.0})
     with pytest.raises(ConfigError, match=r"loss_options.discopop_tau changes nothing while loss is sigmoid"):
         DpoConfig(loss_options={"discopop_tau": 0.1})
+    with pytest.raises(ConfigError, match=r"loss_options.squared_coef must be a number above 0, got -1"):
+        GrpoConfig(loss="gpg", loss_options={"squared_coef": -1})
     for value in (0, "much", float("nan")):
         with pytest.raises(ConfigError, match=r"must be a number above 0"):
             GrpoConfig(loss="sapo", loss_options={"sapo_temperature_neg": value})
@@ -447,9 +445,10 @@ def test_dpo_is_the_loss_of_plain_forwards_one_by_one(policy: Policy, dpo: DpoCo
     rows, config = pairs_of(policy), config_of(dpo=dpo)
     optimizer = optimizer_of(policy, config)
     metrics = dpo_update(policy, optimizer, rows, REF, config)
-    chosen = torch.stack([masked_sum(policy, item, pair.chosen_ids, pair.chosen_loss_mask) for _, item, pair in rows])
+    chosen = torch.stack([masked_sum(policy, item, pair.chosen_ids, pair.chosen_loss_mask)
+                          for _, item, pair, _ in rows])
     rejected = torch.stack([masked_sum(policy, item, pair.rejected_ids, pair.rejected_loss_mask)
-                            for _, item, pair in rows])
+                            for _, item, pair, _ in rows])
     lengths = torch.tensor([[4.0 + seed, 3.0] for seed in range(4)])
     ratios = torch.stack([chosen, rejected], 1) - REF
     if dpo.length_normalize:

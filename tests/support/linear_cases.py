@@ -166,7 +166,8 @@ class Packed:
     temperature: float = 1.0
     frozen: str = ""
     upstream: float = 2.5
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the op and of its definition: counts of the whole step, weights of pairs."""
 
     def call(self, hidden: torch.Tensor, head: torch.Tensor, **options: Any) -> Any:
         """The op on leaves of the caller's."""

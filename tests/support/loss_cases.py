@@ -15,7 +15,7 @@ from veripo_kernels.options import PolicyLoss, PreferenceLoss
 
 LENGTHS = (3, 0, 12, 5)
 POLICY_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo", "luspo", "vespo",
-                 "cispo_sequence", "sapo_sequence")
+                 "cispo_sequence", "sapo_sequence", "gpg")
 PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "exo", "nca", "apo_zero", "apo_down", "sppo", "bco",
                      "discopop")
 

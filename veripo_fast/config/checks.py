@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from veripo_fast.errors import ConfigError
@@ -57,3 +58,12 @@ def known_or_own(field: str, value: str, known: Collection[str]) -> None:
     require(value in known or OWN.fullmatch(value) is not None,
             f"{field} must be one of {', '.join(known)}, or a function of your own as module:function or "
             f"path/file.py:function, got {value!r}" + (f"; did you mean {match[0]}?" if match else ""))
+
+
+def check_loss_options(loss: str, given: Mapping[str, float], known: tuple[str, ...]) -> None:
+    """ConfigError unless the numbers of a loss are among those that it knows, and make sense."""
+    for name, value in given.items():
+        require(name in known, f"loss_options.{name} changes nothing while loss is {loss}"
+                + (f"; it takes {', '.join(known)}" if known else ""))
+        require(isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or name == "entropy_coef"),
+                f"loss_options.{name} must be a number above 0, got {value!r}")

@@ -1,8 +1,7 @@
-"""Sections of the configuration that say what is optimised: rollout, reward, GRPO, verifier, DPO."""
+"""Sections of the configuration that say what is optimised: rollout, reward, GRPO, verifier."""
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -10,17 +9,22 @@ from typing import Any, Literal, get_args
 from veripo_kernels.options import (
     AdvantageKind,
     Aggregation,
-    DivergenceName,
     Importance,
     KlKind,
     PolicyLoss,
     PolicyLossName,
-    PreferenceLoss,
-    PreferenceLossName,
 )
 
-from veripo_fast.config.checks import as_config_error, known_or_own, positive, require, unit_interval
+from veripo_fast.config.checks import (
+    as_config_error,
+    check_loss_options,
+    known_or_own,
+    positive,
+    require,
+    unit_interval,
+)
 from veripo_fast.config.terms import DEFAULT_TERMS, RewardTerm, check_terms
+from veripo_fast.config.tokens import TokensConfig, check_tokens
 
 SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
 """Fields of `RolloutConfig` that a stage may change; the engine is built once for the whole run."""
@@ -31,8 +35,11 @@ _POLICY_OPTIONS = dict.fromkeys(("sapo", "sapo_sequence"), ("sapo_temperature_po
     "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")}
 SamplerName = Literal["shuffled", "sequential", "curriculum", "prioritized", "mixed"]
 ReferenceName = Literal["stage_start", "base", "ema"]
+BatchAdvantage = Literal["live_scaled"]
+"""Advantages that are no kernel: further keys of `recipes.tables.ADVANTAGES`."""
 MovingAdvantage = Literal["task_std"]
 """Advantages that remember earlier steps: keys of `recipes.tables.MOVING_ADVANTAGES`."""
+_ADVANTAGES = get_args(AdvantageKind) + get_args(BatchAdvantage) + get_args(MovingAdvantage)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,9 @@ class RewardConfig:
     reference_logprobs: bool = False
     """Rewards are told each completion's log-probs under `grpo.reference`, which runs over a rollout batch before it is
     scored; nothing is scored while others are sampled then."""
+    vision_text: str = ""
+    """Folder of a SigLIP model, which tells rewards how like each frame a reasoning is; empty: none is run. Nothing is
+    scored while others are sampled then. It lies in host memory and comes to the policy's device for the reward."""
     streamed: bool = True
     """Completions are scored while others are still sampled; false: behind the rollout, with the same scores."""
     math_seconds_per_batch: float = 60.0
@@ -112,6 +122,11 @@ class RewardConfig:
     def needs_contrast(self) -> bool:
         """Whether a term compares with a contrast group."""
         return any(term.use == "temporal" for term in self.terms)
+
+    @property
+    def needs_frames(self) -> bool:
+        """Whether a shipped term compares with frames."""
+        return any(term.use == "semantic" for term in self.terms)
 
     @property
     def needs_reference(self) -> bool:
@@ -138,17 +153,19 @@ class GrpoConfig:
     """Keyword arguments of the sampler."""
     advantage: str = "std"
     """`std`: (r - mean) / std of the group; `no_std`: r - mean (Dr. GRPO); `leave_one_out`: r - mean of the others
-    (RLOO); `batch_std`: over the std of the batch; `task_std`: over a std of the task that moves from step to step
-    (OneThinker); or a function of your own, on the rewards of a group."""
+    (RLOO); `batch_std`: over the std of the batch; `live_scaled`: r - mean, times groups over those with a signal
+    (GPG); `task_std`: over a std of the task that moves from step to step (OneThinker); or a function of your own, on
+    the rewards of a group."""
     advantage_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the advantage; `std` and `batch_std` take eps, what is added to the std (1e-6);
     `task_std` also decay (0.99), guard (5.0) and by: problem_type, data_source or a key of data.keep_keys."""
     loss: PolicyLossName = "grpo"
     """The policy loss; formulas and sources: veripo_kernels.PolicyLoss."""
     loss_options: dict[str, Any] = field(default_factory=dict)
-    """Other numbers of the loss: entropy_coef, the weight of an entropy bonus, of any; sapo_temperature_pos and
-    sapo_temperature_neg of sapo and sapo_sequence; vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg of
-    vespo. Their defaults: veripo_kernels.PolicyLoss."""
+    """Other numbers of the loss: entropy_coef, the weight of an entropy bonus, and squared_coef, that of half the
+    squared log-ratio of a completion (Kimi's tau), of any; sapo_temperature_pos and sapo_temperature_neg of sapo and
+    sapo_sequence; vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg of vespo. Their defaults:
+    veripo_kernels.PolicyLoss."""
     clip_low: float = 0.2
     """Ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.2
@@ -176,6 +193,7 @@ class GrpoConfig:
     """Smallest such weight."""
     importance_cap: float = 2.0
     """Largest such weight."""
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     drop_easy: float = 0.0
     """Share of the prompts with group accuracy 1 in the previous GRPO stage that are left out (VerIPO: 0.8)."""
     dpo_rate: float = 0.0
@@ -190,9 +208,9 @@ class GrpoConfig:
                  f"updates_per_rollout {self.updates_per_rollout}")
         require(0 <= self.clip_low <= 1, f"clip_low must be in [0, 1], got {self.clip_low}")
         require(self.clip_high >= 0, f"clip_high must be 0 or larger, got {self.clip_high}")
-        self.policy_loss(1)
+        check_tokens(self.tokens, self.policy_loss(1), self.updates_per_rollout)
         known_or_own("sampler", self.sampler, get_args(SamplerName))
-        known_or_own("advantage", self.advantage, get_args(AdvantageKind) + get_args(MovingAdvantage))
+        known_or_own("advantage", self.advantage, _ADVANTAGES)
         known_or_own("reference", self.reference, get_args(ReferenceName))
         require(self.dpo_rate >= 0, f"dpo_rate must be 0 or larger, got {self.dpo_rate}")
         require(self.reference == "ema" or (self.reference_decay, self.reference_every) == (0.995, 10),
@@ -214,21 +232,14 @@ class GrpoConfig:
         Raises:
             ConfigError: it does not exist.
         """
-        _check_loss_options(self.loss, self.loss_options, (*_POLICY_OPTIONS.get(self.loss, ()), "entropy_coef"))
+        check_loss_options(self.loss, self.loss_options,
+                            (*_POLICY_OPTIONS.get(self.loss, ()), "entropy_coef", "squared_coef"))
         with as_config_error():
             return PolicyLoss(
                 self.loss, aggregation=self.aggregation, constant_length=constant_length, clip_low=self.clip_low,
                 clip_high=self.clip_high, dual_clip=self.dual_clip, kl_coef=self.kl_coef, kl_kind=self.kl_kind,
                 importance=self.importance or "token_truncate", importance_floor=self.importance_floor,
                 importance_cap=self.importance_cap, **self.loss_options)
-
-
-def _check_loss_options(loss: str, given: dict[str, float], known: tuple[str, ...]) -> None:
-    for name, value in given.items():
-        require(name in known, f"loss_options.{name} changes nothing while loss is {loss}"
-                + (f"; it takes {', '.join(known)}" if known else ""))
-        require(isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or name == "entropy_coef"),
-                f"loss_options.{name} must be a number above 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -302,77 +313,3 @@ class VerifierConfig:
         if self.judge == "endpoint":
             require(bool(self.endpoint_url) and bool(self.endpoint_model),
                      "judge `endpoint` needs endpoint_url and endpoint_model")
-
-
-@dataclass(frozen=True)
-class DpoConfig:
-    """Direct preference optimisation; a stage may override any field."""
-
-    loss: PreferenceLossName = "sigmoid"
-    """The preference loss; formulas and sources: veripo_kernels.formulas."""
-    loss_options: dict[str, Any] = field(default_factory=dict)
-    """Other numbers of the loss: discopop_tau (0.05) of discopop."""
-    dpo_beta: float = 0.1
-    """Strength of the pull towards the reference (VerIPO Table 1: 0.1)."""
-    nll_coef: float = 0.0
-    """Weight of the negative log-likelihood of the chosen completion."""
-    guard: Literal["none", "stop", "nll"] = "none"
-    """What is done where chosen completions become less likely than under the reference (chosen_drift below
-    -guard_drift), which is said in any case: nothing; end the run; or add guard_nll to nll_coef in the step after."""
-    guard_drift: float = 0.2
-    """How far their mean log-prob may fall, in nats per token."""
-    guard_nll: float = 1.0
-    """nll: what is added, as long as they lie so low."""
-    length_normalize: bool = False
-    """Divide each log-ratio by the number of its tokens."""
-    label_smoothing: float = 0.0
-    """Probability that a pair is the wrong way round (sigmoid, robust, exo)."""
-    ld_alpha: float | None = None
-    """Weight of tokens beyond the shorter completion of a pair (LD-DPO); null: 1."""
-    divergence: DivergenceName = "reverse_kl"
-    """Which divergence from the reference is bounded (f-DPO), where the loss is one of the log-ratios' difference."""
-    divergence_alpha: float = 0.5
-    """alpha: between forward KL (0) and reverse KL (1)."""
-    learning_rate: float = 5e-7
-    """Peak learning rate (VerIPO Table 1: 5e-7)."""
-    pairs_per_step: int = 32
-    """Pairs per optimizer step (VerIPO Table 1: 32)."""
-    epochs: int = 1
-    """Passes over the pairs."""
-    max_steps: int | None = None
-    """Stop after so many optimizer steps; null: all pairs."""
-
-    def __post_init__(self) -> None:
-        positive(self, "dpo_beta", "learning_rate", "pairs_per_step", "epochs", "max_steps", "guard_drift", "guard_nll")
-        require(self.guard == "nll" or self.guard_nll == 1.0, f"guard_nll changes nothing while guard is {self.guard}")
-        require(self.divergence == "alpha" or self.divergence_alpha == 0.5,
-                "divergence_alpha changes nothing unless divergence is alpha")
-        self.preference_loss()
-
-    def preference_loss(self) -> PreferenceLoss:
-        """The loss that these options describe. Raises ConfigError where there is none."""
-        _check_loss_options(self.loss, self.loss_options, ("discopop_tau",) if self.loss == "discopop" else ())
-        with as_config_error():
-            return PreferenceLoss(
-                self.loss, dpo_beta=self.dpo_beta, label_smoothing=self.label_smoothing,
-                length_normalize=self.length_normalize, ld_alpha=self.ld_alpha, nll_coef=self.nll_coef,
-                divergence=self.divergence, divergence_alpha=self.divergence_alpha, **self.loss_options)
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """Supervised fine-tuning on demonstrations, as a warm start; a stage may override any field."""
-
-    learning_rate: float = 1e-6
-    """Peak learning rate."""
-    prompts_per_step: int = 32
-    """Prompts per optimizer step, each with all that is demonstrated of it."""
-    epochs: int = 1
-    """Passes over the prompts (Video-R1: one)."""
-    max_steps: int | None = None
-    """Stop after so many optimizer steps; null: all prompts."""
-    max_completion_tokens: int = 4096
-    """A longer answer is left out, and named in skipped.jsonl."""
-
-    def __post_init__(self) -> None:
-        positive(self, "learning_rate", "prompts_per_step", "epochs", "max_steps", "max_completion_tokens")

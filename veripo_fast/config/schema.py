@@ -11,17 +11,16 @@ from typing import Literal, get_args
 
 from veripo_kernels.options import AdvantageKind
 
+from veripo_fast.config.alignment import DpoConfig, SftConfig
 from veripo_fast.config.checks import positive, require
 from veripo_fast.config.evaluation import EvalConfig
 from veripo_fast.config.inputs import CacheConfig, DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.judges import reporting
 from veripo_fast.config.objectives import (
-    DpoConfig,
     GrpoConfig,
     MovingAdvantage,
     RewardConfig,
     RolloutConfig,
-    SftConfig,
     VerifierConfig,
 )
 from veripo_fast.config.plans import PlanConfig
@@ -217,6 +216,8 @@ class Config:
         require(not self.grpo.dpo_rate or self.verifier.judge in ("rules", "endpoint"),
                 f"grpo.dpo_rate judges the rollouts of every step, for which verifier.judge {self.verifier.judge} "
                 "would load a model or run the policy each time; take rules or endpoint")
+        require(not self.grpo.dpo_rate or (self.dpo.match, self.dpo.weights) == ("pairs", "none"),
+                "dpo.match and dpo.weights are of dpo stages; grpo.dpo_rate takes pairs as they are")
         require("shuffled" not in self.eval.controls or self.rollout.vision == "output",
                 "eval.controls shuffled needs rollout.vision output: it reorders what the tower gave")
         object.__setattr__(self, "stages", _named(self.stages))
@@ -232,6 +233,8 @@ def _check_reference(config: Config) -> None:
     """ConfigError where a reference and its readers do not go together."""
     require(config.reward.reference_logprobs or not config.reward.needs_reference,
             "reward likely_answer reads log-probs of the reference; set reward.reference_logprobs to true")
+    require(bool(config.reward.vision_text) or not config.reward.needs_frames,
+            "reward semantic compares a reasoning with frames; set reward.vision_text to the folder of a SigLIP model")
     require(not config.reward.reference_logprobs or config.plan.pairing == "own",
             "reward.reference_logprobs cannot be combined with plan.pairing all")
     require(config.needs_reference or config.grpo.reference == "stage_start",
@@ -254,6 +257,8 @@ def _check_plan(config: Config) -> None:
                 "gave no log-probs of a completion under another wording")
         require(config.grpo.advantage in get_args(AdvantageKind), "plan.pairing all takes the advantage over two kinds "
                 f"of groups, so it needs one of {', '.join(get_args(AdvantageKind))}; got {config.grpo.advantage}")
+        require(config.grpo.tokens.covariance == "none", "grpo.tokens.covariance cannot be combined with plan.pairing "
+                "all: the engine gave no log-probs of a completion under another wording")
     require(plan.wordings == 1 or not config.grpo.dpo_rate, "grpo.dpo_rate cannot be combined with plan.wordings: a "
             "pair belongs to one wording of its prompt")
     require(plan.contrast != "none" or not config.reward.needs_contrast,

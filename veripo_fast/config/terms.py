@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from veripo_fast.config.checks import OWN, known_or_own, require
 
 RewardName = Literal["accuracy", "format", "length_window", "overlong", "shortness", "temporal", "spatial_map",
-                     "agreement", "likely_answer"]
+                     "agreement", "likely_answer", "semantic"]
 """The rewards that are shipped: keys of `recipes.tables.REWARDS`."""
 SCORED = ("accuracy", "format")
 """Columns that every completion has, whatever it is rewarded for."""
@@ -47,7 +47,7 @@ class RewardTerm:
 
     use: str = ""
     """accuracy, format, length_window, overlong, shortness, temporal, spatial_map, agreement, likely_answer,
-    or your own: module:function or path/file.py:function."""
+    semantic, or your own: module:function or path/file.py:function."""
     name: str = ""
     """Of the column, in metrics, gates and rollout files; empty: that of the function."""
     weight: float = 1.0

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.config.inputs import DataConfig, ModelConfig, VideoConfig
 from veripo_fast.config.load import check_stages, load_config, with_options
-from veripo_fast.config.objectives import DpoConfig, GrpoConfig, RolloutConfig, VerifierConfig
+from veripo_fast.config.objectives import GrpoConfig, RolloutConfig, VerifierConfig
 from veripo_fast.config.schema import CheckpointConfig, Config, EvalConfig, OptimizerConfig, StageConfig
 from veripo_fast.distributed.world import joined
 from veripo_fast.errors import ConfigError

@@ -89,7 +89,7 @@ def evaluate_policy(config: Config, out: Path | str | None = None) -> list[dict[
 def _inputs(config: Config, folder: Path) -> dict[str, Any]:
     """What is evaluated; refused before the policy is loaded where the folder holds a part of something else."""
     taken = take_inputs(local_files(config.data.eval), resolve_path(config.model.path), own_files(config),
-                        adapter_folder(config.model))
+                        {"adapter": adapter_folder(config.model)})
     inputs = provenance(config, taken)
     check_same(folder, inputs)
     return inputs

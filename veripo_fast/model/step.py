@@ -15,14 +15,20 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from veripo_kernels import PolicyLoss, PreferenceLoss, linear_dpo_loss, linear_logprobs, linear_policy_loss
+from veripo_kernels.options import AdvantagesPer
 
 from veripo_fast.distributed.flops import trims_last_layer
 from veripo_fast.model.families import balance_loss
 from veripo_fast.model.last_layer import trim_last_layer
 from veripo_fast.model.lora import head_weight
 from veripo_fast.model.packing import PackedBatch
+from veripo_fast.model.pair_weights import confidence_weights
 from veripo_fast.model.shared_prefix import PromptCache, read_tokens
+from veripo_fast.model.token_inputs import TokenInputs
 from veripo_fast.types import VisionFeatures
+
+SEQUENCE: AdvantagesPer = "sequence"
+TOKEN: AdvantagesPer = "token"
 
 
 class StepOutput(NamedTuple):
@@ -76,15 +82,25 @@ class PolicyLossInputs:
     """Completion tokens of the whole update."""
     rollout_logprobs: torch.Tensor | None = None
     """float32 [M] of the engine, for the importance weights."""
+    tokens: TokenInputs | None = None
+    """What single tokens count; None: all the same."""
 
     def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
                 ) -> StepOutput:
+        advantages, per = self.advantages, SEQUENCE
+        if self.tokens is not None:
+            advantages = self.tokens.advantages(advantages, hidden, head, cu_seqlens, self.temperature)
+            per = TOKEN
         loss, metrics, logprobs = linear_policy_loss(
-            hidden, head, targets, self.old_logprobs, self.advantages, cu_seqlens, loss=self.loss,
+            hidden, head, targets, self.old_logprobs, advantages, cu_seqlens, loss=self.loss,
             temperature=self.temperature, ref_logprobs=self.ref_logprobs,
             rollout_logprobs=self.rollout_logprobs, num_sequences=self.num_sequences,
-            num_tokens=self.num_tokens, advantages_per="sequence")
-        return StepOutput(loss, metrics, logprobs, (len(cu_seqlens) - 1) / self.num_sequences)
+            num_tokens=self.num_tokens, advantages_per=per)
+        pull = None if self.tokens is None else self.tokens.pull(
+            hidden, head, targets, self.old_logprobs, cu_seqlens, self.loss, temperature=self.temperature,
+            num_sequences=self.num_sequences, num_tokens=self.num_tokens)
+        return StepOutput(loss if pull is None else loss + pull, metrics, logprobs,
+                          (len(cu_seqlens) - 1) / self.num_sequences)
 
 
 @dataclass(frozen=True)
@@ -98,12 +114,15 @@ class PairLossInputs:
     """float32 [M]: 1 on tokens that enter the loss."""
     num_pairs: int
     """Pairs of the whole update."""
+    by_confidence: bool = False
+    """Whether pairs are weighted by how likely the policy would write them now (`model/pair_weights.py`)."""
 
     def compute(self, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor
                 ) -> StepOutput:
+        weights = confidence_weights(hidden, head, targets, cu_seqlens, self.loss_mask) if self.by_confidence else None
         loss, metrics, logprobs = linear_dpo_loss(
             hidden, head, targets, self.ref_logprobs, cu_seqlens, loss=self.loss, loss_mask=self.loss_mask,
-            num_pairs=self.num_pairs)
+            weights=weights, num_pairs=self.num_pairs)
         return StepOutput(loss, metrics, logprobs, (len(cu_seqlens) - 1) / 2 / self.num_pairs)
 
 

@@ -24,6 +24,15 @@ def leave_one_out(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tenso
     return group_advantages(rewards, group_ids, kind="leave_one_out")
 
 
+def live_scaled(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+    """r - mean of the group, times groups / groups whose rewards differ (GPG, arXiv 2504.02546): groups that
+    say nothing do not make the step smaller."""
+    centred = group_advantages(rewards, group_ids, kind="no_std")
+    groups = int(group_ids.max()) + 1 if len(group_ids) else 0
+    live = len(group_ids[centred != 0].unique())
+    return centred * (groups / max(live, 1))
+
+
 def batch_std(rewards: torch.Tensor, group_ids: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
     """(r - mean of the group) / (std of all rewards + eps)."""
     return group_advantages(rewards, group_ids, kind="batch_std", eps=eps)

@@ -20,6 +20,7 @@ from veripo_fast.recipes import (
     references,
     rewards,
     samplers,
+    semantic,
     temporal,
 )
 
@@ -27,11 +28,11 @@ REWARDS: Mapping[str, Callable[..., Any]] = {
     "accuracy": rewards.accuracy, "format": rewards.format, "length_window": rewards.length_window,
     "overlong": rewards.overlong, "shortness": rewards.shortness, "temporal": temporal.temporal,
     "spatial_map": maps.spatial_map, "agreement": agreement.agreement,
-    "likely_answer": likely.likely_answer}
+    "likely_answer": likely.likely_answer, "semantic": semantic.semantic}
 """(PromptView, **options) -> column."""
 ADVANTAGES: Mapping[str, Callable[..., Any]] = {
     "std": advantages.std, "no_std": advantages.no_std, "leave_one_out": advantages.leave_one_out,
-    "batch_std": advantages.batch_std}
+    "batch_std": advantages.batch_std, "live_scaled": advantages.live_scaled}
 """(rewards [S], group ids [S], **options) -> [S]; one of your own: (rewards [G] of a group, **options) -> column."""
 MOVING_ADVANTAGES: Mapping[str, Callable[..., Any]] = {"task_std": moving.task_std}
 """(rewards [S], group ids [S], tasks of the groups, moments, **options) -> [S] and the moments behind the step, which

@@ -53,6 +53,10 @@ class CompletionView:
     """Where the answer begins and ends among the tokens; None where there is none, and without
     `reward.reference_logprobs`."""
 
+    frame_likeness: Sequence[float] | None = None
+    """Cosine of the reasoning with each frame that the policy saw, media in the order of the text; None without media,
+    and without `reward.vision_text`."""
+
     @property
     def think(self) -> str | None:
         """The think span."""

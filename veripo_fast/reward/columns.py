@@ -36,7 +36,7 @@ def _completions(group: RolloutGroup, parsed: Sequence[Parsed]) -> Completions:
         assert row.accuracy is not None and row.format is not None
         completions.append(CompletionView(row.text, item.spans, row.token_ids, row.rollout_logprobs,
                                           row.finish_reason == "stop", row.accuracy, row.format, row.reference_logprobs,
-                                          row.answer_tokens))
+                                          row.answer_tokens, row.frame_likeness))
     return Completions(completions)
 
 

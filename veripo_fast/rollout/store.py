@@ -22,7 +22,7 @@ from veripo_fast.run.atomic import atomic_open
 from veripo_fast.types import Completion, Form, Image, Message, Prompt, RolloutGroup, Sampling, Video
 
 _SCORES = ("accuracy", "format", "reward", "advantage")
-_TOLD = ("reference_logprobs", "answer_tokens")
+_TOLD = ("reference_logprobs", "answer_tokens", "frame_likeness")
 """What rewards were told, which a stored group that has its rewards needs no more."""
 
 

@@ -51,16 +51,17 @@ def folder_fingerprints(folder: Path) -> dict[str, str]:
 
 
 def take_inputs(data_files: Mapping[str, str], model_folder: Path, code: Mapping[str, Path] | None = None,
-                adapter: Path | None = None) -> dict[str, Any]:
+                beside: Mapping[str, Path | None] | None = None) -> dict[str, Any]:
     """Fingerprints of data files, checkpoint and the files of the user's functions, and versions. Raises OSError.
 
     Args:
         data_files: as they are named -> where they, or their copies, lie.
-        adapter: folder of adapters on top of the checkpoint.
+        beside: folders of further weights by name, such as adapters on top of the checkpoint; None: there are none.
     """
-    adapters = {} if adapter is None else folder_fingerprints(adapter)
+    others = {f"{name}/{file}": value for name, folder in (beside or {}).items() if folder is not None
+              for file, value in folder_fingerprints(folder).items()}
     return {"data": {file: file_fingerprint(Path(path)) for file, path in sorted(data_files.items())},
-            "model": folder_fingerprints(model_folder) | {f"adapter/{name}": value for name, value in adapters.items()},
+            "model": folder_fingerprints(model_folder) | others,
             "code": {place: file_fingerprint(path) for place, path in sorted((code or {}).items())},
             "versions": versions()}
 

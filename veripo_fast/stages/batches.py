@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,14 @@ from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.data.order import PromptOrder
 from veripo_fast.data.wordings import worded
 from veripo_fast.errors import DataError
+from veripo_fast.model.vision_text import VisionText
 from veripo_fast.reward.groups import StreamedScores, advantages_of, has_signal, reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.plans import pair_all
 from veripo_fast.rollout.protocol import Sampling
 from veripo_fast.rollout.store import write_groups
 from veripo_fast.run.seeds import derive_seed
+from veripo_fast.stages.frame_likeness import FrameLikeness
 from veripo_fast.stages.moving_reference import tell_logprobs
 from veripo_fast.stages.plan_metrics import contrast_metrics, round_metrics
 from veripo_fast.stages.reference import Reference
@@ -59,6 +62,7 @@ class Sampler:
         self.session, self.prompts, self.order, self.stage, self.config = session, prompts, order, stage, config
         self.plan = config.plan
         self.told_by = reference if config.reward.reference_logprobs else None
+        self.likeness = _likeness(session, config)
         if self.plan.contrast != "none" and not any(_shows_video(prompt) for prompt in prompts):
             raise DataError(f"stage {stage.name} has plan.contrast {self.plan.contrast}, and none of its "
                             f"{len(prompts)} prompts shows a video")
@@ -137,7 +141,7 @@ class Sampler:
         with StreamedScores(self.config, items) as scores:
             def add(place: int, group: RolloutGroup) -> None:
                 group.contrast = contrasts.get(numbers[place])
-                if self.told_by is None:
+                if self.told_by is None and self.likeness is None:
                     scores.add(place, group)
 
             numbers = list(own)
@@ -149,6 +153,8 @@ class Sampler:
                 with session.phase("reference"):
                     tell_logprobs(self.told_by, own, groups, self.config.rollout.temperature, session)
             with session.phase("reward"):
+                if self.likeness is not None:
+                    self.likeness.tell(own, groups)
                 scores.wait(list(groups.values()))
         return groups, runs
 
@@ -207,6 +213,14 @@ def sampling(stage: StageConfig, config: Config, step: int) -> Sampling:
     rollout = config.rollout
     return Sampling(rollout.group_size, rollout.temperature, rollout.max_new_tokens,
                     derive_seed(config.seed, stage.name, "rollout", step), rollout.top_p, rollout.top_k)
+
+
+def _likeness(session: Session, config: Config) -> FrameLikeness | None:
+    """Of `reward.vision_text`, in the type of the policy's weights and on its device; None without it."""
+    if not config.reward.vision_text:
+        return None
+    model = VisionText(Path(config.reward.vision_text), config.model.dtype, session.policy.device)
+    return FrameLikeness(model, session.loader)
 
 
 def _shows_video(prompt: Prompt) -> bool:

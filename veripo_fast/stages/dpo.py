@@ -12,21 +12,19 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 from veripo_kernels import PreferenceLoss
-from veripo_kernels.reference import pair_sums
 
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.distributed.balance import deal
 from veripo_fast.distributed.shares import gathered, over_ranks, padded
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import TrainingError
-from veripo_fast.model.packing import PackedBatch, micro_batches, pack, packed_length
+from veripo_fast.model.packing import micro_batches
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.scorer import answer_scorer
 from veripo_fast.model.step import PairLossInputs
@@ -35,24 +33,16 @@ from veripo_fast.rollout.local_texts import LocalTexts
 from veripo_fast.rollout.store import write_table
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.guard import ChosenGuard
+from veripo_fast.stages.matched_pairs import matched
 from veripo_fast.stages.optimizer import Optimizer, step_policy
-from veripo_fast.stages.reference import Reference
+from veripo_fast.stages.pair_rows import PairRow, all_pair_logprobs, pack_pairs, pair_length, prompts_of
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.step_work import repeated_flops
-from veripo_fast.types import LoadedPrompt, PreferencePair, Prompt, RolloutGroup
+from veripo_fast.types import PreferencePair, Prompt, RolloutGroup
 from veripo_fast.verifier.store import judge_cache, read_pairs, write_result
 from veripo_fast.verifier.verify import judged_by_all, make_judge, verify
 
 log = logging.getLogger(__name__)
-
-
-class PairRow(NamedTuple):
-    """A pair with its loaded prompt."""
-
-    number: int
-    """Its place among the pairs of the stage, as pairs.parquet holds them."""
-    prompt: LoadedPrompt
-    pair: PreferencePair
 
 
 def run(session: Session, stage: StageConfig, config: Config) -> None:
@@ -188,12 +178,8 @@ def reference_logprobs(policy: Policy, pairs: int, load: Callable[[Sequence[int]
     for start in range(0, pairs, config.dpo.pairs_per_step):
         numbers = range(start, min(start + config.dpo.pairs_per_step, pairs))
         rows = load(numbers)
-        for part in padded(micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens), world):
-            if part is None:
-                policy.idle()
-                continue
-            sums = pair_logprobs(policy, [rows[i] for i in part], preference_loss_of(config)).tolist()
-            own |= {rows[i].number: value for i, value in zip(part, sums, strict=True)}
+        sums = all_pair_logprobs(policy, rows, preference_loss_of(config), config.optimizer.max_tokens, world)
+        own |= {row.number: value for row, value in zip(rows, sums.tolist(), strict=True)}
         advance(len(numbers))
     values = torch.full((pairs, 2), float("nan"))
     for number, value in gathered(own, world).items():
@@ -222,30 +208,9 @@ def usable_steps(steps: list[list[int]], ref_logprobs: torch.Tensor) -> list[lis
 # -- one step --------------------------------------------------------------------------------------------------------
 
 
-def pack_pairs(rows: Sequence[PairRow], device: torch.device) -> tuple[PackedBatch, torch.Tensor]:
-    """The packed row of (chosen, rejected, chosen, ...), and the loss mask float32 [M] of its completion tokens."""
-    batch = pack([(row.prompt.encoded, [list(row.pair.chosen_ids), list(row.pair.rejected_ids)]) for row in rows])
-    bits: list[int] = []
-    for row in rows:
-        bits += [*row.pair.chosen_loss_mask, *row.pair.rejected_loss_mask]
-    return batch, torch.tensor(bits, dtype=torch.float32, device=device)
-
-
-def pair_logprobs(policy: Reference, rows: Sequence[PairRow], loss: PreferenceLoss) -> torch.Tensor:
-    """Log-probs [B, 2] of (chosen, rejected), summed as the loss sums them."""
-    batch, mask = pack_pairs(rows, policy.device)
-    logprobs = policy.completion_logprobs(batch, policy.features_of([row.prompt for row in rows]))
-    return pair_sums(logprobs, batch.cu_seqlens.to(policy.device), loss=loss, loss_mask=mask)
-
-
 def preference_loss_of(config: Config) -> PreferenceLoss:
     """The loss that a configuration describes."""
     return config.dpo.preference_loss()
-
-
-def pair_length(row: PairRow) -> int:
-    """Packed tokens of a pair."""
-    return packed_length(row.prompt.encoded, [row.pair.chosen_ids, row.pair.rejected_ids])
 
 
 def dpo_update(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], ref_logprobs: torch.Tensor,
@@ -258,6 +223,7 @@ def dpo_update(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], re
     total = int(world.total([len(rows)])[0])
     if not total:
         return {}
+    rows, ref_logprobs = matched(policy, rows, ref_logprobs, config, world)
     metrics = {"loss": 0.0, "preference_accuracy": 0.0, "margin": 0.0, "chosen_logprobs_mean": 0.0,
                "rejected_logprobs_mean": 0.0, "chosen_drift": 0.0}
     for part in padded(micro_batches([pair_length(row) for row in rows], config.optimizer.max_tokens), world):
@@ -281,7 +247,7 @@ def _backward(policy: Policy, optimizer: Optimizer, rows: Sequence[PairRow], ref
     DPO pushes both sides down and only widens the gap.
     """
     batch, mask = pack_pairs(rows, policy.device)
-    output = policy.forward(batch, policy.features_of([row.prompt for row in rows]), PairLossInputs(
-        preference_loss_of(config), ref_logprobs.to(policy.device), mask, total))
+    output = policy.forward(batch, policy.features_of(prompts_of(rows)), PairLossInputs(
+        preference_loss_of(config), ref_logprobs.to(policy.device), mask, total, config.dpo.weights == "wpo"))
     loss = optimizer.backward(output.loss)
     return {"loss": loss, **{name: value.item() for name, value in output.metrics.items()}}

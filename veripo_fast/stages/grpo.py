@@ -12,7 +12,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -30,17 +29,19 @@ from veripo_fast.reward.groups import has_signal
 from veripo_fast.reward.score import scores_of
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.batches import Sampler
+from veripo_fast.stages.covariance import TokenChoice
 from veripo_fast.stages.dealer import Dealer
-from veripo_fast.stages.dpo import PairRow
 from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.health import StageHealth, check_rollout_logprobs, parity
 from veripo_fast.stages.moving_reference import MovingReference
 from veripo_fast.stages.online import Harvest, PairTerm, families_of
 from veripo_fast.stages.optimizer import Optimizer, step_policy
+from veripo_fast.stages.pair_rows import PairRow
 from veripo_fast.stages.reference import Reference, stage_reference
 from veripo_fast.stages.rollout_metrics import column_metrics, rollout_metrics
 from veripo_fast.stages.samples import table
 from veripo_fast.stages.session import Session
+from veripo_fast.stages.update_rows import UpdateRow, joined, logprobs_of, token_inputs
 from veripo_fast.types import LoadedPrompt, Media, PreferencePair, Prompt, RolloutGroup
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def run(session: Session, stage: StageConfig, config: Config) -> None:
         term = PairTerm(session.policy, optimizer, reference, session.dealer, guard,
                         derive_seed(config.seed, stage.name))
     update = GrpoUpdate(session.policy, optimizer, config, reference if config.grpo.kl_coef else None,
-                        session.dealer, term)
+                        session.dealer, term, derive_seed(config.seed, stage.name))
     for step in session.steps(stage, config.grpo.steps, optimizer):
         batch = sampler.step(step)
         with session.phase("reward"):
@@ -131,25 +132,17 @@ def without_folders(prompt: Prompt) -> Prompt:
 # -- one step --------------------------------------------------------------------------------------------------------
 
 
-class UpdateRow(NamedTuple):
-    """A prompt with its rewarded group, as an update takes it."""
-
-    prompt: LoadedPrompt
-    group: RolloutGroup
-    old_logprobs: torch.Tensor | None
-    """float32 [tokens of the group]: the trainer's at the weights of the rollout, where they were computed."""
-
-
 class GrpoUpdate:
     """The updates of one stage; `ref` is the policy at its start, or None without a KL term.
 
     Args:
         dealer: shares the groups out to the ranks; None: one process.
         term: adds the gradient of preference pairs; None: there are none.
+        seed: of the stage, for what an update draws.
     """
 
     def __init__(self, policy: Policy, optimizer: Optimizer, config: Config, ref: Reference | None,
-                 dealer: Dealer | None = None, term: PairTerm | None = None) -> None:
+                 dealer: Dealer | None = None, term: PairTerm | None = None, seed: int = 0) -> None:
         self.policy = policy
         self.optimizer = optimizer
         self.config = config
@@ -158,6 +151,7 @@ class GrpoUpdate:
         self.dealer = dealer or Dealer.of(policy, ONE)
         self.world = self.dealer.world
         self.term = term
+        self.choice = TokenChoice(policy, config.grpo, config.rollout.temperature, self.world, seed)
 
     def run(self, prompts: Sequence[LoadedPrompt | None], groups: Sequence[RolloutGroup],
             pairs: Sequence[PreferencePair] = ()) -> dict[str, float]:
@@ -194,20 +188,12 @@ class GrpoUpdate:
         """The groups of an update that carry a signal and are dealt to this rank."""
         live = [number for number in numbers if has_signal(groups[number])]
         dealt = self.dealer.deal(prompts, groups, live) if live else {}
-        return [UpdateRow(prompt, groups[number], None) for number, prompt in dealt.items()]
+        return [UpdateRow(prompt, groups[number]) for number, prompt in dealt.items()]
 
-    @torch.no_grad()
     def _with_old_logprobs(self, rows: Sequence[UpdateRow]) -> list[UpdateRow]:
         """With the trainer's log-probs before the first update, where the loss compares them with the engine's."""
-        known: list[UpdateRow] = []
-        for row in padded(rows, self.world):
-            if row is None:
-                self.policy.idle()
-                continue
-            batch = pack([(row.prompt.encoded, [c.token_ids for c in row.group.completions])])
-            known.append(row._replace(old_logprobs=self.policy.completion_logprobs(
-                batch, [row.prompt.features], temperature=self.config.rollout.temperature)))
-        return known
+        known = logprobs_of(self.policy, rows, self.config.rollout.temperature, self.world)
+        return [row._replace(old_logprobs=old) for row, old in zip(rows, known, strict=True)]
 
     def _update(self, part: Sequence[RolloutGroup], own: list[UpdateRow], fresh: bool,
                 pairs: tuple[list[PairRow], int]) -> dict[str, float] | None:
@@ -215,6 +201,7 @@ class GrpoUpdate:
         it carries a signal, and it has no pairs."""
         if not any(map(has_signal, part)) and not pairs[1]:
             return None
+        own = self.choice.marked(part, own, fresh)
         completions = [c for group in part for c in group.completions]
         counts = (len(completions), sum(len(c.token_ids) for c in completions))
         lengths = [packed_length(row.prompt.encoded, [c.token_ids for c in row.group.completions]) for row in own]
@@ -257,23 +244,18 @@ class GrpoUpdate:
             with torch.no_grad():
                 ref_logprobs = self.ref.completion_logprobs(batch, self.ref.features_of(prompts),
                                                             temperature=self.config.rollout.temperature)
-        old_logprobs = None if fresh else _joined([row.old_logprobs for row in rows], rollout_logprobs)
+        old_logprobs = None if fresh else joined([row.old_logprobs for row in rows], rollout_logprobs)
         output = self.policy.forward(batch, self.policy.features_of(prompts), PolicyLossInputs(
             self.loss, torch.tensor(advantages, device=device), old_logprobs, ref_logprobs,
             self.config.rollout.temperature, *counts,
-            rollout_logprobs=rollout_logprobs if self.config.grpo.importance else None))
+            rollout_logprobs=rollout_logprobs if self.config.grpo.importance else None,
+            tokens=token_inputs(rows, self.config.grpo.tokens)))
         loss = self.optimizer.backward(output.loss)
         clipped = output.metrics["clip_low_share"] + output.metrics["clip_high_share"]
         bonus = {"entropy": output.metrics["entropy"].item()} if self.loss.entropy_coef else {}
         return bonus | {
             "loss": loss, "parity_max": parity(output.logprobs, rollout_logprobs), "clip_share": clipped.item(),
             "kl": output.metrics["kl"].item(), "ratio_max": output.metrics["ratio_max"].item()}
-
-
-def _joined(parts: Sequence[torch.Tensor | None], otherwise: torch.Tensor) -> torch.Tensor:
-    """The log-probs of several groups in a row; `otherwise` where they were not computed."""
-    known = [part for part in parts if part is not None]
-    return torch.cat(known) if known else otherwise
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:

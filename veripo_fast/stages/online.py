@@ -25,9 +25,10 @@ from veripo_fast.model.step import PairLossInputs
 from veripo_fast.reward.math_answers import math_budget
 from veripo_fast.run.seeds import derive_seed
 from veripo_fast.stages.dealer import Dealer
-from veripo_fast.stages.dpo import PairRow, pack_pairs, pair_length, pair_logprobs, preference_loss_of
+from veripo_fast.stages.dpo import preference_loss_of
 from veripo_fast.stages.guard import ChosenGuard
 from veripo_fast.stages.optimizer import Optimizer
+from veripo_fast.stages.pair_rows import PairRow, pack_pairs, pair_length, pair_logprobs
 from veripo_fast.stages.reference import Reference
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.step_work import repeated_flops

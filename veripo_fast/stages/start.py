@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from veripo_fast.config.describe import to_tree, to_yaml
-from veripo_fast.config.load import load_config
+from veripo_fast.config.load import apply_overrides, load_config
 from veripo_fast.config.schema import Config
 from veripo_fast.data.remote import is_remote, local_files
 from veripo_fast.distributed.choice import check_backend, gpu_name
 from veripo_fast.distributed.world import World
 from veripo_fast.errors import ConfigError, DataError
 from veripo_fast.model.checkpoint_files import adapter_folder, resolve_path
+from veripo_fast.model.vision_text import check_vision_text
 from veripo_fast.recipes.checked import check_functions, own_files
 from veripo_fast.run.atomic import atomic_write_text
 from veripo_fast.run.folder import RunDir
@@ -98,7 +99,7 @@ def check_ranks(config: Config, world: World) -> dict[str, Any]:
     world.same("a configuration", to_yaml(config), "start all ranks with the same file and options")
     world.agreed(lambda: _check_inputs(config))
     inputs = take_inputs(local_files(_data_files(config)), resolve_path(config.model.path), own_files(config),
-                         adapter_folder(config.model))
+                         {"adapter": adapter_folder(config.model), "vision_text": vision_text_folder(config)})
     for kind, what in (("data", "data files"), ("model", "a model"), ("versions", "packages"), ("code", "functions")):
         world.same(what, json.dumps(inputs[kind], sort_keys=True), "every machine needs the same")
     world.same("a GPU", gpu_name(config.model.device), "mixed GPUs would wait for the slowest")
@@ -150,6 +151,8 @@ def _check_inputs(config: Config) -> None:
     if adapter and not resolve_path(adapter).is_dir():
         raise ConfigError(f"model.lora.adapter {adapter} is not a folder")
     judge_shapes(config)
+    if (vision_text := vision_text_folder(config)) is not None:
+        check_vision_text(vision_text)
     check_trackers(config.train.trackers)
     if any(stage.kind != "dpo" and not stage.data for stage in config.stages) and not config.data.train:
         raise ConfigError("data.train names no files")
@@ -158,6 +161,15 @@ def _check_inputs(config: Config) -> None:
             raise DataError(f"data file {file} does not exist")
     local_files(_data_files(config))  # of remote ones a copy is made now
     check_functions(config)
+
+
+def vision_text_folder(config: Config) -> Path | None:
+    """Of the model that tells rewards what frames show, for the run or a stage of it; None where there is none."""
+    named = {part.reward.vision_text for part in (config, *(apply_overrides(config, stage.set)
+                                                            for stage in config.stages))} - {""}
+    if len(named) > 1:
+        raise ConfigError(f"reward.vision_text names {len(named)} folders, {', '.join(sorted(named))}; a run has one")
+    return Path(named.pop()) if named else None
 
 
 def _is_free(root: Path) -> bool:

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from veripo_kernels.jit import Sm90Case
+from veripo_kernels.jit import Sm90Case, sm90_case
 from veripo_kernels.jit.formulas import divergence_score, preference_loss
-from veripo_kernels.jit.grpo import COUNT_ROW, ROWS, clear_outside, load_kept, load_mask, reduce, sm90_case
+from veripo_kernels.jit.grpo import COUNT_ROW, ROWS, clear_outside, load_kept, load_mask, reduce
 
 BLOCK = 512
 NUM_WARPS = 4

@@ -7,13 +7,11 @@ The maths stands in `formulas.py`. dpo_loss shares the second and the third kern
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from veripo_kernels.jit import Sm90Case
+from veripo_kernels.jit import Sm90Case, sm90_case
 from veripo_kernels.jit.formulas import (
     cispo_surrogate,
     clip_surrogate,
@@ -21,7 +19,9 @@ from veripo_kernels.jit.formulas import (
     importance_log,
     importance_weight,
     kl_penalty,
+    reinforce_surrogate,
     sapo_surrogate,
+    squared_log_ratio,
     vespo_surrogate,
 )
 
@@ -103,6 +103,8 @@ def _surrogate(policy, log_ratio, mean, advantage, clip_low, clip_high, dual_cli
         return loss, loss, low, high
     if SURROGATE == "clip":
         return clip_surrogate(log_ratio, advantage, clip_low, clip_high, dual_clip)
+    if SURROGATE == "gpg":
+        return reinforce_surrogate(policy, advantage)
     return clip_surrogate(mean + tl.zeros_like(log_ratio), advantage, clip_low, clip_high, dual_clip)
 
 
@@ -117,9 +119,9 @@ def _engine_gap(old, rollout_logprobs, at, kept):
 def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs, rollout_logprobs,
                    entropy, slopes, entropy_slopes, sums, sequences, tokens, clip_low, clip_high, dual_clip, log_low,
                    log_high, temperature_pos, temperature_neg, k_pos, lambda_pos, k_neg, lambda_neg, kl_coef, floor,
-                   cap, entropy_coef,
+                   cap, entropy_coef, squared_coef,
                    SURROGATE: tl.constexpr, PER_SEQUENCE: tl.constexpr, KL: tl.constexpr, LEVEL: tl.constexpr,
-                   WEIGHT: tl.constexpr, TOKEN_ADVANTAGES: tl.constexpr, BLOCK: tl.constexpr):
+                   WEIGHT: tl.constexpr, SQUARED: tl.constexpr, TOKEN_ADVANTAGES: tl.constexpr, BLOCK: tl.constexpr):
     """Slopes [M] of one completion and its column of sums [8, S]; PER_SEQUENCE divides both by its token count."""
     number = tl.program_id(0).to(tl.int64)
     start = tl.load(cu_seqlens + number).to(tl.int64)
@@ -133,18 +135,21 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
     count = (end - start).to(tl.float32)
     mean = 0.0
     sequence_gap = 0.0
-    if MEAN or SEQUENCE_GAP or (loss_mask is not None):
+    total = 0.0
+    if MEAN or SEQUENCE_GAP or SQUARED or (loss_mask is not None):
         counts = tl.zeros([BLOCK], tl.float32)
         ratios = tl.zeros([BLOCK], tl.float32)
         gaps = tl.zeros([BLOCK], tl.float32)
+        totals = tl.zeros([BLOCK], tl.float32)
         for offset in range(start, end, BLOCK):
             at = offset + lanes
             mask = load_mask(loss_mask, at, at < end)
             kept = mask != 0.0
             counts += mask
-            if MEAN or SEQUENCE_GAP:
+            if MEAN or SEQUENCE_GAP or SQUARED:
                 policy, old = _load_pair(policy_logprobs, old_logprobs, at, kept)
                 log_ratio = policy - old
+                totals += mask * log_ratio
                 if SURROGATE == "gmpo":
                     advantage = _load_advantages(advantages, number, at, kept, TOKEN_ADVANTAGES)
                     log_ratio, _, _ = gmpo_log_ratio(log_ratio, advantage, log_low, log_high)
@@ -159,6 +164,7 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
         count = tl.sum(counts, 0)
         mean = tl.sum(ratios, 0)
         sequence_gap = tl.sum(gaps, 0)
+        total = tl.sum(totals, 0)
         if WHOLE:
             if SEQUENCE_GAP:
                 mean += importance_log(sequence_gap, floor, cap, WEIGHT)
@@ -168,6 +174,7 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
     share = 1.0
     if PER_SEQUENCE:
         share = 1.0 / tl.maximum(count, 1.0)
+    squared, squared_slope = squared_log_ratio(total, count)
     losses = tl.zeros([BLOCK], tl.float32)
     lows = tl.zeros([BLOCK], tl.float32)
     highs = tl.zeros([BLOCK], tl.float32)
@@ -204,6 +211,9 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
             loss += kl_coef * kl
             slope += kl_coef * kl_slope
             kls += mask * tl.where(kept, kl, 0.0)
+        if SQUARED:
+            loss += squared_coef * squared
+            slope += squared_coef * squared_slope
         if entropy is not None:
             value = load_kept(entropy, at, kept)
             loss -= entropy_coef * value
@@ -233,6 +243,8 @@ def forward_kernel(policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_m
             if ref_logprobs is not None:
                 _, kl_slope = kl_penalty(policy, load_kept(ref_logprobs, at, kept), KL)
                 slope += kl_coef * kl_slope
+            if SQUARED:
+                slope += squared_coef * squared_slope
             tl.store(slopes + at, tl.where(kept, mask * share * slope, 0.0), mask=inside)
 
     clear_outside(slopes, start, end, number, sequences, tokens, BLOCK)
@@ -311,8 +323,9 @@ def forward(tensors: tuple[torch.Tensor | None, ...], kinds: list[str], numbers:
 
     Args:
         tensors: contiguous policy_logprobs, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs,
-            rollout_logprobs, entropy. kinds: surrogate, weighting, KL, level and treatment of the importance weights.
-        numbers: the fifteen of `forward_kernel`, in its order. scale: of the whole batch; None counts the tokens.
+            rollout_logprobs, entropy. kinds: surrogate, weighting, KL, level and treatment of the importance weights,
+            `squared` or `plain`.
+        numbers: the sixteen of `forward_kernel`, in its order. scale: of the whole batch; None counts the tokens.
     """
     policy, advantages, cu_seqlens = tensors[0], tensors[2], tensors[3]
     assert policy is not None and advantages is not None and cu_seqlens is not None
@@ -321,14 +334,15 @@ def forward(tensors: tuple[torch.Tensor | None, ...], kinds: list[str], numbers:
     slopes = new(len(policy), dtype=torch.float32)
     entropy_slopes = new(len(policy) if entropy_slope else 0, dtype=torch.float32)
     sums = policy.new_empty(ROWS, sequences, dtype=torch.float32)
-    surrogate, weighting, kl, level, treatment = kinds
+    surrogate, weighting, kl, level, treatment, squared = kinds
     with torch.cuda.device_of(policy):
         if sequences:
             forward_kernel[(sequences,)](
                 *tensors, slopes, entropy_slopes if entropy_slope else None, sums, sequences, len(policy),
                 *numbers,
                 SURROGATE=surrogate, PER_SEQUENCE=weighting == "sequence", KL=kl, LEVEL=level, WEIGHT=treatment,
-                TOKEN_ADVANTAGES=advantages.shape == policy.shape, BLOCK=BLOCK, num_warps=NUM_WARPS)
+                SQUARED=squared == "squared", TOKEN_ADVANTAGES=advantages.shape == policy.shape, BLOCK=BLOCK,
+                num_warps=NUM_WARPS)
         return *reduce(sums, ROWS, scale), slopes, entropy_slopes
 
 
@@ -346,28 +360,12 @@ def backward(upstream: torch.Tensor, totals: torch.Tensor, slopes: torch.Tensor,
     return gradient, entropy_gradient
 
 
-_TYPES = {"cu_seqlens": "*i64", "loss_mask": "*i8", "sequences": "i32", "columns": "i32", "tokens": "i32"}
-_NUMBERS = ("clip_low", "clip_high", "dual_clip", "log_low", "log_high", "temperature_pos", "temperature_neg",
-            "k_pos", "lambda_pos", "k_neg", "lambda_neg", "kl_coef", "floor", "cap", "entropy_coef", "scale")
-_INPUTS = ("policy_logprobs", "old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs", "entropy", "gradient",
-           "entropy_gradient")
-
-
-def sm90_case(name: str, kernel: Any, constexprs: dict[str, Any], *, dtype: str = "fp32",
-              types: dict[str, str] | None = None, num_warps: int = NUM_WARPS) -> Sm90Case:
-    """A launch: parameters in `constexprs` are fixed (None: no such tensor), all others run-time arguments."""
-    known = {**dict.fromkeys(_NUMBERS, "fp32"), **dict.fromkeys(_INPUTS, f"*{dtype}"), **_TYPES, **(types or {})}
-    return {"name": name, "kernel": kernel, "constexprs": constexprs, "num_warps": num_warps, "num_stages": 3,
-            "signature": {name: known.get(name, "*fp32") for name in kernel.arg_names if name not in constexprs},
-            "divisible_by_16": (), "wgmma": False}
-
-
-def _forward_case(surrogate: str, level: str, dtype: str, **absent: None) -> Sm90Case:
-    by_sequence = surrogate not in ("cispo", "cispo_sequence", "vespo")
+def _forward_case(surrogate: str, level: str, dtype: str, squared: bool = False, /, **absent: None) -> Sm90Case:
+    by_sequence = surrogate not in ("cispo", "cispo_sequence", "vespo", "gpg")
     flags = {"SURROGATE": surrogate, "PER_SEQUENCE": by_sequence, "KL": "k3", "LEVEL": level,
-             "WEIGHT": "truncate", "TOKEN_ADVANTAGES": False, "BLOCK": BLOCK}
-    name = f"forward_{surrogate}_{dtype}{'_plain' * bool(absent)}"
-    return sm90_case(name, forward_kernel, flags | absent, dtype=dtype)
+             "WEIGHT": "truncate", "SQUARED": squared, "TOKEN_ADVANTAGES": False, "BLOCK": BLOCK}
+    name = f"forward_{surrogate}_{dtype}{'_plain' * bool(absent)}{'_squared' * squared}"
+    return sm90_case(name, forward_kernel, flags | absent, dtype=dtype, num_warps=NUM_WARPS)
 
 
 _PLAIN: dict[str, None] = dict.fromkeys(
@@ -380,10 +378,13 @@ SM90_CASES: list[Sm90Case] = [
         ("gmpo", "sequence"), ("vespo", "token"), ("cispo_sequence", "token"), ("sapo_sequence", "sequence"))),
     _forward_case("vespo", "sequence", "bf16"),
     _forward_case("clip", "token", "bf16"),
+    _forward_case("gpg", "token", "fp32", True),
+    _forward_case("gmpo", "token", "fp32", True),
     _forward_case("clip", "token", "fp32", **_PLAIN),
     _forward_case("gmpo", "token", "fp32", **_PLAIN),
-    sm90_case("reduce_grpo", reduce_kernel, {"FILLED": ROWS, "COUNTED": True, **_REDUCE}),
-    sm90_case("reduce_dpo", reduce_kernel, {"FILLED": COUNT_ROW, "COUNTED": False, **_REDUCE}),
-    sm90_case("backward_fp32", backward_kernel, {"entropy_slopes": None, "entropy_gradient": None, "BLOCK": BLOCK}),
-    sm90_case("backward_entropy_bf16", backward_kernel, {"BLOCK": BLOCK}, dtype="bf16"),
+    sm90_case("reduce_grpo", reduce_kernel, {"FILLED": ROWS, "COUNTED": True, **_REDUCE}, num_warps=NUM_WARPS),
+    sm90_case("reduce_dpo", reduce_kernel, {"FILLED": COUNT_ROW, "COUNTED": False, **_REDUCE}, num_warps=NUM_WARPS),
+    sm90_case("backward_fp32", backward_kernel, {"entropy_slopes": None, "entropy_gradient": None, "BLOCK": BLOCK},
+              num_warps=NUM_WARPS),
+    sm90_case("backward_entropy_bf16", backward_kernel, {"BLOCK": BLOCK}, dtype="bf16", num_warps=NUM_WARPS),
 ]
