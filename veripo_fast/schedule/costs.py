@@ -20,7 +20,7 @@ from veripo_fast.distributed.balance import deal, idle_share
 from veripo_fast.distributed.flops import ModelCost, TowerCost, group_flops, tower_flops
 from veripo_fast.schedule.adapters import adapter_shapes
 from veripo_fast.schedule.hardware import Hardware
-from veripo_fast.schedule.layer_bytes import state_bytes
+from veripo_fast.schedule.layer_bytes import state_bytes, unread
 from veripo_fast.schedule.shapes import ModelShape, numbers
 from veripo_fast.schedule.workload import Workload, itemsize_of
 
@@ -118,13 +118,8 @@ def model_cost(shape: ModelShape, lora: LoraConfig | None = None) -> ModelCost:
 
 
 def read_numbers(shape: ModelShape, rows: int) -> float:
-    """Weights that are read for one token of each of `rows` completions: of experts those that any of them passes, if
-    each is chosen as often as another: E (1 - (1 - A / E)^rows) of E, A a token."""
-    experts = shape.experts
-    if experts is None:
-        return shape.language_numbers
-    idle = (1 - experts.chosen / experts.experts) ** rows
-    return shape.language_numbers - idle * experts.layers * experts.experts * 3 * shape.hidden * experts.intermediate
+    """Weights that are read for one token of each of `rows` completions."""
+    return shape.language_numbers - (unread(shape.experts, shape.hidden, rows) if shape.experts else 0)
 
 
 def _trained_numbers(shape: ModelShape, config: Config) -> int:
