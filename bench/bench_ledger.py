@@ -69,7 +69,7 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "zero 2": (2, {**ZERO, "distributed.zero-stage": 2}),
     "zero 3, vllm": (2, {**ZERO, "distributed.zero-stage": 3, "rollout.engine": "vllm", "rollout.kv-cache-gb": 0.25}),
     "evaluation": (1, {**EVALUATED, "eval.every-limit": 8}),
-    "evaluation, judge llm": (1, {**EVALUATED, "eval.every-limit": 12, "eval.samples": 2, "eval.judge": "llm"}),
+    "evaluation, judge llm": (1, {"eval.every": 2, "eval.every-limit": 12, "eval.judge": "llm"}),
     "qwen3_vl_moe": (1, {}),
     "qwen3_5": (1, {}),
     "qwen3_5_moe": (1, {}),
