@@ -50,6 +50,8 @@ COMMON = {
     "grpo.steps": 2, "grpo.prompts-per-step": 4, "grpo.learning-rate": 1e-6, "dpo.learning-rate": 1e-6,
     "dpo.pairs-per-step": 4, "dpo.max-steps": 2, "optimizer.max-tokens": 1024, "eval.at": "never", "stages": GRPO}
 ZERO = {"distributed.backend": "deepspeed"}
+EVALUATED = {"eval.at": "stages", "eval.every": 1, "eval.limit": 12}
+"""On the twelve prompts that are trained on, which are as long as others."""
 CASES: dict[str, tuple[int, dict[str, object]]] = {
     "base": (1, {}),
     "two groups a micro-batch": (1, {"optimizer.max-tokens": 2200}),
@@ -66,9 +68,8 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "zero 1": (2, {**ZERO, "distributed.zero-stage": 1}),
     "zero 2": (2, {**ZERO, "distributed.zero-stage": 2}),
     "zero 3, vllm": (2, {**ZERO, "distributed.zero-stage": 3, "rollout.engine": "vllm", "rollout.kv-cache-gb": 0.25}),
-    "evaluation": (1, {"eval.at": "stages", "eval.every": 1, "eval.every-limit": 8}),
-    "evaluation, judge llm": (1, {"eval.at": "stages", "eval.every": 1, "eval.every-limit": 16, "eval.samples": 2,
-                                  "eval.judge": "llm"}),
+    "evaluation": (1, {**EVALUATED, "eval.every-limit": 8}),
+    "evaluation, judge llm": (1, {"eval.every": 2, "eval.every-limit": 12, "eval.judge": "llm"}),
     "qwen3_vl_moe": (1, {}),
     "qwen3_5": (1, {}),
     "qwen3_5_moe": (1, {}),
@@ -170,7 +171,7 @@ def run(folder: Path, name: str, python: str) -> Path:
     options = {**COMMON, "run-dir": out, "model.path": folder / family_of(name) / "model",
                "data.train": folder / "corpus" / "train.jsonl", **changes}
     if "eval.every" in options:
-        options["data.eval"] = folder / "corpus" / "heldout.jsonl"
+        options["data.eval"] = folder / "corpus" / "train.jsonl"
     if options.get("eval.judge") == "llm":
         options["eval.judge-options"] = f"{{llm_path: {folder / 'judge'}, llm_max_failures: 1.0}}"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []

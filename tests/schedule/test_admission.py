@@ -24,7 +24,8 @@ from veripo_fast.errors import ConfigError
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.memory import HighWater
 from veripo_fast.schedule.admission import Room, as_tree, refusal, worst_excess
-from veripo_fast.schedule.ledger import Phase, predict
+from veripo_fast.schedule.ledger import predict
+from veripo_fast.schedule.phase import Phase
 from veripo_fast.schedule.shapes import ModelShape, read_shape
 from veripo_fast.stages import memory as module
 from veripo_fast.stages.memory import Growth, MemoryBooks, check_memory

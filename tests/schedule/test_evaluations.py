@@ -17,7 +17,8 @@ from veripo_fast.report.run_data import load_run
 from veripo_fast.run.folder import RunDir
 from veripo_fast.schedule.hardware import H100_SXM
 from veripo_fast.schedule.judge import judge_shapes, judging_owners
-from veripo_fast.schedule.ledger import Phase, predict
+from veripo_fast.schedule.ledger import predict
+from veripo_fast.schedule.phase import Phase
 from veripo_fast.schedule.shapes import read_shape
 from veripo_fast.trainer import train
 

@@ -22,7 +22,16 @@ from veripo_fast.distributed.flops import TowerCost, group_flops
 from veripo_fast.errors import ConfigError, UserError
 from veripo_fast.report.plan import as_text, hardware_named, measure, plan_command
 from veripo_fast.run.metrics import read_records
-from veripo_fast.schedule.costs import Lengths, Rates, dpo_work, grpo_work, model_cost, seconds, tower_cost
+from veripo_fast.schedule.costs import (
+    Lengths,
+    Rates,
+    dpo_work,
+    grpo_work,
+    model_cost,
+    read_numbers,
+    seconds,
+    tower_cost,
+)
 from veripo_fast.schedule.hardware import H100_SXM, Hardware
 from veripo_fast.schedule.planner import plan, search
 from veripo_fast.schedule.shapes import ModelShape, read_shape
@@ -100,6 +109,23 @@ def test_more_ranks_take_less_until_each_has_one_group(shape: ModelShape) -> Non
     flops = [work.update_flops for work in works]
     assert flops == sorted(flops, reverse=True) and flops[3] == flops[4]
     assert works[4].idle_share > 0.75 > works[1].idle_share
+
+
+def test_decoding_reads_the_experts_that_are_passed_and_the_states() -> None:
+    mixed = read_shape(policies.checkpoint("qwen3_5_moe"))
+    assert mixed.experts is not None and mixed.delta is not None
+    whole = mixed.experts.layers * mixed.experts.experts * 3 * mixed.hidden * mixed.experts.intermediate
+    passed = mixed.experts.chosen / mixed.experts.experts
+    assert read_numbers(mixed, 1) == pytest.approx(mixed.language_numbers - (1 - passed) * whole)
+    assert read_numbers(mixed, 10_000) == pytest.approx(mixed.language_numbers)
+    dense = read_shape(policies.checkpoint("qwen3_vl"))
+    assert read_numbers(dense, 1) == dense.language_numbers
+    options = config(grpo__prompts_per_step=1, rollout__group_size=2, model__dtype="float32")
+    stateless = replace(mixed, delta=replace(mixed.delta, key_dim=0))
+    delta = mixed.delta
+    states = 2 * 2 * 300 * delta.layers * delta.value_heads * delta.key_dim * delta.value_dim * 4
+    assert grpo_work(mixed, options, 1, LENGTHS).decode_bytes == pytest.approx(
+        grpo_work(stateless, options, 1, LENGTHS).decode_bytes + states)
 
 
 def test_a_dpo_step(shape: ModelShape) -> None:

@@ -167,11 +167,12 @@ def _attend_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     of_prompt = group * query.shape[1] * (prompt_keys.shape[2] + cache.length + 1)
     most = MOST_SCORES if query.device.type == "cpu" else MOST_SCORES_ON_GPU
     part = max(most // of_prompt, 1)
-    outputs = [
-        _attend_groups(*(rows[start * group:(start + part) * group] for rows in (query, keys, values)),
-                       prompt_keys[start:start + part], prompt_values[start:start + part],
-                       cache.visible[start:start + part] if cache.padding else None, scaling)
-        for start in range(0, len(prompt_keys), part)]
+    outputs = []
+    for start in range(0, len(prompt_keys), part):
+        rows, prompts = slice(start * group, (start + part) * group), slice(start, start + part)
+        outputs.append(_attend_groups(query[rows], keys[rows], values[rows], prompt_keys[prompts],
+                                      prompt_values[prompts], cache.visible[prompts] if cache.padding else None,
+                                      scaling))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -40,8 +40,8 @@ def reordered(parts: list[torch.nn.Module], rows: int, tokens: int) -> Iterator[
         return
     try:
         for layer in layers:
-            layer.forward = partial(_product, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows),
-                                    layer.bias)
+            layer.__dict__["forward"] = partial(
+                _product, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows), layer.bias)
         yield
     finally:
         for layer in layers:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from veripo_fast.config.schema import Config
-from veripo_fast.schedule.ledger import Phase
+from veripo_fast.schedule.phase import Phase
 from veripo_fast.schedule.shapes import ModelShape
 from veripo_fast.schedule.workload import workload_of
 from veripo_fast.text import memory, plural

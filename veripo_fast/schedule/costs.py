@@ -20,8 +20,7 @@ from veripo_fast.distributed.balance import deal, idle_share
 from veripo_fast.distributed.flops import ModelCost, TowerCost, group_flops, tower_flops
 from veripo_fast.schedule.adapters import adapter_shapes
 from veripo_fast.schedule.hardware import Hardware
-from veripo_fast.schedule.layer_bytes import state_bytes
-from veripo_fast.schedule.sampling import read_numbers
+from veripo_fast.schedule.layer_bytes import state_bytes, unread
 from veripo_fast.schedule.shapes import ModelShape, numbers
 from veripo_fast.schedule.workload import Workload, itemsize_of
 
@@ -118,6 +117,11 @@ def model_cost(shape: ModelShape, model: ModelConfig | None = None) -> ModelCost
                      shape.vocabulary, None, bool(shape.delta), shape.experts, shape.delta,
                      0 if adapters is None else numbers(adapters.language), trimmed,
                      0 if adapters is None else numbers(adapters.unread))
+
+
+def read_numbers(shape: ModelShape, rows: int) -> float:
+    """Weights that are read for one token of each of `rows` completions."""
+    return shape.language_numbers - (unread(shape.experts, shape.hidden, rows) if shape.experts else 0)
 
 
 def _trained_numbers(shape: ModelShape, config: Config) -> int:

@@ -44,6 +44,12 @@ def experts_working(experts: ExpertsCost, tokens: int, hidden: int, itemsize: in
     return tokens * (experts.chosen * row + 3 * hidden + (hidden if experts.shared else 0)) * itemsize
 
 
+def unread(experts: ExpertsCost, hidden: int, rows: int) -> float:
+    """Numbers of experts that none of `rows` tokens passes, if each is chosen as often as another: (1 - A / E)^rows."""
+    idle = (1 - experts.chosen / experts.experts) ** rows
+    return idle * experts.layers * experts.experts * 3 * hidden * experts.intermediate
+
+
 # -- recurrent states --------------------------------------------------------------------------------------------------
 
 

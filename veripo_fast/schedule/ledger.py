@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from operator import attrgetter
 
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config, StageConfig
@@ -29,6 +27,7 @@ from veripo_fast.schedule.activations import (
 from veripo_fast.schedule.adapters import adapter_shapes, loss_with, saved_by_adapters
 from veripo_fast.schedule.engine import EngineShape
 from veripo_fast.schedule.judge import JudgeShape, judging_owners
+from veripo_fast.schedule.phase import Phase, largest
 from veripo_fast.schedule.placement import Held, Owners, Placement, held_by, reference_owners
 from veripo_fast.schedule.process import LOADING, compiled_bytes, process_bytes
 from veripo_fast.schedule.sampling import Batch, moments
@@ -39,30 +38,6 @@ ROOM_BYTES = 256 << 20
 """Frames and patches that wait to be used again: MAX_BYTES of video/buffers.py."""
 SPLINTERED = 0.10
 """Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The largest moment of a phase, on one rank."""
-
-    name: str
-    device: Owners
-    """Owner -> bytes on the device that trains; on a CPU everything."""
-    host: Owners = field(default_factory=dict)
-    """Of a GPU: the same in host memory."""
-
-    @property
-    def device_bytes(self) -> int:
-        return sum(self.device.values())
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(self.host.values())
-
-    @property
-    def largest(self) -> str:
-        """The owner with most bytes on the device."""
-        return max(self.device, key=lambda owner: self.device[owner])
 
 
 def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int = 0,
@@ -166,8 +141,7 @@ class Ledger:
         return self._phase(name, {**resident, **self._features(prompts), **tower}, {"frames": frames, **self._host()})
 
     def _rollout(self) -> Phase:
-        return max(self._sampling("rollout", Batch.of(self.work), self._resident(away=True, early=True)),
-                   key=attrgetter("device_bytes"))
+        return largest(self._sampling("rollout", Batch.of(self.work), self._resident(away=True, early=True)))
 
     def _sampling(self, name: str, batch: Batch, resident: Owners) -> list[Phase]:
         """The moments in which an engine writes completions."""
@@ -195,7 +169,7 @@ class Ledger:
         found = [self._encoding(name, prompts, resident), *self._sampling(name, batch, resident)]
         if judge is not None:
             found.append(self._judging(name, judge, resident))
-        return max(found, key=attrgetter("device_bytes"))
+        return largest(found)
 
     def verify(self, judge: JudgeShape) -> Phase:
         """A judge `llm` in this process."""
@@ -230,11 +204,11 @@ class Ledger:
         backward = {"backward": layer_working_bytes(shape, row.sequences, b),
                     "head gradient": 2 * loss["head gradient"]}
         splintered = {} if self.on_gpu else {"allocator": round(SPLINTERED * sum(saved.values()))}
-        largest = [{**always, **saved, **loss, **earlier, **splintered},
+        held_at = [{**always, **saved, **loss, **earlier, **splintered},
                    {**always, **saved, **earlier, **backward, **splintered},
                    {**always, **self._resident(), "offloaded AdamW": 0, "gradients": held.gradients,
                     "AdamW's step": held.stepping}]
-        return max((self._phase("update", owners, self._host(prompts)) for owners in largest), key=attrgetter("device_bytes"))
+        return largest(self._phase("update", owners, self._host(prompts)) for owners in held_at)
 
     def _checkpoint(self) -> Phase:
         """Rank 0's: a whole copy in host memory where ranks share the weights or training goes on, and what safetensors

@@ -82,13 +82,3 @@ def logits_bytes(shape: ModelShape, config: RolloutConfig, rows: int) -> int:
     truncated = config.top_k > 0 or config.top_p < 1
     return max(min(rows * shape.vocabulary, MOST_LOGITS), shape.vocabulary) * (
         TRUNCATING_BYTES if truncated else DRAWING_BYTES)
-
-
-def read_numbers(shape: ModelShape, rows: int) -> float:
-    """Weights that are read for one token of each of `rows` completions: of experts those that any of them passes, if
-    each is chosen as often as another: E (1 - (1 - A / E)^rows) of E, A a token."""
-    experts = shape.experts
-    if experts is None:
-        return shape.language_numbers
-    idle = (1 - experts.chosen / experts.experts) ** rows
-    return shape.language_numbers - idle * experts.layers * experts.experts * 3 * shape.hidden * experts.intermediate
