@@ -1,10 +1,10 @@
 """vLLM against the trainer on real clips: greedy completions beside the torch engine's, and log-probs of every token.
 
-    make engines && .venv-engines/bin/python bench/bench_parity.py [--prompts 100]
+    make engines && .venv-engines/bin/python bench/bench_parity.py [--prompts 100] [--family qwen3_5 [--dtype bfloat16]]
 
-The demo's policy on held-out questions about rendered H.264 clips. A greedy completion that differs is named, with the
-gap between its two likeliest tokens where both engines part: a tie, if rounding can turn it. Accuracy over many sampled
-completions shows whether both draw from the same distribution.
+The demo's policy, or a tiny one of a family with random weights, on held-out questions about rendered H.264 clips. A
+greedy completion that differs is named, with the gap between its two likeliest tokens where both engines part: a tie,
+if rounding can turn it. Accuracy over many sampled completions shows whether both draw from the same distribution.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ import torch
 
 from bench import recipe
 from veripo_fast.cache.loader import PromptLoader
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.inputs import DataConfig, ModelConfig
 from veripo_fast.config.schema import Config
 from veripo_fast.data.prompts import load_prompts
 from veripo_fast.demo.corpus import write_corpus
 from veripo_fast.demo.run import demo_config
+from veripo_fast.demo.tiny_model import init_model
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy, load_policy
 from veripo_fast.reward.groups import reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.limits import EngineLimits
-from veripo_fast.rollout.parity import TOLERANCES, largest_gap
+from veripo_fast.rollout.parity import TOLERANCES, ParityGate
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rollout.vllm_engine import VllmEngine
@@ -77,17 +79,29 @@ def parting(policy: Policy, item: LoadedPrompt, one: list[int], other: list[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--family", choices=FAMILIES, help="a checkpoint of `veripo init-model`, with random weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=32,
                         help="completions per prompt for the accuracy of each engine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    policy = load_policy(ModelConfig(path="tiny", device="cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        prompts = held_out(policy, Path(folder), args.prompts)
+        if args.family:
+            init_model(Path(folder) / "model", args.family, seed=1)
+        policy = load_policy(ModelConfig(path=f"{folder}/model" if args.family else "tiny", device="cpu",
+                                         dtype=args.dtype))
+        prompts = held_out(policy, Path(folder) / "corpus", args.prompts)
+        measure(policy, prompts, args)
+
+
+def measure(policy: Policy, prompts: list[LoadedPrompt], args: argparse.Namespace) -> None:
+    """Both engines on the prompts; prints, and appends a line to the results."""
     engine = VllmEngine(policy, EngineLimits(2048, 8192, 64, 1 << 30))
-    gaps = {name: largest_gap(policy, prompts, engine.generate(prompts, sampling), sampling.temperature)
-            for name, sampling in WAYS.items()}
+    gate = ParityGate(policy, engine)
+    parities = {name: gate.measure(list(zip(prompts, engine.generate(prompts, sampling), strict=True)), sampling)
+                for name, sampling in WAYS.items()}
+    gaps, means = ({name: getattr(parity, field) for name, parity in parities.items()} for field in ("largest", "mean"))
     theirs, ours = engine.generate(prompts, GREEDY), TorchEngine(policy).generate(prompts, GREEDY)
     pairs = [(group.completions[0].token_ids, other.completions[0].token_ids)
              for group, other in zip(theirs, ours, strict=True)]
@@ -96,10 +110,13 @@ def main() -> None:
                 for name, each in (("vllm", engine), ("torch engine", TorchEngine(policy)))}
     equal = len(prompts) - len(partings)
     print(f"{equal} of {len(prompts)} greedy completions are equal; the others: {partings or 'none'}")
-    print(f"largest difference of a log-prob, in nats: {gaps}")
+    print(f"difference of a log-prob, in nats: largest {gaps}, mean {means}")
     print(f"accuracy at T = 1 and its standard error over {args.samples} completions per prompt: {accuracy}")
-    recipe.append("parity", {"bench": "parity", "prompts": len(prompts), "equal": equal, "partings": partings,
-                             "largest_gap": gaps, "samples": args.samples, "accuracy": accuracy,
+    recipe.append("parity", {"bench": "parity", "family": policy.encoder.family.name,
+                             "weights": "random" if args.family else "trained",
+                             "prompts": len(prompts), "equal": equal, "partings": partings,
+                             "largest_gap": gaps, "mean_gap": means, "dtype": args.dtype,
+                             "samples": args.samples, "accuracy": accuracy,
                              "tolerance": TOLERANCES[policy.model.dtype]})
     engine.close()
 

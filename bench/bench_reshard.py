@@ -25,7 +25,8 @@ if __name__ == "__main__":  # bench/ itself on the path would offer bench/kernel
 
 from bench import measure, recipe
 from veripo_fast.errors import ConfigError
-from veripo_fast.weights.layouts import Geometry, Range, Rules, Shape, SliceCopy
+from veripo_fast.weights.layouts import Geometry, Rules
+from veripo_fast.weights.parts import Range, Shape, SliceCopy
 from veripo_fast.weights.plan import plan
 from veripo_fast.weights.reshard import reshard, traffic
 from veripo_fast.weights.rounds import rounds_of

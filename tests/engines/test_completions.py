@@ -1,4 +1,4 @@
-"""What vLLM writes, against the trainer's forward and the torch engine: both families, every kind of prompt."""
+"""What vLLM writes, against the trainer's forward and the torch engine: every family, every kind of prompt."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from tests.engines.conftest import LIMITS, own_policy
+from tests.engines.conftest import LIMITS, own_policy, policy_of
 from tests.support import policies
 from tests.support.engine_runs import (
     GREEDY,
@@ -22,9 +23,10 @@ from tests.support.engine_runs import (
     prompts_of,
     tokens,
 )
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.model.policy import load_policy
-from veripo_fast.rollout.limits import EngineLimits
+from veripo_fast.rollout.limits import EngineLimits, block_tokens
 from veripo_fast.rollout.parity import largest_gap
 from veripo_fast.rollout.plans import contrast_by_patch
 from veripo_fast.rollout.protocol import Sampling
@@ -34,6 +36,7 @@ from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 FLOAT32 = 5e-5
 KINDS = [(family, tied) for family in policies.FAMILIES for tied in (True, False)]
+KINDS += [("qwen3_vl_moe", False), ("qwen3_5", True), ("qwen3_5_moe", False)]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{'tied' if kind[1] else 'untied'}")
@@ -121,7 +124,7 @@ def test_every_group_is_given_once_when_it_is_finished(engine: VllmEngine) -> No
 # -- what a long or shared video does --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", [*policies.FAMILIES, "qwen3_vl_moe"])
 def test_prompts_longer_than_a_batch(family: str, engine_of: Callable[..., VllmEngine]) -> None:
     """Prefilled in several steps, with a seed; the first two prompts share a video (vllm-project/vllm#41485)."""
     policy = own_policy(family)
@@ -133,6 +136,63 @@ def test_prompts_longer_than_a_batch(family: str, engine_of: Callable[..., VllmE
     groups = engine.generate(prompts, SAMPLED)
     assert largest_gap(policy, prompts, groups, 1.0) < FLOAT32
     assert completions(engine.generate(prompts, SAMPLED)) == completions(groups)
+
+
+@pytest.mark.parametrize("family", [name for name, entry in FAMILIES.items() if entry.delta_class])
+def test_states_at_the_edges_of_blocks(family: str, engine_of: Callable[..., VllmEngine]) -> None:
+    """A prompt of several blocks is read in steps that end with them. Its state there starts the other completions, and
+    another prompt that begins alike. A slot that is used again holds nothing of its last sequence."""
+    policy = own_policy(family)
+    engine = engine_of(policy, EngineLimits(1024, 192, 4, 1 << 30))
+    shared = [("video", 8, 6, 6), ("video", 8, 6, 6)]
+    long = [*shared, ("video", 6, 6, 6)]
+    prompts = [policies.loaded(policy, sizes, 3) for sizes in (long, shared, [("image", 2, 3, 3)], long)]
+    assert len(prompts[0].encoded.token_ids) > 2 * block_tokens(policy) == 256
+    for sampling in (SAMPLED, replace(TRUNCATED, max_new_tokens=40)):
+        groups = engine.generate(prompts, sampling)
+        assert largest_gap(policy, prompts, groups, sampling.temperature) < FLOAT32
+        assert completions(engine.generate(prompts, sampling)) == completions(groups)
+
+
+def test_seeds_stay_with_rows_that_change_places(engine_of: Callable[..., VllmEngine]) -> None:
+    """Where more is asked for than is sampled together, completions come before prompts in a batch with recurrent
+    layers. What is drawn for a completion depends on no numbers of the process."""
+    policy = own_policy("qwen3_5", tied=False)
+    engine = engine_of(policy)
+    prompts = prompts_of(policy)
+    for seed in range(10):
+        sampling, found = replace(TRUNCATED, seed=seed), []
+        for state in (1, 2):
+            torch.manual_seed(state)
+            found.append(completions(engine.generate(prompts, sampling)))
+        assert found[0] == found[1], seed
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_experts_as_wide_as_high(family: str, tmp_path: Path, engine_of: Callable[..., VllmEngine],
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 I == D: nothing but values tells whether a matrix is turned. A config.json that does not say whether weights of
+    chosen experts add up to 1 is read as transformers reads it."""
+    monkeypatch.setattr("veripo_fast.model.policy.check_expert_widths", lambda *arguments: None)
+    config = json.loads((policies.checkpoint(family) / "config.json").read_text())
+    config["text_config"]["moe_intermediate_size"] = config["text_config"]["hidden_size"] // 2
+    config["text_config"].pop("norm_topk_prob")
+    shutil.copytree(policies.checkpoint(family), tmp_path / "square")
+    (tmp_path / "square" / "model.safetensors").unlink()
+    (tmp_path / "square" / "config.json").write_text(json.dumps(config))
+    made = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path / "square"))
+    made.save_pretrained(tmp_path / "square")
+    (tmp_path / "square" / "config.json").write_text(json.dumps(config))
+    policy = policy_of(tmp_path / "square")
+    experts = policy.model.model.language_model.layers[0].mlp.experts.gate_up_proj
+    assert experts.shape[1] == experts.shape[2]
+    engine = engine_of(policy)
+    prompts = prompts_of(policy)
+    groups = engine.generate(prompts, SAMPLED)
+    assert largest_gap(policy, prompts, groups, SAMPLED.temperature) < FLOAT32
+    with torch.no_grad():
+        experts.copy_(experts.transpose(1, 2).clone())
+    assert largest_gap(policy, prompts, groups, SAMPLED.temperature) > 10 * FLOAT32, "it does matter"
 
 
 def test_equal_tokens_and_other_times(engine_of: Callable[..., VllmEngine]) -> None:

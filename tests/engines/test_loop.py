@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import runs
+from tests.support import policies, runs
 from tests.support.run_compare import assert_same, records, written
 from veripo_fast.run.folder import RunDir
 
@@ -63,6 +63,25 @@ def test_killed_and_resumed(moment: str, forks: runs.Forks, whole: Path, tmp_pat
     ended = forks.run("train", "--config", config, "--resume")
     assert ended.code == 0, ended.output
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("family", policies.NEW_FAMILIES)
+def test_each_family_killed_and_resumed(family: str, forks: runs.Forks, tmp_path: Path) -> None:
+    """The engine's log-probs are the trainer's at every step, and the run ends with the bits of one without a kill."""
+    options = VLLM | {"model__path": str(runs.model(family)), "rollout__parity_every": 1, "eval__at": "ends",
+                      "eval__samples": 0}
+    (tmp_path / "whole").mkdir()
+    whole = written(runs.config(tmp_path / "whole" / "run", **options), tmp_path / "whole")
+    ended = forks.run("train", "--config", whole)
+    assert ended.code == 0, ended.output
+    config = written(runs.config(tmp_path / "run", **options), tmp_path)
+    assert forks.run("train", "--config", config, at="rename .*rollouts/grpo-1/step_000001").code == -signal.SIGKILL
+    ended = forks.run("train", "--config", config, "--resume")
+    assert ended.code == 0, ended.output
+    assert_same(tmp_path / "run", tmp_path / "whole" / "run")
+    steps = [step for step in records(RunDir(tmp_path / "run").metrics) if step["kind"] == "grpo"]
+    assert len(steps) == 4 and all(step["engine_parity_max"] < 5e-5 for step in steps)
+    assert all(step["sync_bytes"] == 0 for step in steps if "sync_bytes" in step)
 
 
 def test_sigterm_while_sampling_saves(forks: runs.Forks, whole: Path, tmp_path: Path) -> None:

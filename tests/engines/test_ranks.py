@@ -24,11 +24,12 @@ def two_ranks(family: str, size: int) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("family", policies.FAMILIES)
+@pytest.mark.parametrize("family", [*policies.FAMILIES, "qwen3_vl_moe", "qwen3_5_moe"])
 def test_one_engine_of_two_ranks(family: str) -> None:
     """Shards are planned and copied; both ranks get the same completions; other prompts are refused, not hung."""
+    most = 5e-5 if family in policies.FAMILIES else 1e-4  # at T = 0.7, on weights that noise has made sharper
     for result in two_ranks(family, 2):
-        assert max(result["gaps"]) < 5e-5 and result["same"]
+        assert max(result["gaps"]) < most and result["same"]
         assert "rank 1 shares an engine with rank 0 and was given other prompts" in result["message"]
 
 

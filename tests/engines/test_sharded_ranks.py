@@ -41,6 +41,13 @@ def test_resharding_into_engines(together: int, backend: dict[str, object], tmp_
     assert all(step["sync_bytes"] > 1e6 for step in steps), "every engine is written whole, because it slept"
 
 
+@pytest.mark.parametrize(("family", "together"), [("qwen3_5_moe", 2), ("qwen3_vl_moe", 1)])
+def test_experts_and_recurrent_layers(family: str, together: int, tmp_path: Path) -> None:
+    """By FSDP2, which cuts the experts of a layer into rows of experts."""
+    steps = trained(tmp_path, model__path=str(runs.model(family)), rollout__tensor_parallel=together)
+    assert all(step["engine_parity_max"] < 5e-5 for step in steps if step["kind"] == "grpo")
+
+
 def test_a_trained_tower_goes_along(tmp_path: Path) -> None:
     """It is whole on every rank, and each engine has a tower of its own, fed with pixels."""
     steps = trained(tmp_path, model__path=str(runs.model("qwen2_5_vl")), model__freeze_vision=False,

@@ -11,13 +11,14 @@ import pytest
 
 from tests.support import policies, runs
 from tests.support.run_compare import written
+from veripo_fast.config.families import FAMILIES
 from veripo_fast.config.inputs import DataConfig, ModelConfig
 from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.objectives import RolloutConfig
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.rollout import limits as module
-from veripo_fast.rollout.limits import kv_bytes_per_token, limits_of
+from veripo_fast.rollout.limits import block_tokens, kv_bytes_per_token, limits_of, state_bytes
 from veripo_fast.rollout.vllm_library import check_version
 
 ENGINE = RolloutConfig(engine="vllm", max_new_tokens=100)
@@ -37,6 +38,21 @@ def test_limits_hold_for_every_stage() -> None:
 def test_bytes_of_keys_and_values() -> None:
     """Two of 2 heads of 32 in 4 layers, float32."""
     assert kv_bytes_per_token(policies.policy("qwen3_vl")) == 2 * 2 * 32 * 4 * 4
+
+
+def test_a_block_holds_what_a_recurrent_layer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 4 layers attends. The others hold 4 states of 16 x 24 in float32, and 3 inputs of 160 channels."""
+    policy = policies.policy("qwen3_5")
+    assert kv_bytes_per_token(policy) == 2 * 2 * 32 * 4
+    assert state_bytes(policy) == 4 * 16 * 24 * 4 + 3 * 160 * 4
+    assert block_tokens(policy) == 128 and block_tokens(policies.policy("qwen3_vl")) == 128
+    config = Config(rollout=replace(ENGINE, kv_cache_gb=0.0005), data=DataConfig(max_prompt_tokens=900))
+    with pytest.raises(ConfigError, match=r"one prompt of 1000 tokens .* takes 0.00 GiB"):
+        limits_of(config, policy)  # 8 blocks and 1 beside, and 2 for each of 3 recurrent layers: 960 KiB
+    fits = limits_of(replace(config, rollout=replace(ENGINE, kv_cache_gb=0.00092)), policy)
+    assert fits.kv_cache_bytes >= 15 * 128 * 512
+    monkeypatch.setattr(policy.model.config.get_text_config(), "linear_value_head_dim", 1024)
+    assert block_tokens(policy) == 640, "states of 256 KiB and inputs of 49 KiB, in blocks of 64 KiB"
 
 
 def test_a_cache_too_small_for_one_prompt() -> None:
@@ -83,6 +99,14 @@ def test_versions(versions: dict[str, str], words: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match=words):
         check_version()
+
+
+@pytest.mark.parametrize("family", policies.NEW_FAMILIES)
+def test_a_version_that_was_not_tested_with_the_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.31.2")
+    assert check_version(FAMILIES["qwen3_vl"]) == "vllm 0.31.2"
+    with pytest.raises(ConfigError, match=rf"with {family} from vllm 0\.32 on, and 0\.31\.2 is"):
+        check_version(FAMILIES[family])
 
 
 def test_without_vllm_nothing_begins(tmp_path: Path) -> None:

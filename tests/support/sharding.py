@@ -8,7 +8,7 @@ import torch
 
 from tests.support.engine_weights import Sizes, Weights
 from veripo_fast.weights.exchange import Held
-from veripo_fast.weights.layouts import Range
+from veripo_fast.weights.parts import Range
 
 KINDS = ("rows", "flat", "whole", "tower_whole", "two_nodes")
 """FSDP2; ZeRO-3; ZeRO-1 and 2; FSDP2 around a tower that every rank has; FSDP2 in each half of the ranks."""

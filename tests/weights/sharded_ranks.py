@@ -41,7 +41,7 @@ class Ranks:
 
     def expected(self) -> Weights:
         engine = engine_weights(self.weights, self.sizes, self.tp, self.rank % self.tp)
-        return {name: tensor.bfloat16() for name, tensor in engine.items()}
+        return {name: tensor if name.endswith(".A_log") else tensor.bfloat16() for name, tensor in engine.items()}
 
     def unequal(self) -> list[str]:
         """Engine parameters that are wrong; rows that pad the vocabulary are nobody's."""

@@ -18,7 +18,7 @@ from tests.weights.test_plan import geometry_of, shapes_of
 from tests.weights.test_transfer import unequal
 from veripo_fast.errors import ConfigError
 from veripo_fast.weights.exchange import Held, copy_local, pack, repeat, unpack
-from veripo_fast.weights.layouts import Part, SliceCopy
+from veripo_fast.weights.parts import Part, SliceCopy
 from veripo_fast.weights.plan import plan
 from veripo_fast.weights.reshard import Message, Traffic, reshard, traffic
 from veripo_fast.weights.rounds import rounds_of

@@ -18,7 +18,8 @@ Results = list[dict]
 
 
 @pytest.fixture(scope="module", params=[(2, "rows", "qwen3_vl", "tied", 1), (4, "flat", "qwen2_5_vl", "untied", 2),
-                                        (4, "tower_whole", "qwen3_vl", "untied", 4)], ids=str)
+                                        (4, "tower_whole", "qwen3_vl", "untied", 4),
+                                        (4, "rows", "qwen3_5_moe", "tied", 2)], ids=str)
 def ranks(request: pytest.FixtureRequest) -> Results:
     """What `sharded_ranks.py` found in a world of some ranks."""
     size, *arguments = map(str, request.param)

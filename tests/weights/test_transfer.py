@@ -12,7 +12,7 @@ from tests.weights.test_plan import geometry_of, shapes_of
 from veripo_fast.errors import TrainingError
 from veripo_fast.weights import transfer as transfer_module
 from veripo_fast.weights.alias import alias
-from veripo_fast.weights.layouts import SliceCopy
+from veripo_fast.weights.parts import SliceCopy
 from veripo_fast.weights.plan import plan
 from veripo_fast.weights.staging import Staging
 from veripo_fast.weights.transfer import BUCKET_BYTES, Transfer

@@ -27,6 +27,20 @@ _TOWER = {
     _BLOCK + r"norm[12]\.(?:weight|bias)": "whole",
     r"model\.visual\.patch_embed\.proj\.(?:weight|bias)": "whole",
 }
+_EXPERTS = {
+    _LAYER + r"mlp\.(?:gate|shared_expert_gate)\.weight": "whole",
+    _LAYER + r"mlp\.experts\.gate_up_proj": "experts_in",
+    _LAYER + r"mlp\.experts\.down_proj": "experts_out",
+    _LAYER + r"mlp\.shared_expert\.(?:gate|up)_proj\.weight": "gate_up",
+    _LAYER + r"mlp\.shared_expert\.down_proj\.weight": "columns",
+}
+_RECURRENT = {
+    _LAYER + r"linear_attn\.(?:in_proj_(?:qkv|z)|conv1d)\.weight": "recurrent_inputs",
+    _LAYER + r"linear_attn\.in_proj_[ab]\.weight": "strengths_decays",
+    _LAYER + r"linear_attn\.(?:A_log|dt_bias)": "rows",
+    _LAYER + r"linear_attn\.norm\.weight": "whole",
+    _LAYER + r"linear_attn\.out_proj\.weight": "columns",
+}
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 Colours = tuple[tuple[float, ...], tuple[float, ...]]
@@ -62,9 +76,13 @@ class Family:
     """Whether its files hold the matrices of experts transposed, of which transformers turns those that do not fit."""
     shared_expert: bool = False
     """Whether each mixture has an expert that all tokens pass."""
+    gated_queries: bool = False
+    """Whether query heads come with a gate of what they read."""
     engine_rules: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Names of parameters -> the method of `weights/layouts.py: Rules` that places them in vLLM; empty: their hand-over
     to vLLM is not written."""
+    engine_since: str = "0.31"
+    """The first version of vLLM that it was tested with."""
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -99,12 +117,16 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (
            engine_rules=_LANGUAGE | _TOWER | _QWEN3_TOWER),
     Family("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeVisionModel", "Qwen3VLMoeConfig",
            "Qwen3VLMoeForConditionalGeneration", _HALF, "stamps", query_norm=True, deepstack=True,
-           router_class="Qwen3VLMoeTextTopKRouter", transposed_experts=True),
+           router_class="Qwen3VLMoeTextTopKRouter", transposed_experts=True,
+           engine_rules=_LANGUAGE | _EXPERTS | _TOWER | _QWEN3_TOWER, engine_since="0.32"),
     Family("qwen3_5", "Qwen3.5", "Qwen3_5VisionModel", "Qwen3_5Config", "Qwen3_5ForConditionalGeneration", _HALF,
-           "stamps", query_norm=True, delta_class="Qwen3_5GatedDeltaNet"),
+           "stamps", query_norm=True, delta_class="Qwen3_5GatedDeltaNet", gated_queries=True,
+           engine_rules=_LANGUAGE | _RECURRENT | _TOWER | _QWEN3_TOWER, engine_since="0.32"),
     Family("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5MoeVisionModel", "Qwen3_5MoeConfig",
            "Qwen3_5MoeForConditionalGeneration", _HALF, "stamps", query_norm=True,
-           delta_class="Qwen3_5MoeGatedDeltaNet", router_class="Qwen3_5MoeTopKRouter", shared_expert=True),
+           delta_class="Qwen3_5MoeGatedDeltaNet", router_class="Qwen3_5MoeTopKRouter", shared_expert=True,
+           gated_queries=True, engine_rules=_LANGUAGE | _EXPERTS | _RECURRENT | _TOWER | _QWEN3_TOWER,
+           engine_since="0.32"),
 )}
 
 

@@ -42,9 +42,11 @@ def init_model(out: Path, family: str, seed: int) -> None:
     """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists and is not empty; name another folder")
+    from veripo_fast.model.drop_in import write_weights
+
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    build_model(family, seed, tokenizer).save_pretrained(out)
+    write_weights(build_model(family, seed, tokenizer), FAMILIES[family], out)
     save_processor(out, family, tokenizer)
 
 
@@ -114,11 +116,13 @@ def build_model(family: str, seed: int, tokenizer: Any) -> Any:
     if entry.deepstack:
         vision |= {"deepstack_visual_indexes": [1]}
     if entry.router_class:
-        text |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+        text |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+                 "norm_topk_prob": True}  # in released files, and what vLLM looks for; transformers does it anyway
     if entry.shared_expert:
         text |= {"shared_expert_intermediate_size": 128}
         del text["intermediate_size"]
     if entry.delta_class:
+        text["rope_parameters"] |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
         text["layer_types"] = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
         text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
                  "linear_value_head_dim": 24, "linear_conv_kernel_dim": 4, "tie_word_embeddings": True}

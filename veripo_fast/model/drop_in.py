@@ -10,13 +10,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from veripo_fast.config.families import Family
 from veripo_fast.model.description import VisionSpec
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.run.weight_files import read_json
+from veripo_fast.weights.layouts import stored
 
 IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
+
+
+def write_weights(model: Any, family: Family, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """`save_pretrained`, with experts as the family's files hold them. Transformers 5.17 turns them when it reads, and
+    writes them unturned; vLLM refuses such a file.
+
+    Args:
+        weights: by name, whole; None: the model's own.
+    """
+    if not family.transposed_experts:
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    held = model.state_dict() if weights is None else weights
+    turned = {name: stored(name, tensor, family.name) for name, tensor in held.items()}
+    model.save_pretrained(folder, state_dict=turned, save_original_format=False)
 
 
 def complete_files(encoder: PromptEncoder, folder: Path) -> None:

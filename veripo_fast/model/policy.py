@@ -27,7 +27,7 @@ from veripo_fast.model.checkpoint_files import (
     resolve_device,
     resolve_path,
 )
-from veripo_fast.model.drop_in import complete_files
+from veripo_fast.model.drop_in import complete_files, write_weights
 from veripo_fast.model.encoding import PromptEncoder
 from veripo_fast.model.families import check_expert_widths, check_options, fit
 from veripo_fast.model.liger import apply_liger
@@ -237,7 +237,7 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
     if policy.adapters is not None:
         policy.adapters.save(folder, weights)
         return
-    policy.model.save_pretrained(folder, state_dict=weights)
+    write_weights(policy.model, policy.encoder.family, folder, weights)
     for pattern in COPIED_FILES:
         for file in policy.encoder.path.glob(pattern):
             shutil.copyfile(file, folder / file.name)

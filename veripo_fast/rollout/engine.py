@@ -28,7 +28,7 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     from veripo_fast.rollout.vllm_engine import VllmEngine
     from veripo_fast.rollout.vllm_library import check_version
 
-    check_version()
+    check_version(family)
     rollout = config.rollout
     return VllmEngine(policy, limits_of(config, policy), vision=rollout.vision, weights=rollout.weights,
                       stall_seconds=rollout.stall_seconds, tensor_parallel=rollout.tensor_parallel)

@@ -58,7 +58,8 @@ def limits_of(config: Config, policy: Policy) -> EngineLimits:
         raise ConfigError(f"rollout.max_new_tokens {longest} leaves no room for a prompt: the model has {positions} "
                           "positions")
     context = min(config.data.max_prompt_tokens + longest, positions)
-    least = kv_bytes_per_token(policy) * (-(-context // _BLOCK) + 1) * _BLOCK
+    block, held = block_tokens(policy), _recurrent_blocks(policy)
+    least = kv_bytes_per_token(policy) * (-(-context // block) + 1 + held) * block
     asked = config.rollout.kv_cache_gb
     wanted = int(asked * 2 ** 30) if asked else max(default_cache_bytes(policy.device), least)
     if wanted < least:
@@ -78,10 +79,42 @@ def limits_of(config: Config, policy: Policy) -> EngineLimits:
 
 
 def kv_bytes_per_token(policy: Policy) -> int:
-    """Keys and values of one token in all layers, in the dtype of the weights."""
+    """Keys and values of one token in all layers that attend, in the dtype of the weights."""
     text = policy.model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * text.num_key_value_heads * head * _BYTES[policy.model.dtype])
+    return int(2 * _attending(policy) * text.num_key_value_heads * head * _BYTES[policy.model.dtype])
+
+
+def state_bytes(policy: Policy) -> int:
+    """What a recurrent layer holds for a sequence: a state in float32, and the last inputs of its convolution."""
+    text, itemsize = policy.model.config.get_text_config(), _BYTES[policy.model.dtype]
+    keys = text.linear_num_key_heads * text.linear_key_head_dim
+    values = text.linear_num_value_heads * text.linear_value_head_dim
+    return int(values * text.linear_key_head_dim * 4
+               + (2 * keys + values) * (text.linear_conv_kernel_dim - 1) * itemsize)
+
+
+def block_tokens(policy: Policy) -> int:
+    """Tokens in a block of the cache: the keys and values of a layer take at least what a recurrent layer holds."""
+    if not policy.encoder.family.delta_class:
+        return _BLOCK
+    of_layer = kv_bytes_per_token(policy) // _attending(policy)
+    return -(-state_bytes(policy) // (of_layer * _BLOCK)) * _BLOCK
+
+
+def _recurrent_blocks(policy: Policy) -> int:
+    """Blocks of all attending layers that the recurrent layers take for a sequence: two each, one to copy from."""
+    if not policy.encoder.family.delta_class:
+        return 0
+    others = policy.model.config.get_text_config().num_hidden_layers - _attending(policy)
+    return 2 * -(-others // _attending(policy))
+
+
+def _attending(policy: Policy) -> int:
+    """Layers that attend."""
+    text = policy.model.config.get_text_config()
+    return int(text.layer_types.count("full_attention") if policy.encoder.family.delta_class
+               else text.num_hidden_layers)
 
 
 def engine_weight_bytes(policy: Policy) -> int:

@@ -52,7 +52,7 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, limits: EngineLimits, *, vision: Vision = "output", weights: Weights = "alias",
                  stall_seconds: float = 600.0, tensor_parallel: int = 1) -> None:
-        self.library_version = library.check_version()
+        self.library_version = library.check_version(policy.encoder.family)
         self.policy = policy
         self.limits = limits
         self.vision: Vision = vision
@@ -212,8 +212,7 @@ class VllmEngine:
         """Build the engine; one that cannot be used does not stay."""
         started = time.perf_counter()
         with guarded(self._shut_down):
-            self.engine = library.build(str(self.policy.encoder.path), self.policy.model.dtype, self.limits,
-                                        gpu=self._gpu, tensor_parallel=self.tensor_parallel)
+            self.engine = library.build(self.policy, self.limits, tensor_parallel=self.tensor_parallel)
             self._connect(started)
 
     def _connect(self, started: float) -> None:

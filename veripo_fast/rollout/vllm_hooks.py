@@ -86,15 +86,34 @@ def let_seeds_work_on_cpu(runner: Any) -> None:
     """Let a prompt with a seed be prefilled in several steps.
 
     Each step draws a token that is thrown away, and the V1 runner then moves the generator back by its offset, which a
-    generator of a CPU does not have. It looks generators up with `get` for that alone. The draws stay in the sequence;
-    how many there are depends on prompts and limits only.
+    generator of a CPU does not have. The draws stay in the sequence; how many there are depends on prompts and limits
+    only.
     """
     runner.input_batch.generators = _Generators()
 
 
-class _Generators(dict[int, torch.Generator]):
+class _Generators(dict[int, Any]):
+    """Row of the batch -> generator. `get` is what the runner moves generators back with; where it changes the order of
+    rows, as models with recurrent layers want it, it writes what `get` gave to another row."""
+
     def get(self, key: Any, default: Any = None) -> Any:
-        return None
+        return _Unmoved(self[key]) if key in self else default
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        super().__setitem__(key, value.generator if isinstance(value, _Unmoved) else value)
+
+
+class _Unmoved:
+    """A generator that stays where it is."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        """Nothing."""
 
 
 class TowerStub(torch.nn.Module):

@@ -15,18 +15,20 @@ import gc
 import hashlib
 import importlib.metadata
 import os
-import random
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
+from veripo_fast.config.families import Family
 from veripo_fast.errors import ConfigError, TrainingError
+from veripo_fast.model.policy import Policy
 from veripo_fast.rollout.engine_input import MediumInput
 from veripo_fast.rollout.limits import EngineLimits
+from veripo_fast.rollout.process_state import group_kept, process_kept
+from veripo_fast.rollout.vllm_cpu import compute_in_torch, forget_shared_memory
 
 TESTED = ("0.31", "0.32")
 """Minor versions that the tests ran with."""
@@ -42,37 +44,46 @@ _BESIDE = "veripo_beside"
 """Attribute of an engine: whether another one had made the process groups before it."""
 
 
-def check_version() -> str:
+def check_version(family: Family | None = None) -> str:
     """The version of vLLM, as `vllm 0.32.0`.
 
     Raises:
-        ConfigError: it is not installed, or was not tested.
+        ConfigError: it is not installed, or was not tested, or not with the family.
     """
     for name in ("vllm", "vllm-cpu"):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if ".".join(version.split(".")[:2]) not in TESTED:
+        if _number(version) not in map(_number, TESTED):
             raise ConfigError(f"rollout.engine vllm works with {name} {TESTED[0]} to {TESTED[-1]}, and {version} is "
                               f"installed; pip install '{name}~={TESTED[-1]}.0'")
+        if family and _number(version) < _number(family.engine_since):
+            raise ConfigError(f"rollout.engine vllm works with {family.name} from {name} {family.engine_since} on, and "
+                              f"{version} is installed; pip install '{name}~={TESTED[-1]}.0'")
         return f"{name} {version}"
     raise ConfigError("rollout.engine vllm needs vLLM, which is not installed: pip install 'veripo-fast[vllm]' on a "
                       "machine with a GPU, or `make engines` for an environment that has it for CPUs")
 
 
-def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool, tensor_parallel: int = 1) -> Any:
-    """An engine of this process with the shapes of a checkpoint and random weights.
+def _number(version: str) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def build(policy: Policy, limits: EngineLimits, *, tensor_parallel: int = 1) -> Any:
+    """An engine of this process with the shapes of a policy's checkpoint and random weights.
 
     Where there are ranks, `tensor_parallel` neighbours share one engine, each of them driven by its own trainer.
     Random numbers, thread count and default dtype of the process stay what they were.
     """
+    family, gpu = policy.encoder.family, policy.device.type == "cuda"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the trainer reads and writes its weights
     for name, value in (_ENVIRONMENT if gpu else _ENVIRONMENT | _CPU_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     if not gpu:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(limits.kv_cache_bytes >> 30, 1))
-    with _process_kept(), warnings.catch_warnings():
+    with process_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning))  # of its own imports
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -84,9 +95,25 @@ def build(folder: str, dtype: torch.dtype, limits: EngineLimits, *, gpu: bool, t
             ranks["gpu_memory_utilization"] = _FREE_AT_START
         else:
             torch._dynamo.config.disable = True  # helpers of the sampler would be compiled: half a minute for nothing
-            _keep_linear_weights()
+            from vllm import forward_context
+            from vllm.model_executor.layers import utils
+            from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+            from vllm.model_executor.layers.mamba import mamba_utils
+            from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn
+
+            if tensor_parallel > 1:
+                forget_shared_memory()
+                torch.distributed.barrier()
+            compute_in_torch(family, utils, cpu_moe, qwen_gdn_linear_attn, forward_context, mamba_utils)
+        if family.delta_class:
+            ranks["mamba_ssm_cache_dtype"] = "float32"  # as the trainer's states
+        if family.router_class:
+            # transformers scales the weights of the chosen experts to 1 whatever a file says, and writes nothing of it
+            ranks["hf_overrides"] = {"text_config": {"norm_topk_prob": True}}
+            if gpu:
+                ranks["moe_backend"] = "triton"  # others turn and swap the matrices of experts after loading
         return LLMEngine.from_engine_args(EngineArgs(
-            model=folder, load_format="dummy", dtype=str(dtype).removeprefix("torch."),
+            model=str(policy.encoder.path), load_format="dummy", dtype=str(policy.model.dtype).removeprefix("torch."),
             generation_config="vllm", seed=0, enforce_eager=not gpu, enable_sleep_mode=gpu,
             max_model_len=limits.context_tokens, max_num_batched_tokens=limits.batched_tokens,
             max_num_seqs=limits.sequences, kv_cache_memory_bytes=limits.kv_cache_bytes, enable_prefix_caching=True,
@@ -196,7 +223,7 @@ def build_texts(folder: str, dtype: torch.dtype, context_tokens: int, sequences:
         os.environ.setdefault(name, value)
     before = os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # of the policy's engine; whole GiB
     try:
-        with _process_kept(), warnings.catch_warnings():
+        with process_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning))
             from vllm import EngineArgs
             from vllm.distributed.parallel_state import model_parallel_is_initialized
@@ -249,49 +276,9 @@ def shut_down(engine: Any) -> None:
     """End an engine and what it holds of the process, but not the trainer's process group."""
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
-    with _group_kept() if has_ranks() else nullcontext():
+    with group_kept() if has_ranks() else nullcontext():
         engine.engine_core.shutdown()
     destroy_model_parallel()
     if not has_ranks():
         destroy_distributed_environment()
     gc.collect()
-
-
-@contextmanager
-def _group_kept() -> Iterator[None]:
-    """vLLM ends torch's process group with its engine, whoever made it."""
-    destroy = torch.distributed.destroy_process_group
-    torch.distributed.destroy_process_group = lambda group=None: None
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group = destroy
-
-
-def _keep_linear_weights() -> None:
-    """On a CPU vLLM packs the weights of linear layers and empties the parameters, which could not be written then."""
-    from vllm.model_executor.layers import utils
-
-    linear: Any = torch.nn.functional.linear
-
-    def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = linear
-
-    utils.dispatch_cpu_unquantized_gemm = keep
-
-
-@contextmanager
-def _process_kept() -> Iterator[None]:
-    """vLLM seeds every generator, binds threads, and on a CPU replaces `torch.set_num_threads`."""
-    set_threads = torch.set_num_threads
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_threads
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from veripo_fast.weights.layouts import SliceCopy
+from veripo_fast.weights.parts import SliceCopy
 from veripo_fast.weights.plan import by_source
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from veripo_kernels import copy_slices
 
 from veripo_fast.errors import TrainingError
-from veripo_fast.weights.layouts import Part
+from veripo_fast.weights.parts import Part
 from veripo_fast.weights.reshard import Message
 from veripo_fast.weights.rounds import Round
 

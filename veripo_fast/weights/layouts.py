@@ -2,25 +2,17 @@
 
 The policy has the names of Hugging Face 5, the engine those of vLLM, which fuses `qkv_proj` and `gate_up_proj` and
 gives each of `tp` ranks rows or columns of a matrix. Pure: names and shapes alone.
-
-Slices are rows and columns of a parameter seen as a matrix, [shape[0], the rest]. What a sharded trainer holds of a
-parameter is one too: rows of it (FSDP2), or, of a flat partition (ZeRO), whole rows between two pieces of a row.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from veripo_fast.config.families import FAMILIES, names
 from veripo_fast.errors import ConfigError
-
-Shape: TypeAlias = tuple[int, ...]
-Range: TypeAlias = tuple[int, int]
-"""First index, and the one after the last."""
+from veripo_fast.weights.parts import Part, Range, Shape, SliceCopy, joined, length, matrix, times
 
 VOCABULARY_PADDING = 64
 """The engine rounds the rows of embeddings and head up to a multiple of it."""
@@ -29,43 +21,20 @@ _KNOWN = {name: family for name, family in FAMILIES.items() if family.engine_rul
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows and columns of a parameter."""
+class Recurrent:
+    """Of layers with a recurrent state (gated delta rule)."""
 
-    name: str
-    rows: Range
-    columns: Range
-    width: int
-    """Columns of the whole parameter; 1 for a vector."""
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    """Of one head."""
+    value_dim: int
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def offset(self) -> int:
-        """Elements of the flattened parameter before the first of the part."""
-        return self.rows[0] * self.width + self.columns[0]
-
-    @property
-    def contiguous(self) -> bool:
-        return self.shape[1] == self.width or self.shape[0] == 1
-
-    def overlaps(self, other: Part) -> bool:
-        """Whether both name an element of one parameter."""
-        return self.name == other.name and meet(self.rows, other.rows) and meet(self.columns, other.columns)
-
-
-@dataclass(frozen=True)
-class SliceCopy:
-    """A part of a parameter of the policy, and the part of equal shape of an engine parameter that it fills."""
-
-    source: Part
-    target: Part
+    @classmethod
+    def of(cls, text: Any) -> Recurrent:
+        """From the configuration of a language model."""
+        return cls(text.linear_num_key_heads, text.linear_num_value_heads, text.linear_key_head_dim,
+                   text.linear_value_head_dim)
 
 
 @dataclass(frozen=True)
@@ -80,23 +49,31 @@ class Geometry:
     tied: bool
     """Whether the head is the embedding."""
     tower_heads: int
+    expert_width: int = 0
+    """Rows of an expert's gate; 0: there are no experts."""
+    recurrent: Recurrent | None = None
 
     @classmethod
     def of(cls, config: Any) -> Geometry:
         """The geometry of a Hugging Face configuration.
 
         Raises:
-            ConfigError: a family that the plan does not know, mixtures of experts among them.
+            ConfigError: a family that the plan does not know.
         """
-        if "moe" in config.model_type:
-            raise ConfigError(_experts(f"model_type {config.model_type}"))
         if config.model_type not in _KNOWN:
             raise ConfigError(f"weights of {config.model_type} cannot be handed to the engine; those of "
                               f"{names(_KNOWN)} can")
-        text = config.get_text_config()
+        text, family = config.get_text_config(), _KNOWN[config.model_type]
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(config.model_type, text.num_attention_heads, text.num_key_value_heads, head_dim, text.vocab_size,
-                   bool(config.tie_word_embeddings), config.vision_config.num_heads)
+                   bool(config.tie_word_embeddings), config.vision_config.num_heads,
+                   text.moe_intermediate_size if family.router_class else 0,
+                   Recurrent.of(text) if family.delta_class else None)
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of a query head; where `gated_queries`, with those of the gate of its output."""
+        return self.head_dim * (2 if _KNOWN[self.family].gated_queries else 1)
 
 
 # -- where a parameter goes -------------------------------------------------------------------------------------------
@@ -125,8 +102,6 @@ class Rules:
         Raises:
             ConfigError: the family has no such parameter, or its shape cannot be split.
         """
-        if ".experts." in name or name.endswith(".mlp.gate.weight"):
-            raise ConfigError(_experts(name))
         for pattern, rule in self.patterns.items():
             if pattern.fullmatch(name):
                 return getattr(self, rule)(name, engine_name(name), matrix(shape))
@@ -159,17 +134,16 @@ class Rules:
     def heads(self, name: str, target: str, size: tuple[int, int]) -> Place:
         """The rank's query heads above its key heads above its value heads; fewer key heads than ranks are repeated."""
         geometry, kind = self.geometry, name.rsplit("_proj.", 1)[0][-1]
-        of_all = geometry.heads if kind == "q" else geometry.kv_heads
-        if size[0] != of_all * geometry.head_dim:
-            raise ConfigError(f"{name} must have {of_all} heads of {geometry.head_dim} rows, got {size[0]} rows")
-        query = self._share("attention heads", geometry.heads)
-        keys = self._kv_heads()
+        of_all, each = (geometry.heads, geometry.query_rows) if kind == "q" else (geometry.kv_heads, geometry.head_dim)
+        if size[0] != of_all * each:
+            raise ConfigError(f"{name} must have {of_all} heads of {each} rows, got {size[0]} rows")
+        query, keys = self._share("attention heads", geometry.heads), self._kv_heads()
         own = query if kind == "q" else keys
-        at = {"q": 0, "k": length(query), "v": length(query) + length(keys)}[kind] * geometry.head_dim
-        rows = own[0] * geometry.head_dim, own[1] * geometry.head_dim
-        total = (length(query) + 2 * length(keys)) * geometry.head_dim
+        of_queries, of_keys = length(query) * geometry.query_rows, length(keys) * geometry.head_dim
+        at = {"q": 0, "k": of_queries, "v": of_queries + of_keys}[kind]
         fused = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", target)
-        return _place(name, size, fused, (total, size[1]), [(rows, (0, size[1]), at)])
+        return _place(name, size, fused, (of_queries + 2 * of_keys, size[1]),
+                      [((own[0] * each, own[1] * each), (0, size[1]), at)])
 
     def blocks(self, name: str, target: str, size: tuple[int, int]) -> Place:
         """The tower's fused queries, keys and values: of each third the rows of the rank's heads."""
@@ -185,6 +159,61 @@ class Rules:
             first = number * third + heads[0] * head_dim
             pieces.append(((first, first + count), (0, size[1]), number * count))
         return _place(name, size, target, (3 * count, size[1]), pieces)
+
+    def recurrent_inputs(self, name: str, target: str, size: tuple[int, int]) -> Place:
+        """The rank's queries, keys, values and gates of a recurrent layer one above the other; of a convolution all but
+        the gates. The policy has queries, keys and values in one parameter, and the gates in another."""
+        assert self.geometry.recurrent is not None
+        own = self.geometry.recurrent
+        keys = self._share("key heads of recurrent layers", own.key_heads)
+        values = self._share("value heads of recurrent layers", own.value_heads)
+        blocks = [(own.key_heads * own.key_dim, times(keys, own.key_dim))] * 2
+        blocks += [(own.value_heads * own.value_dim, times(values, own.value_dim))] * 2
+        gates, convolution = ".in_proj_z." in name, ".conv1d." in name
+        wanted = sum(rows for rows, _ in (blocks[3:] if gates else blocks[:3]))
+        if size[0] != wanted:
+            raise ConfigError(f"{name} must have {wanted} rows, got {size[0]}")
+        pieces, row, at = [], 0, 0
+        for number, (rows, share) in enumerate(blocks[:3] if convolution else blocks):
+            if (number == 3) == gates:
+                pieces.append(((row + share[0], row + share[1]), (0, size[1]), at))
+                row += rows
+            at += length(share)
+        fused = re.sub(r"\.in_proj_(?:qkv|z)\.", ".in_proj_qkvz.", target)
+        return _place(name, size, fused, (at, size[1]), joined(pieces))
+
+    def strengths_decays(self, name: str, target: str, size: tuple[int, int]) -> Place:
+        """What the rank's value heads of a recurrent layer read strengths with, above what they read decays with."""
+        first, last = self._share(name, size[0])
+        fused = re.sub(r"\.in_proj_[ab]\.", ".in_proj_ba.", target)
+        return _place(name, size, fused, (2 * (last - first), size[1]),
+                      [((first, last), (0, size[1]), last - first if ".in_proj_a." in name else 0)])
+
+    def experts_in(self, name: str, target: str, size: tuple[int, int]) -> Place:
+        """Of each expert, a row of the matrix [experts, 2 I D], a share of its gate above the same of up."""
+        gates = self._expert_columns(name, size[1], 2)
+        first, last = self._share("rows of an expert's gate", self.geometry.expert_width)
+        own = times((first, last), gates // self.geometry.expert_width)
+        up = own[0] + gates, own[1] + gates
+        pieces = [(columns, number * length(own)) for number, columns in enumerate((own, up))]
+        copies = []
+        for columns, at in [((0, 2 * gates), 0)] if self.tp == 1 else pieces:
+            to = Part(_expert(target, "w13"), (0, size[0]), (at, at + length(columns)), 2 * length(own))
+            copies.append(SliceCopy(Part(name, (0, size[0]), columns, size[1]), to))
+        return Place(_expert(target, "w13"), (size[0], 2 * length(own)), tuple(copies))
+
+    def experts_out(self, name: str, target: str, size: tuple[int, int]) -> Place:
+        """A share of the columns of every expert, seen as the matrix [experts D, I]."""
+        width = self.geometry.expert_width
+        rows = size[0] * self._expert_columns(name, size[1], 1) // width
+        return self.columns(name, _expert(target, "w2"), (rows, width))
+
+    def _expert_columns(self, name: str, count: int, matrices: int) -> int:
+        """Elements of one matrix of an expert that has `matrices`, `count` together."""
+        if count % (matrices * self.geometry.expert_width):
+            raise ConfigError(f"{name} must have experts of {matrices} x {self.geometry.expert_width} rows or columns, "
+                              f"got {count} elements for each")
+        return count // matrices
 
     def vocabulary(self, name: str, target: str, size: tuple[int, int]) -> Place:
         """A share of the rows, of which the padding at the end is not written."""
@@ -225,11 +254,6 @@ def engine_name(name: str) -> str:
     return name.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
 
 
-def matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a parameter: its first dimension and all others, [n, 1] of a vector."""
-    return shape[0], math.prod(shape[1:])
-
-
 def _place(source: str, source_size: tuple[int, int], target: str, size: tuple[int, int],
            pieces: list[tuple[Range, Range, int]]) -> Place:
     """A place from (rows and columns of the source, first row of the target); columns begin at 0 there."""
@@ -240,14 +264,12 @@ def _place(source: str, source_size: tuple[int, int], target: str, size: tuple[i
     return Place(target, size, tuple(copies))
 
 
-def length(span: Range) -> int:
-    return span[1] - span[0]
+def stored(name: str, tensor: Any, family: str) -> Any:
+    """A view of a parameter as files of the family hold it and the engine's own loader reads it: some hold matrices
+    of experts turned."""
+    return tensor.transpose(-1, -2) if FAMILIES[family].transposed_experts and ".experts." in name else tensor
 
 
-def meet(one: Range, other: Range) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
-
-
-def _experts(what: str) -> str:
-    return (f"{what}: weights of a mixture of experts cannot be copied into the engine, because it lays them out anew "
-            "after loading; they have to go through its own reload")
+def _expert(target: str, matrix_name: str) -> str:
+    """The engine's name of the matrices of all experts of a layer."""
+    return re.sub(r"\.experts\..*", f".experts.routed_experts.{matrix_name}_weight", target)

@@ -33,14 +33,15 @@ def _mixed(numbers: torch.Tensor) -> torch.Tensor:
 class PatternHeld(Mapping[str, tuple[int, torch.Tensor]]):
     """What a rank would hold if the policy's values were the pattern's; made when it is asked for, one at a time."""
 
-    def __init__(self, ranges: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
-        self.ranges, self.dtype, self.device = ranges, dtype, device
+    def __init__(self, ranges: Mapping[str, tuple[int, int]], dtypes: Mapping[str, torch.dtype], device: torch.device
+                 ) -> None:
+        self.ranges, self.dtypes, self.device = ranges, dtypes, device
         self._last: tuple[str, tuple[int, torch.Tensor]] | None = None
 
     def __getitem__(self, name: str) -> tuple[int, torch.Tensor]:
         if self._last is None or self._last[0] != name:
             start, stop = self.ranges[name]
-            self._last = name, (start, pattern(name, start, stop, self.dtype, self.device))
+            self._last = name, (start, pattern(name, start, stop, self.dtypes[name], self.device))
         return self._last[1]
 
     def __iter__(self) -> Iterator[str]:

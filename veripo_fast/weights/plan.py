@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from veripo_fast.errors import ConfigError
-from veripo_fast.weights.layouts import Geometry, Part, Place, Rules, Shape, SliceCopy, matrix
+from veripo_fast.weights.layouts import Geometry, Place, Rules
+from veripo_fast.weights.parts import Part, Shape, SliceCopy, fits, matrix
 
 
 def plan(sources: Mapping[str, Shape], targets: Mapping[str, Shape], geometry: Geometry, *, tp: int = 1, rank: int = 0,
@@ -22,8 +23,8 @@ def plan(sources: Mapping[str, Shape], targets: Mapping[str, Shape], geometry: G
         tower: False where the engine runs without a vision tower: neither side's `visual` parameters are looked at.
 
     Raises:
-        ConfigError: a parameter that the family does not have, experts, a shape that does not fit, or an engine
-            parameter that the copies fill not at all, in part or twice; each by name.
+        ConfigError: a parameter that the family does not have, a shape that does not fit, or an engine parameter that
+            the copies fill not at all, in part or twice; each by name.
     """
     rules = Rules(geometry, tp, rank)
     wanted = {name: shape for name, shape in targets.items() if tower or not name.startswith("visual.")}
@@ -55,7 +56,7 @@ def _checked(place: Place, name: str, targets: Mapping[str, Shape]) -> tuple[Sli
     """The copies of a place that the engine has, in the size that it must have there."""
     if place.target not in targets:
         raise ConfigError(f"{name}: the engine has no parameter {place.target} that would take it")
-    if matrix(targets[place.target]) != place.size:
+    if not fits(targets[place.target], place.size):
         raise ConfigError(f"{name}: the engine's {place.target} must have {place.size[0]} x {place.size[1]} elements "
                           f"on this rank, got {list(targets[place.target])}")
     return place.copies

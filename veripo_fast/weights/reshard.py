@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from veripo_fast.errors import ConfigError
-from veripo_fast.weights.layouts import Part, Range, Shape, SliceCopy, length, matrix
+from veripo_fast.weights.parts import Part, Range, Shape, SliceCopy, length, matrix
 from veripo_fast.weights.plan import by_source
 
 Holdings: TypeAlias = Mapping[str, Range]

@@ -17,7 +17,8 @@ from veripo_fast.errors import ConfigError, TrainingError
 from veripo_fast.text import memory
 from veripo_fast.weights.alias import Aliasing, sorted_out
 from veripo_fast.weights.exchange import Exchange, Held
-from veripo_fast.weights.layouts import Geometry, Range, Shape, SliceCopy
+from veripo_fast.weights.layouts import Geometry, stored
+from veripo_fast.weights.parts import Range, Shape, SliceCopy
 from veripo_fast.weights.pattern import PatternHeld, pattern
 from veripo_fast.weights.plan import by_source, plan
 from veripo_fast.weights.reshard import Message, Traffic, reshard, traffic
@@ -76,30 +77,31 @@ class ShardedSync:
                 different things; on every rank.
         """
         self.shapes, self.held, self.targets, self.trained = dict(shapes), held, dict(engine), frozenset(trained)
-        self.rank, size = dist.get_rank(), dist.get_world_size()
+        self.rank, size, self.geometry = dist.get_rank(), dist.get_world_size(), geometry
         if size % tp:
             raise ConfigError(f"{size} ranks cannot form engines of {tp} tensor-parallel ranks each")
         common = {"shapes": self.shapes, "trained names": sorted(trained), "geometry": geometry, "tower": tower,
                   "tensor-parallel size": tp, "ranks per node": ranks_per_node, "bucket size": bucket_bytes,
-                  "dtypes of the engine": sorted({str(tensor.dtype) for tensor in self.targets.values()})}
+                  "dtypes of the engine": {name: str(tensor.dtype) for name, tensor in self.targets.items()}}
         everyone = _everyone(self._ours(common))
         wanted = [plan(self.shapes, ours.targets, geometry, tp=tp, rank=rank % tp, tower=tower)
                   for rank, ours in enumerate(everyone)]
         self.copies = wanted[self.rank]
-        self.dtype, self.device = _kind(self.copies, self.targets)
-        most = max(1, bucket_bytes // self.dtype.itemsize)
+        self.device = _device(self.copies, self.targets)
+        self.dtypes = {copy.source.name: self.targets[copy.target.name].dtype for copies in wanted for copy in copies}
+        most = max(1, bucket_bytes // max((dtype.itemsize for dtype in self.dtypes.values()), default=1))
         messages = reshard([ours.ranges for ours in everyone], wanted, self.shapes,
                            most=max(1, most // _MESSAGES_PER_BUCKET), ranks_per_node=ranks_per_node or size)
         changing = [message for message in messages if message.source.name in self.trained]
-        self._ranges = everyone[self.rank].ranges
-        self._everything, self._changing = (self._exchange(part, most, size) for part in (messages, changing))
+        self._ranges = {name: span for name, span in everyone[self.rank].ranges.items() if name in self.dtypes}
+        self._everything, self._changing = (self._exchanges(part, most, size) for part in (messages, changing))
         self.traffic, self.changing_traffic = (self._traffic(part, everyone) for part in (messages, changing))
         self.version: int | None = None
         self._plain_seconds_per_byte = 0.0
 
     def start(self, version: int) -> tuple[Aliasing, ShardedReport]:
         """The first hand-over. Nothing is a view: a shard is no part of an engine that is contiguous."""
-        self._plain_seconds_per_byte = plain_copy_seconds_per_byte(self._everything.written_bytes,
+        self._plain_seconds_per_byte = plain_copy_seconds_per_byte(_written(self._everything),
                                                                    self.targets[self.copies[0].target.name])
         return sorted_out(self.copies, self.shapes), self.sync(version, everything=True)
 
@@ -113,14 +115,16 @@ class ShardedSync:
             TrainingError: an engine does not hold what was sent; on every rank.
         """
         everything = everything or self.version is None
-        exchange = self._everything if everything else self._changing
+        exchanges = self._everything if everything else self._changing
         counted = self.traffic if everything else self.changing_traffic
         started = time.perf_counter()
-        exchange.send(self.held())
+        for exchange in exchanges:
+            exchange.send(self.held())
         seconds = time.perf_counter() - started
         self.version = version
-        plain = exchange.written_bytes * self._plain_seconds_per_byte
-        return ShardedReport(version, exchange.written_bytes, seconds, seconds / plain if plain else None,
+        written = _written(exchanges)
+        plain = written * self._plain_seconds_per_byte
+        return ShardedReport(version, written, seconds, seconds / plain if plain else None,
                              sum(counted.received), sum(counted.gathered))
 
     @torch.no_grad()
@@ -137,9 +141,10 @@ class ShardedSync:
         places = {name: tensor.data_ptr() for name, tensor in self.targets.items()}
         before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.targets.items()}
         try:
-            self._everything.send(PatternHeld(self._ranges, self.dtype, self.device))
+            for exchange in self._everything:
+                exchange.send(PatternHeld(self._ranges, self.dtypes, self.device))
             _agree(self._difference("the plan"))
-            reload((name, self._pattern(name)) for name in by_source(self.copies))
+            reload((name, stored(name, self._pattern(name), self.geometry.family)) for name in by_source(self.copies))
             _agree(self._moved(places) or self._difference("the engine's reload"))
         finally:
             for name, values in before.items():
@@ -153,22 +158,36 @@ class ShardedSync:
         return _Ours(ranges, {name: elements.element_size() for name, (_, elements) in held.items()},
                      {name: tuple(tensor.shape) for name, tensor in self.targets.items()}, common)
 
-    def _exchange(self, messages: Sequence[Message], most: int, size: int) -> Exchange:
-        rounds = rounds_of(messages, self.rank, size=size, most=most)
-        return Exchange(rounds, self.targets, dtype=self.dtype, device=self.device)
+    def _exchanges(self, messages: Sequence[Message], most: int, size: int) -> list[Exchange]:
+        """One for each dtype that the engine has, in an order that is the same on all ranks."""
+        exchanges = []
+        for dtype, own in self._by_dtype(messages).items():
+            rounds = rounds_of(own, self.rank, size=size, most=most)
+            exchanges.append(Exchange(rounds, self.targets, dtype=dtype, device=self.device))
+        return exchanges
+
+    def _by_dtype(self, messages: Sequence[Message]) -> dict[torch.dtype, list[Message]]:
+        """The messages to parameters of each dtype, some of which may be none."""
+        parts: dict[torch.dtype, list[Message]] = {dtype: [] for dtype in sorted(set(self.dtypes.values()), key=str)}
+        for message in messages:
+            parts[self.dtypes[message.source.name]].append(message)
+        return parts
 
     def _traffic(self, messages: Sequence[Message], everyone: Sequence[_Ours]) -> Traffic:
         itemsizes: dict[str, int] = {}
         for ours in everyone:
             itemsizes |= ours.itemsizes
-        return traffic(messages, [ours.ranges for ours in everyone], self.shapes, itemsize=self.dtype.itemsize,
-                       trainer_itemsizes=itemsizes)
+        counted = [traffic(own, [ours.ranges for ours in everyone], self.shapes, itemsize=dtype.itemsize,
+                           trainer_itemsizes=itemsizes) for dtype, own in self._by_dtype(messages).items()]
+        return Traffic(*(tuple(map(sum, zip(*parts, strict=True))) for parts in (
+            [part.sent for part in counted], [part.received for part in counted],
+            [part.gathered for part in counted])))
 
     # -- the self-test ------------------------------------------------------------------------------------------------
 
     def _pattern(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
-        return pattern(name, 0, torch.Size(shape).numel(), self.dtype, self.device).view(shape)
+        return pattern(name, 0, torch.Size(shape).numel(), self.dtypes[name], self.device).view(shape)
 
     def _moved(self, places: Mapping[str, int]) -> str:
         for copy in self.copies:
@@ -190,13 +209,17 @@ class ShardedSync:
         return ""
 
 
-def _kind(copies: Sequence[SliceCopy], targets: Mapping[str, torch.Tensor]) -> tuple[torch.dtype, torch.device]:
-    """The one dtype and device of what is written."""
-    kinds = {(targets[copy.target.name].dtype, targets[copy.target.name].device) for copy in copies}
-    if len(kinds) != 1:
-        raise ConfigError("the engine's parameters must have one dtype and device, got "
-                          f"{', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}")
-    return kinds.pop()
+def _device(copies: Sequence[SliceCopy], targets: Mapping[str, torch.Tensor]) -> torch.device:
+    """The one device of what is written."""
+    devices = {targets[copy.target.name].device for copy in copies}
+    if len(devices) != 1:
+        raise ConfigError(f"the engine's parameters must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    return devices.pop()
+
+
+def _written(exchanges: Sequence[Exchange]) -> int:
+    """Bytes that they write on this rank."""
+    return sum(exchange.written_bytes for exchange in exchanges)
 
 
 def _everyone(ours: _Ours) -> list[_Ours]:

@@ -14,7 +14,8 @@ import torch
 from veripo_fast.errors import TrainingError
 from veripo_fast.text import duration, memory, number
 from veripo_fast.weights.alias import Aliasing, alias, sorted_out
-from veripo_fast.weights.layouts import Geometry, Part
+from veripo_fast.weights.layouts import Geometry, stored
+from veripo_fast.weights.parts import Part
 from veripo_fast.weights.plan import by_source, plan
 from veripo_fast.weights.transfer import Transfer
 
@@ -60,7 +61,7 @@ class WeightSync:
         Raises:
             ConfigError: the plan does not fill the engine; see `plan`.
         """
-        self.sources, self.targets, self.mode = dict(policy), dict(engine), mode
+        self.sources, self.targets, self.mode, self.geometry = dict(policy), dict(engine), mode, geometry
         self.copies = plan({name: tuple(tensor.shape) for name, tensor in self.sources.items()},
                            {name: tuple(tensor.shape) for name, tensor in self.targets.items()},
                            geometry, tp=tp, rank=rank, tower=tower)
@@ -109,7 +110,7 @@ class WeightSync:
             for name, own in by_source(self.copies).items():
                 Transfer(own, {name: self._random(name)}, self.targets).send()
             planned = _on_host(self.targets)
-            reload((name, self._random(name)) for name in by_source(self.copies))
+            reload((name, stored(name, self._random(name), self.geometry.family)) for name in by_source(self.copies))
             self._compare(planned, places)
         finally:
             for name, values in before.items():

@@ -15,7 +15,7 @@ import torch
 from veripo_kernels import copy_slices
 
 from veripo_fast.errors import TrainingError
-from veripo_fast.weights.layouts import Part, SliceCopy
+from veripo_fast.weights.parts import Part, SliceCopy
 from veripo_fast.weights.staging import Staging
 
 Views: TypeAlias = tuple[torch.Tensor, torch.Tensor]
