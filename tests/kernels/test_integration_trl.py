@@ -126,7 +126,7 @@ def check_training(build: Callable[..., Any], base: type, model_path: Path, tmp_
     assert isinstance(trainer, user_class)
     our_losses, our_norms, our_logs = history(trainer)
     assert our_losses == pytest.approx(losses, rel=1e-5, abs=2e-6)
-    assert our_norms == pytest.approx(norms, rel=1e-5)
+    assert our_norms == pytest.approx(norms, rel=5e-5)  # ten updates add up what each side rounds, by the processor
     assert sorted(norms)[STEPS // 2] > 1e-3, "a loss without gradient compares nothing"
     timed = {"step_time", "mean_token_accuracy"}
     for log, our_log in zip(logs, our_logs, strict=True):
@@ -257,7 +257,9 @@ def measure(trainer: Any, inputs: dict[str, Any], options: dict[str, Any], *rest
 
 
 def check_same(ours: tuple[float, list[Any], dict], theirs: tuple[float, list[Any], dict], left: tuple = ()) -> None:
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-6)
+    # the largest difference, 3.4e-5, is vespo's: its weight is an exponential of a sum over a completion, which torch
+    # rounds by the processor
+    assert ours[0] == pytest.approx(theirs[0], rel=5e-5, abs=1e-6)
     for mine, other in zip(ours[1], theirs[1], strict=True):
         assert other is not None and mine is not None
         assert (mine - other).norm() <= 5e-5 * other.norm() + 1e-8

@@ -288,13 +288,20 @@ def _forget_weights_between(step: torch.nn.Module) -> None:
 
 @contextmanager
 def _without_hooks(step: torch.nn.Module) -> Iterator[None]:
-    """A block in which forward hooks of a module and those in it are off."""
+    """A block in which DeepSpeed's forward hooks of a module and those in it are off; others stay."""
     modules = list(step.modules())
     hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
     for module in modules:
-        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        module._forward_pre_hooks = _others(module._forward_pre_hooks)
+        module._forward_hooks = _others(module._forward_hooks)
     try:
         yield
     finally:
         for module, (before, after) in zip(modules, hooks, strict=True):
             module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def _others(hooks: OrderedDict[int, Any]) -> OrderedDict[int, Any]:
+    """Hooks that are not DeepSpeed's."""
+    return OrderedDict((number, hook) for number, hook in hooks.items()
+                       if not str(getattr(hook, "__module__", "")).startswith("deepspeed"))
