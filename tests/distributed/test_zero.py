@@ -14,6 +14,9 @@ from tests.support.children import run
 from tests.support.paths import PYTHONPATH
 
 STAGES = (1, 2, 3)
+ROUNDING = 5e-5
+"""Relative, after twenty updates by AdamW in float32. It hangs on the machine: 3e-7 is measured on some
+(bench/results/curve.jsonl), and up to 1.7e-5 was seen on one."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 @pytest.mark.parametrize("tower", ["frozen", "trained"])
 def test_twenty_uneven_updates(measured: dict, stage: int, folder: str, tower: str) -> None:
     found = measured[f"updates {stage} {folder} {tower}"]
-    assert found["loss"] < 1e-5 and found["norm"] < 2e-5 and found["weights"] < 1e-4
+    assert found["loss"] < ROUNDING and found["norm"] < ROUNDING and found["weights"] < 1e-4
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -46,7 +49,7 @@ def test_the_guard_leaves_everything_as_it_was(measured: dict, stage: int) -> No
     """A NaN loss, a NaN gradient of one rank, discarded gradients; then updates go on, in a fresh stage too."""
     found = measured[f"guard {stage}"]
     assert found["kept"] and found["nan"] and found["finite"] and found["fresh"]
-    assert found["loss"] < 1e-5 and found["norm"] < 2e-5 and found["weights"] < 1e-4
+    assert found["loss"] < ROUNDING and found["norm"] < ROUNDING and found["weights"] < 1e-4
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -54,8 +57,8 @@ def test_a_state_goes_on_under_other_backends(measured: dict, stage: int) -> Non
     """By way of torch.distributed.checkpoint: into one process, FSDP2 and a fresh ZeRO, and back from each."""
     found = measured[f"exchange {stage}"]
     for name in ("local", "fsdp", "zero", "from_local", "from_fsdp"):
-        assert found[f"{name}_state"] == 0.0 and found[f"{name}_loss"] < 1e-5
-        assert found.get(f"{name}_weights", 0.0) < 1e-5
+        assert found[f"{name}_state"] == 0.0 and found[f"{name}_loss"] < ROUNDING
+        assert found.get(f"{name}_weights", 0.0) < ROUNDING
     assert found["zero_loss"] == found["from_local_loss"] == found["from_fsdp_loss"] == 0.0
 
 
@@ -71,7 +74,7 @@ def test_other_weights_and_places(measured: dict, case: str) -> None:
     """bfloat16 weights: nearer to one process than that is to float32. The optimizer in host memory, and gradient
     checkpointing, where ZeRO-3 gathers weights again for a layer: as always."""
     found = measured[case]
-    assert found["loss"] < found["own_loss"] + 1e-5 and found["norm"] < found["own_norm"] + 2e-5
+    assert found["loss"] < found["own_loss"] + ROUNDING and found["norm"] < found["own_norm"] + ROUNDING
     assert found["kept"] and found["rounded"] and found["goes_on"]
     assert (found["masters"] > 0) == case.startswith("bfloat16")
 
