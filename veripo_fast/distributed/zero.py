@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from veripo_fast.config.schema import OptimizerConfig
 from veripo_fast.distributed.backend import Held, KeepsState, Named, moments
+from veripo_fast.distributed.hooks import without_hooks
 from veripo_fast.distributed.rows import RowOptimizer, all_ranks, by_rows, rows_of
 from veripo_fast.distributed.zero_config import ZeroOptions, deepspeed_config
 from veripo_fast.errors import ConfigError
@@ -124,7 +124,7 @@ class ZeroBackend(KeepsState):
         if not self.sharded:
             yield
             return
-        with self._deepspeed.zero.GatheredParameters(list(self._step.parameters())), _without_hooks(self._step):
+        with self._deepspeed.zero.GatheredParameters(list(self._step.parameters())), without_hooks(self._step):
             yield
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -284,24 +284,3 @@ def _forget_weights_between(step: torch.nn.Module) -> None:
     for layer in step.modules():
         if type(layer) is torch.nn.Linear:
             layer.forward = partial(forward, layer)  # type: ignore[method-assign]
-
-
-@contextmanager
-def _without_hooks(step: torch.nn.Module) -> Iterator[None]:
-    """A block in which DeepSpeed's forward hooks of a module and those in it are off; others stay."""
-    modules = list(step.modules())
-    hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
-    for module in modules:
-        module._forward_pre_hooks = _others(module._forward_pre_hooks)
-        module._forward_hooks = _others(module._forward_hooks)
-    try:
-        yield
-    finally:
-        for module, (before, after) in zip(modules, hooks, strict=True):
-            module._forward_pre_hooks, module._forward_hooks = before, after
-
-
-def _others(hooks: OrderedDict[int, Any]) -> OrderedDict[int, Any]:
-    """Hooks that are not DeepSpeed's."""
-    return OrderedDict((number, hook) for number, hook in hooks.items()
-                       if not str(getattr(hook, "__module__", "")).startswith("deepspeed"))
