@@ -40,31 +40,18 @@ def test_a_killed_run_ends_as_a_whole_one(family: str, tmp_path: Path) -> None:
     assert all(row["parity_max"] < 1e-3 for row in rows if "parity_max" in row)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_vl_moe"])
-def test_two_ranks_give_what_one_process_gives(family: str, tmp_path: Path) -> None:
-    """By FSDP2 on gloo: experts and recurrent layers are gathered as other weights are."""
+@pytest.mark.parametrize(("backend", "family"), [
+    ("fsdp", "qwen3_5_moe"), ("fsdp", "qwen3_vl_moe"), ("deepspeed", "qwen3_5"), ("deepspeed", "qwen3_vl_moe")])
+def test_two_ranks_give_what_one_process_gives(backend: str, family: str, tmp_path: Path) -> None:
+    """On gloo: experts and recurrent layers are gathered as other weights are."""
     options = {"model__path": str(runs.model(family)), "stages": [{"kind": "grpo"}], "eval__at": "never",
                "checkpoint__every": 50}
     folders = []
     for size in (1, 2):
         own = tmp_path / str(size)
         own.mkdir()
-        ended = ranks.train(size, written(runs.config(own / "run", **options), own))
-        assert codes(ended) == [0] * size, ended
-        folders.append(own / "run")
-    assert_close(folders[1], folders[0])
-
-
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl_moe"])
-def test_deepspeed_gives_what_one_process_gives(family: str, tmp_path: Path) -> None:
-    options = {"model__path": str(runs.model(family)), "stages": [{"kind": "grpo"}], "eval__at": "never",
-               "checkpoint__every": 50}
-    folders = []
-    for size in (1, 2):
-        own = tmp_path / str(size)
-        own.mkdir()
-        backend = {"distributed__backend": "deepspeed"} if size > 1 else {}
-        ended = ranks.train(size, written(runs.config(own / "run", **options, **backend), own))
+        sharded = {"distributed__backend": backend} if size > 1 else {}
+        ended = ranks.train(size, written(runs.config(own / "run", **options, **sharded), own))
         assert codes(ended) == [0] * size, ended
         folders.append(own / "run")
     assert_close(folders[1], folders[0])

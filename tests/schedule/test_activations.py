@@ -57,7 +57,7 @@ def test_language_model(typed, groups: int, completions: int, length: int) -> No
 
     saved = saved_by(policy, lambda: policy.hidden(batch, [item.features] * groups))
 
-    predicted = saved_bytes(shape, row, itemsize, masked=True, checkpointing=False, trimmed=shape.trimmed)
+    predicted = saved_bytes(shape, row, itemsize, masked=True, checkpointing=False, trimmed=shape.trims_last_layer())
     assert predicted == pytest.approx(saved, rel=0.02)
 
 
@@ -84,7 +84,7 @@ def test_gradient_checkpointing_keeps_one_input_a_layer(family: str) -> None:
     finally:
         policy.model.gradient_checkpointing_disable()
         policy.model.eval()
-    kept = saved_bytes(shape, row, 4, masked=True, checkpointing=True, trimmed=shape.trimmed)
+    kept = saved_bytes(shape, row, 4, masked=True, checkpointing=True, trimmed=shape.trims_last_layer())
     kept -= activations.layer_bytes(shape, row, 4, True)
     assert kept == pytest.approx(saved, rel=0.1), "one layer more is there while it runs again"
 

@@ -12,7 +12,6 @@ from veripo_kernels import PreferenceLoss, reference
 from tests.kernels import test_loss_oracles as oracles
 from tests.kernels.test_loss_oracles import trl, trl_preference_loss  # noqa: F401 (a fixture)
 from tests.stages.test_update import (
-    FAMILY,
     WHOLE,
     Gradients,
     assert_close,
@@ -38,15 +37,6 @@ from veripo_fast.types import LoadedPrompt, PreferencePair
 
 REF = torch.tensor([[-36.0, -22.0], [-44.0, -19.0], [-30.0, -21.0], [-33.0, -20.0]])
 """Whose margins have another order than the policy's."""
-
-
-@pytest.fixture
-def policy(monkeypatch: pytest.MonkeyPatch) -> Policy:
-    """The shared frozen-tower policy; `Gradients` keeps its weights, and its version is put back."""
-    shared = policies.policy(FAMILY, freeze_vision=True)
-    shared.model.zero_grad()
-    monkeypatch.setattr(shared, "version", 0)
-    return shared
 
 
 # -- what is compared ------------------------------------------------------------------------------------------------

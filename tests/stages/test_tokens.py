@@ -7,7 +7,6 @@ import torch
 from veripo_kernels.divergence import divergence_weights, group_divergence
 
 from tests.stages.test_update import (
-    FAMILY,
     MAX_NEW_TOKENS,
     TEMPERATURE,
     Gradients,
@@ -34,15 +33,6 @@ from veripo_fast.stages.grpo import GrpoUpdate
 from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 WHOLE = 1 << 20
-
-
-@pytest.fixture
-def policy(monkeypatch: pytest.MonkeyPatch) -> Policy:
-    """The shared frozen-tower policy; `Gradients` keeps its weights, and its version is put back."""
-    shared = policies.policy(FAMILY, freeze_vision=True)
-    shared.model.zero_grad()
-    monkeypatch.setattr(shared, "version", 0)
-    return shared
 
 
 @pytest.mark.parametrize(("options", "sentence"), [

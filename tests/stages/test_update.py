@@ -138,15 +138,6 @@ def optimizer_of(policy: Policy, config: Config, kind: type[Optimizer] = Gradien
     return kind(policy.backend, config.optimizer, peak, 10)
 
 
-@pytest.fixture
-def policy(monkeypatch: pytest.MonkeyPatch) -> Policy:
-    """The shared frozen-tower policy; `Gradients` keeps its weights, and its version is put back."""
-    shared = policies.policy(FAMILY, freeze_vision=True)
-    shared.model.zero_grad()
-    monkeypatch.setattr(shared, "version", 0)
-    return shared
-
-
 def assert_close(one: torch.Tensor, other: torch.Tensor) -> None:
     assert other.norm() > 0
     assert (one - other).norm() <= 1e-4 * other.norm()

@@ -11,7 +11,7 @@ import torch
 
 
 @contextmanager
-def without_hooks(step: torch.nn.Module) -> Iterator[None]:
+def without_deepspeeds(step: torch.nn.Module) -> Iterator[None]:
     """A block in which DeepSpeed's forward hooks of a module and those in it are off; others stay."""
     modules = list(step.modules())
     hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from veripo_fast.config.schema import OptimizerConfig
 from veripo_fast.distributed.backend import Held, KeepsState, Named, moments
-from veripo_fast.distributed.hooks import without_hooks
+from veripo_fast.distributed.hooks import without_deepspeeds
 from veripo_fast.distributed.rows import RowOptimizer, all_ranks, by_rows, rows_of
 from veripo_fast.distributed.zero_config import ZeroOptions, deepspeed_config
 from veripo_fast.errors import ConfigError
@@ -124,7 +124,7 @@ class ZeroBackend(KeepsState):
         if not self.sharded:
             yield
             return
-        with self._deepspeed.zero.GatheredParameters(list(self._step.parameters())), without_hooks(self._step):
+        with self._deepspeed.zero.GatheredParameters(list(self._step.parameters())), without_deepspeeds(self._step):
             yield
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -56,12 +56,13 @@ def _forward(layer: Any, plain: Any, parts: _Parts, hidden_states: torch.Tensor,
     if groups is None or not trim:
         output: torch.Tensor = plain(layer, hidden_states, groups=groups, **others)
         return output
-    parts.tokens, parts.total = read_tokens(groups, hidden_states.device), hidden_states.shape[1]
+    tokens = read_tokens(groups, hidden_states.device)
+    parts.tokens, parts.total = tokens, hidden_states.shape[1]
     try:
         attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), groups=groups, tails=True,
                                       **others)
     finally:
-        tokens, parts.tokens = parts.tokens, None
+        parts.tokens = None
     hidden = hidden_states[:, tokens] + attended
     added = layer.mlp(layer.post_attention_layernorm(hidden))
     return hidden + (added[0] if isinstance(added, tuple) else added)

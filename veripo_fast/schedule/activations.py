@@ -58,6 +58,11 @@ class Row:
         return round(self.groups * self.completions * self.length)
 
     @property
+    def unread(self) -> int:
+        """Prompt tokens whose last hidden state nobody reads."""
+        return round(self.groups * (self.prompt - 1))
+
+    @property
     def sequences(self) -> Sequences:
         """Of a recurrent layer: the prompts, and the completions that begin at their ends."""
         return (self.groups, self.prompt), (self.groups * self.completions, self.length - 1)
@@ -131,7 +136,7 @@ def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int
 def unread_bytes(shape: ModelShape, row: Row, itemsize: int) -> int:
     """What a trimmed last layer (model/last_layer.py) saves less than others: of the prompt tokens that nobody reads
     all behind their attention, which has a copy of the others' input."""
-    tokens = round(row.groups * (row.prompt - 1))
+    tokens = row.unread
     less = tokens * (_norm(shape.hidden, itemsize, wide=bool(shape.delta)) + 4 + 2 * shape.queries * itemsize
                      + 4 * shape.heads)
     if shape.experts and shape.experts.last:
@@ -150,7 +155,7 @@ def saved_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool, checkp
         trimmed: whether the last layer leaves out what nobody reads.
     """
     wide = bool(shape.delta)
-    read = row.tokens - (round(row.groups * (row.prompt - 1)) if trimmed else 0)
+    read = row.tokens - (row.unread if trimmed else 0)
     last = read * shape.hidden * (4 + (4 if wide else itemsize))
     if checkpointing:
         layer = layer_bytes(shape, row, itemsize, masked)

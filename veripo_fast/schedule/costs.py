@@ -111,7 +111,7 @@ class Work:
 def model_cost(shape: ModelShape, model: ModelConfig | None = None) -> ModelCost:
     """The shape as `group_flops` wants it; its tower counts where it is trained."""
     adapters = None if model is None else adapter_shapes(shape, model.lora)
-    trimmed = shape.trimmed and not (model and model.router_balance)
+    trimmed = shape.trims_last_layer(model.router_balance if model else 0.0)
     head_size = max(shape.queries // shape.heads, 1)
     return ModelCost(shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.keys // head_size, head_size,
                      shape.vocabulary, None, bool(shape.delta), shape.experts, shape.delta,

@@ -194,7 +194,7 @@ class Ledger:
         several = groups > row.groups
         model = self.config.model
         saved = {"activations": saved_bytes(shape, row, b, self.masked, model.gradient_checkpointing,
-                                            shape.trimmed and not model.router_balance)}
+                                            shape.trims_last_layer(model.router_balance))}
         if self.trained_tower:
             patches = round(self.work.patches * row.groups)
             saved["tower activations"] = tower_saved_bytes(shape.tower, patches, b)

@@ -115,11 +115,11 @@ class ModelShape:
         """Layers that attend."""
         return self.layers - (self.delta.layers if self.delta else 0)
 
-    @cached_property
-    def trimmed(self) -> bool:
-        """Whether the last layer can leave out what nobody reads, as `flops.trims_last_layer` has it."""
+    def trims_last_layer(self, router_balance: float = 0.0) -> bool:
+        """`flops.trims_last_layer`, from the names of weights."""
         last = f"layers.{self.layers - 1}.self_attn.q_proj.weight"
-        return self.tower.deepstack < self.layers and any(name.endswith(last) for name, _ in self.named)
+        attends = any(name.endswith(last) for name, _ in self.named)
+        return not router_balance and attends and self.tower.deepstack < self.layers
 
     @cached_property
     def layer_numbers(self) -> int:
