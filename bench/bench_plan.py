@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     args.folder.mkdir(exist_ok=True)
-    bench_ledger.prepared(args.folder)
+    bench_ledger.prepared(args.folder, bench_ledger.family_of(BASE))
     runs = {}
     for name, (ranks, options) in CASES.items():
         bench_ledger.CASES[name] = ranks, {"grpo.steps": args.steps, "checkpoint.every": args.steps, **options}

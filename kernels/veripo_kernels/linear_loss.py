@@ -74,6 +74,12 @@ def _even(cu_seqlens: list[int], rows: int, whole: int, step: int) -> int:
     return lengths[place] if place < len(lengths) else rows
 
 
+def _longest(cu_seqlens: list[int], whole: int) -> int:
+    """Rows of the most that is taken as a whole: of `whole` sequences, 0 of none."""
+    borders = cu_seqlens[::whole] if whole else []
+    return max((end - start for start, end in pairwise(borders)), default=0)
+
+
 def _packed(owner: torch.Tensor, counted: torch.Tensor, sequences: int) -> torch.Tensor:
     """cu_seqlens [sequences + 1] of the tokens whose sequences are `owner` int64 [R] and that `counted` [R] counts;
     empty sequences stay in."""
@@ -97,6 +103,8 @@ def _run_all(hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, owner: t
     looked_at, live = (kept & ~live, live) if any(needs) else (kept, torch.zeros_like(live))
     idle, *borders = torch.cat([looked_at.sum()[None], _packed(owner, live, sequences)]).tolist()
     limit = ops.Workspace.rows_for(workspace_bytes or ops.WORKSPACE_BYTES, head, hidden)
+    if not workspace_bytes:
+        limit = min(limit, max(ops.Workspace.rows_for(ops.RUN_BYTES, head, hidden), _longest(borders, whole)))
     for rows in torch.nonzero_static(looked_at, size=idle)[:, 0].split(max(limit, 2048)):
         found = ops.statistics(hidden[rows], head, token_ids[rows], entropy=entropy)
         logprobs[rows], row_entropy[rows] = found.logprobs, found.entropy
@@ -160,7 +168,7 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
             needs: list[bool], impl: str,
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss [], metrics [6], logprobs [M], dhidden [M, D] and dweight [V, D] (these two empty where not needed), and the
-    unit [1] of dweight. `needs`: gradients by hidden and weight, and the entropy."""
+    unit [1] of dweight. `needs`: as `_needs`, and the entropy."""
     loss = _decoded(PolicyLoss, words, numbers)
     owner, mask = _indices(cu_seqlens, loss_mask, hidden, token_ids, len(weight))
     if advantages.shape != token_ids.shape:
@@ -181,7 +189,7 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
 
         return reference.policy_terms(logprobs, at(old_logprobs), advantages[rows], cu, mask[rows], loss,
                                       ref_logprobs=at(ref_logprobs), rollout_logprobs=at(rollout_logprobs),
-                                      entropy=entropy if needs[2] else None)
+                                      entropy=entropy if needs[3] else None)
 
     def slopes(rows: torch.Tensor, cu: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
                ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -191,7 +199,7 @@ def _policy(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor,
     logprobs, entropy, gradients = _run_all(
         hidden, Head(weight, temperature=numbers_of(temperature)[0]), token_ids, owner, len(cu_seqlens) - 1,
         mask != 0, live, old_logprobs if old_logprobs is not None else rollout_logprobs, slopes,
-        whole=int(loss.couples_tokens), entropy=needs[2], workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]),
+        whole=int(loss.couples_tokens), entropy=needs[3], workspace_bytes=workspace_bytes, needs=(needs[0], needs[1]),
         impl=impl)
     whole = terms(slice(None), cu_seqlens, logprobs, entropy)
     metrics = reference.policy_metrics(whole, weights)
@@ -242,23 +250,30 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[-3:])
     ctx.dtypes, ctx.arguments, ctx.needs = (inputs[0].dtype, inputs[1].dtype), len(inputs), inputs[-2]
+    ctx.spent = False
 
 
 def _scaled(ctx: Any, upstream: torch.Tensor | None, *_: object) -> tuple[torch.Tensor | None, ...]:
     refuse_second("linear_policy_loss or linear_dpo_loss")
+    by_hidden, by_weight, single_use = ctx.needs[:3]
+    if single_use and ctx.spent:
+        raise RuntimeError("a second backward pass through a loss of single_use, which gave its gradients away")
+    ctx.spent = True
     dhidden, dweight, unit = ctx.saved_tensors
     unused = (None,) * (ctx.arguments - 2)
     if upstream is None:
         return None, None, *unused
-    return (_times(dhidden, upstream[None], ctx.dtypes[0]) if ctx.needs[0] else None,
-            _times(dweight, upstream * unit, ctx.dtypes[1]) if ctx.needs[1] else None, *unused)
+    return (_times(dhidden, upstream[None], ctx.dtypes[0], single_use) if by_hidden else None,
+            _times(dweight, upstream * unit, ctx.dtypes[1], single_use) if by_weight else None, *unused)
 
 
-def _times(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _times(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, in_place: bool) -> torch.Tensor:
     """values * factor [1], computed in the factor's dtype and rounded to `dtype`: one pass, where a GPU would make
     three of a product and a conversion. What vmap has batched cannot be written into a place that is given."""
     if is_batched(factor):
         return (values.to(factor.dtype) * factor).to(dtype)
+    if in_place and values.dtype == factor.dtype == dtype:
+        return values.mul_(factor)
     return torch.mul(values, factor, out=torch.empty_like(values, dtype=dtype))
 
 
@@ -273,16 +288,19 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
                        ref_logprobs: torch.Tensor | None = None, rollout_logprobs: torch.Tensor | None = None,
                        num_sequences: int | None = None, num_tokens: int | None = None,
                        advantages_per: AdvantagesPer | None = None, entropy: bool = True,
-                       workspace_bytes: int | None = None, impl: Impl = "auto",
+                       workspace_bytes: int | None = None, single_use: bool = False, impl: Impl = "auto",
                        ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """`grpo_loss` of `linear_logprobs`, both gradients formed on the way: three matrix products, two for a frozen head.
 
     Args:
         hidden: [M, D] at the positions that predict the packed completion tokens. head: [V, D]. token_ids: int64 [M].
         entropy: measure it; where False, and the loss has no entropy_coef, the metric is 0 and costs nothing.
-        workspace_bytes: room for the logits of a run (default: `linear_torch.WORKSPACE_BYTES`, 1 GiB, on a GPU
+        workspace_bytes: room for the logits of a run (default: `linear_torch.RUN_BYTES`, 128 MiB, on a GPU
             `linear_triton.WORKSPACE_BYTES`, 1.25 GiB); memory beyond it does not grow with M. A completion that must
-            be taken as a whole (gspo, gmpo, sequence importance, squared_coef) and does not fit costs a fourth product.
+            be taken as a whole (gspo, gmpo, sequence importance, squared_coef) gets up to `WORKSPACE_BYTES`, 1 GiB by
+            default; one that does not fit costs a fourth product.
+        single_use: there is one backward pass at most through this loss, which then hands its gradients on without a
+            copy; a second one raises RuntimeError.
         The others: as in `grpo_loss`; advantages_per ("sequence" or "token") is needed where M = S.
 
     Returns:
@@ -305,7 +323,7 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
     value, metrics, logprobs, *_ = _policy(
         hidden, head, token_ids, old_logprobs, advantages, cu_seqlens, loss_mask, ref_logprobs, rollout_logprobs,
         num_sequences or 0, num_tokens or 0, as_tensor(temperature), *_encoded(loss), workspace_bytes or 0,
-        [*_needs(hidden, head), entropy or loss.entropy_coef != 0],
+        [*_needs(hidden, head, single_use), entropy or loss.entropy_coef != 0],
         choose("linear_policy_loss", impl, hidden.device))
     return value, dict(zip(_POLICY_METRICS, metrics.unbind(), strict=True)), logprobs
 
@@ -313,7 +331,8 @@ def linear_policy_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torc
 def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tensor, ref_logprobs: torch.Tensor,
                     cu_seqlens: torch.Tensor, *, loss: PreferenceLoss | str = "sigmoid", temperature: float = 1.0,
                     loss_mask: torch.Tensor | None = None, weights: torch.Tensor | None = None,
-                    num_pairs: int | None = None, workspace_bytes: int | None = None, impl: Impl = "auto",
+                    num_pairs: int | None = None, workspace_bytes: int | None = None, single_use: bool = False,
+                    impl: Impl = "auto",
                     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """`dpo_loss` of `linear_logprobs`, both gradients formed on the way: three matrix products, two for a frozen head.
 
@@ -340,7 +359,7 @@ def linear_dpo_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.T
     refuse_transforms("linear_dpo_loss", hidden, head)
     value, metrics, logprobs, *_ = _dpo(
         hidden, head, token_ids, ref_logprobs, cu_seqlens, loss_mask, weights, num_pairs or 0, as_tensor(temperature),
-        *_encoded(as_preference_loss(loss)), workspace_bytes or 0, _needs(hidden, head),
+        *_encoded(as_preference_loss(loss)), workspace_bytes or 0, _needs(hidden, head, single_use),
         choose("linear_dpo_loss", impl, hidden.device))
     return value, dict(zip(_PAIR_METRICS, metrics.unbind(), strict=True)), logprobs
 
@@ -358,9 +377,10 @@ def _decoded(kind: type[Loss], words: str, numbers: torch.Tensor) -> Loss:
     return kind(**dict(zip(_FIELDS[kind], values, strict=True)))  # type: ignore[arg-type]
 
 
-def _needs(hidden: torch.Tensor, head: torch.Tensor) -> list[bool]:
+def _needs(hidden: torch.Tensor, head: torch.Tensor, single_use: bool) -> list[bool]:
+    """Gradients by hidden and head, and whether they may be given away."""
     grad = torch.is_grad_enabled()
-    return [grad and wants_gradient(hidden), grad and wants_gradient(head)]
+    return [grad and wants_gradient(hidden), grad and wants_gradient(head), single_use]
 
 
 def _check_rows(hidden: torch.Tensor, named: dict[str, Any]) -> None:

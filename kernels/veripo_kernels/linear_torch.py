@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 
 WORKSPACE_BYTES = 1 << 30
-"""Of the logits of a run: 1,766 rows of a 151,936 vocabulary in float32."""
+"""Of the logits of a run at most: 1,766 rows of a 151,936 vocabulary in float32."""
+RUN_BYTES = 1 << 27
+"""The same where no completion is longer that must be taken as a whole: as fast from 64 MiB to 1 GiB."""
 TILE = 1024
 """Rows of the head taken at once."""
 ROWS = 2048

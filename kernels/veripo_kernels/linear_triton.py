@@ -24,7 +24,7 @@ from veripo_kernels.linear_torch import Gradients, Head, Statistics, joined, liv
 
 _ROWS = 8192
 """Rows whose statistics are taken at once: the sums of their tiles are 58 MiB for V = 151,936."""
-WORKSPACE_BYTES = 5 << 28
+WORKSPACE_BYTES = RUN_BYTES = 5 << 28
 """Of the logits of a run: 4,352 rows of a 151,936 vocabulary. 8,192 rows are two runs, and each run after the first
 reads and writes the head's gradient once more."""
 _SLAB = 51_200

@@ -209,6 +209,26 @@ def test_only_what_does_not_fit_is_computed_twice(impl: str, monkeypatch: pytest
     assert work.logits == [4, 4, 4]
 
 
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "sigmoid"])
+def test_runs_are_short_unless_a_completion_is_taken_whole(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    data = packed(preference(loss), (3, 2, 5, 2), ref=True, vocabulary=30) if loss == "sigmoid" else packed(
+        policy(loss), (3, 2, 5, 2), vocabulary=30)
+    if loss != "sigmoid":
+        data.advantages[:] = torch.tensor([1.0, -1.0, 2.0, 0.5])
+    want = data.run("torch", workspace(99, "torch", SINGLE, 30))
+    for run, most, runs in ((4, 99, {"grpo": [4, 4, 4], "gspo": [5, 5, 2], "sigmoid": [5, 7]}),
+                            (8, 99, {"grpo": [8, 4], "gspo": [5, 7], "sigmoid": [5, 7]}),
+                            (2, 3, {"grpo": [2] * 6})):
+        monkeypatch.setattr(linear_torch, "RUN_BYTES", workspace(run, "torch", SINGLE, 30))
+        monkeypatch.setattr(linear_torch, "WORKSPACE_BYTES", workspace(most, "torch", SINGLE, 30))
+        with counted("torch") as work:
+            got = data.run("torch", 0)
+        assert loss not in runs or work.logits == runs[loss], "no completion needs its logits twice"
+        for key, value in want.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_an_entropy_that_nobody_asks_for_changes_nothing_else(impl: str, name: str) -> None:
@@ -347,7 +367,7 @@ def ops(loss: str) -> Packed:
 def test_opcheck(impl: str, loss: str, frozen: str) -> None:
     data = ops(loss)
     leaves = [data.hidden.requires_grad_(), data.head.requires_grad_(frozen != "head")]
-    needs = [True, frozen != "head"] + ([True] if loss == "policy" else [])
+    needs = [True, frozen != "head", False] + ([True] if loss == "policy" else [])
     rest = [as_tensor(0.7), *linear_loss._encoded(data.loss), 1 << 20, needs, impl]
     if loss == "policy":
         torch.library.opcheck(torch.ops.veripo.linear_policy_loss.default, [
@@ -403,6 +423,26 @@ def test_a_second_backward_gives_the_same_and_the_rest_is_detached(impl: str, lo
     assert torch.equal(leaves[0], data.hidden) and torch.equal(leaves[1], data.head)
     with torch.no_grad():
         assert torch.allclose(data.call(*leaves, impl=impl)[0], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("loss", ["policy", "dpo"])
+def test_of_a_single_use_gradients_are_given_away(impl: str, loss: str) -> None:
+    data = ops(loss)
+    leaves = [data.hidden.clone().requires_grad_(), data.head.clone().requires_grad_()]
+    want = torch.autograd.grad(-3 * data.call(*leaves, impl=impl)[0], leaves)
+    value = data.call(*leaves, impl=impl, single_use=True)[0]
+    saved = value.grad_fn.saved_tensors[1].data_ptr()
+    (-3 * value).backward()
+    assert all(torch.equal(leaf.grad, gradient) for leaf, gradient in zip(leaves, want, strict=True))
+    assert leaves[1].grad.data_ptr() == saved, "no copy of the head's gradient"
+    value = data.call(*leaves, impl=impl, single_use=True)[0]
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass through a loss of single_use"):
+        value.backward()
+    compiled = torch.compile(lambda *leaves: data.call(*leaves, impl=impl, single_use=True)[0], fullgraph=True,
+                             backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(-3 * compiled(*leaves), leaves), want)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

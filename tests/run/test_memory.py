@@ -11,7 +11,7 @@ import torch
 
 from tests.support import children
 from tests.support.paths import PYTHONPATH
-from veripo_fast.run.memory import free_bytes, free_host_bytes
+from veripo_fast.run.memory import Resident, free_bytes, free_host_bytes, status_bytes
 
 GIB = 1 << 30
 V1, V2 = "3:cpu,cpuacct:/\n4:memory:{}\n0::/\n", "0::{}\n"
@@ -102,3 +102,21 @@ def test_a_phase_is_not_charged_with_what_was_freed_before_it() -> None:
     assert large > before + (190 << 20)
     assert after < before + (40 << 20)
     assert peak >= after
+
+
+def test_freed_memory_goes_back_once_more_than_allowed_is_resident() -> None:
+    def held_behind(most: int) -> int:
+        """Bytes that stay of 200 MB which were freed below a block that is in use."""
+        resident = Resident(most)
+        resident.look()
+        before = status_bytes("VmRSS")
+        blocks = [bytearray(100_000) for _ in range(2000)]  # too small for a mapping of their own
+        last = blocks[-1]
+        blocks.clear()
+        resident.look()
+        left = status_bytes("VmRSS") - before
+        assert len(last) == 100_000
+        return left
+
+    assert held_behind(GIB) > 100_000_000
+    assert held_behind(64 << 20) < 50_000_000

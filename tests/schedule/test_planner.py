@@ -20,7 +20,7 @@ from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config
 from veripo_fast.distributed.flops import TowerCost, group_flops
 from veripo_fast.errors import ConfigError, UserError
-from veripo_fast.report.plan import as_text, hardware_named, measure, plan_command
+from veripo_fast.report.plan import GLOO, as_text, hardware_named, measure, plan_command
 from veripo_fast.run.metrics import read_records
 from veripo_fast.schedule.costs import (
     Lengths,
@@ -216,7 +216,13 @@ def test_a_run_predicts_itself_and_its_kind(tmp_path: Path) -> None:
         assert getattr(found.rates, name) == pytest.approx(getattr(true, name), rel=1e-6), name
     other = apply_overrides(base, {"rollout.group_size": 4, "grpo.prompts_per_step": 32})
     told = plan(small, other, 2, None, found.rates, {"grpo": lengths}).stages[0].step_seconds
-    assert told == pytest.approx(sum(seconds(grpo_work(small, other, 2, lengths), true).values()), rel=1e-6)
+    work = grpo_work(small, other, 2, lengths)
+    assert told == pytest.approx(sum(seconds(work, replace(true, link=GLOO)).values()), rel=1e-6)
+    assert seconds(work, replace(true, link=GLOO))["update"] == pytest.approx(
+        seconds(work, true)["update"] + work.link_bytes / GLOO), "a CPU sends in place of computing"
+    parts = seconds(grpo_work(small, other, 2, lengths), replace(true, link=GLOO))
+    run = written_run(tmp_path / "two", other, [row(number, lengths, parts, 2) for number in range(1, 5)])
+    assert measure(run, None).rates.train == pytest.approx(true.train, rel=1e-6)
 
 
 def test_a_gpu_run_says_which_bound_holds(tmp_path: Path, shape: ModelShape) -> None:

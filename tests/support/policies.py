@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -50,6 +52,25 @@ def policy(family: str, freeze_vision: bool = False) -> Policy:
     from veripo_fast.model.policy import load_policy
 
     return load_policy(ModelConfig(path=str(checkpoint(family)), device="cpu", freeze_vision=freeze_vision))
+
+
+def _tensors(made: Policy) -> list[torch.Tensor]:
+    return [*made.model.parameters(), *made.model.buffers()]
+
+
+@contextmanager
+def typed(family: str, dtype: torch.dtype) -> Iterator[Policy]:
+    """The policy of `policy` in a dtype; afterwards it is float32 again, with the weights and buffers that it had."""
+    made = policy(family)
+    before = [tensor.data.clone() for tensor in _tensors(made)]
+    try:
+        made.model.to(dtype)
+        yield made
+    finally:
+        made.model.to(torch.float32)
+        made.model.zero_grad()
+        for tensor, values in zip(_tensors(made), before, strict=True):
+            tensor.data.copy_(values)
 
 
 def prompt_of(*parts: str | Media, **fields: object) -> Prompt:

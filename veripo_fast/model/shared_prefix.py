@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from veripo_fast.model.recomputation import computed_by
 from veripo_fast.schedule.blocks import blocks_of
 
 NAME = "veripo_shared_prefix"
@@ -62,6 +63,17 @@ def _block_mask(prompt: int, lengths: list[int]) -> torch.Tensor:
 def read_tokens(groups: tuple[GroupSpan, ...], device: torch.device) -> torch.Tensor:
     """int64 [n]: the packed tokens from which one is predicted: the last of each prompt, and those of completions."""
     return torch.cat([torch.arange(group.completion_start - 1, group.end) for group in groups]).to(device)
+
+
+@lru_cache(maxsize=1)
+def _added_masks(groups: tuple[GroupSpan, ...], like: tuple[torch.dtype, torch.device]) -> list[list[torch.Tensor]]:
+    """Of each group and block: 0 where a completion token may look, else -inf, of a dtype and on a device.
+
+    SDPA makes this of a bool mask, and saves it for the backward pass: made here, all layers save the same.
+    """
+    dtype, device = like
+    return [[torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf")).to(device)
+             for _, mask in group.blocks] for group in groups]
 
 
 Attend: TypeAlias = Callable[
@@ -139,18 +151,20 @@ def attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     gqa = query.shape[1] != key.shape[1]
     outputs: list[torch.Tensor] = []
-    for group in groups:
+    for masks in _added_masks(groups, (query.dtype, query.device)):
         prompt_query, prompt_key, prompt_value = next(parts)
         if tails:
             outputs.append(torch.zeros_like(prompt_query[:, :, :-1]))
             prompt_query = prompt_query[:, :, -1:]
         outputs.append(F.scaled_dot_product_attention(prompt_query, prompt_key, prompt_value, is_causal=not tails,
                                                       scale=scaling, enable_gqa=gqa))
-        for (_, mask), (own_query, own_key, own_value) in zip(group.blocks, parts, strict=False):
+        for mask, (own_query, own_key, own_value) in zip(masks, parts, strict=False):
             outputs.append(F.scaled_dot_product_attention(
                 own_query, torch.cat([prompt_key, own_key], 2), torch.cat([prompt_value, own_value], 2),
-                attn_mask=mask.to(query.device), scale=scaling, enable_gqa=gqa))
-    return torch.cat(outputs, 2)
+                attn_mask=mask, scale=scaling, enable_gqa=gqa))
+    by_token = [output.transpose(1, 2) for output in outputs]
+    kept = [output.detach() for output in by_token]  # SDPA saves them itself
+    return computed_by(torch.cat(by_token, 1), lambda: torch.cat(kept, 1)).transpose(1, 2)
 
 
 def _attend_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: PromptCache, layer: int,

@@ -20,9 +20,11 @@ from veripo_kernels.options import AdvantagesPer
 from veripo_fast.distributed.flops import trims_last_layer
 from veripo_fast.model.families import balance_loss
 from veripo_fast.model.last_layer import trim_last_layer
+from veripo_fast.model.layer_memory import watch_layers
 from veripo_fast.model.lora import head_weight
 from veripo_fast.model.packing import PackedBatch
 from veripo_fast.model.pair_weights import confidence_weights
+from veripo_fast.model.recomputation import recompute, recomputing
 from veripo_fast.model.shared_prefix import PromptCache, read_tokens
 from veripo_fast.model.token_inputs import TokenInputs
 from veripo_fast.types import VisionFeatures
@@ -95,7 +97,7 @@ class PolicyLossInputs:
             hidden, head, targets, self.old_logprobs, advantages, cu_seqlens, loss=self.loss,
             temperature=self.temperature, ref_logprobs=self.ref_logprobs,
             rollout_logprobs=self.rollout_logprobs, num_sequences=self.num_sequences,
-            num_tokens=self.num_tokens, advantages_per=per)
+            num_tokens=self.num_tokens, advantages_per=per, single_use=True)
         pull = None if self.tokens is None else self.tokens.pull(
             hidden, head, targets, self.old_logprobs, cu_seqlens, self.loss, temperature=self.temperature,
             num_sequences=self.num_sequences, num_tokens=self.num_tokens)
@@ -122,7 +124,7 @@ class PairLossInputs:
         weights = confidence_weights(hidden, head, targets, cu_seqlens, self.loss_mask) if self.by_confidence else None
         loss, metrics, logprobs = linear_dpo_loss(
             hidden, head, targets, self.ref_logprobs, cu_seqlens, loss=self.loss, loss_mask=self.loss_mask,
-            weights=weights, num_pairs=self.num_pairs)
+            weights=weights, num_pairs=self.num_pairs, single_use=True)
         return StepOutput(loss, metrics, logprobs, (len(cu_seqlens) - 1) / 2 / self.num_pairs)
 
 
@@ -143,7 +145,7 @@ class SupervisedLossInputs:
         ones = torch.ones(len(cu_seqlens) - 1, device=hidden.device)
         surrogate, _, logprobs = linear_policy_loss(
             hidden, head, targets, None, ones, cu_seqlens, loss=_SUPERVISED, loss_mask=self.loss_mask,
-            num_tokens=self.num_tokens, advantages_per="sequence")
+            num_tokens=self.num_tokens, advantages_per="sequence", single_use=True)
         likelihood = -(logprobs * self.loss_mask).sum() / self.num_tokens
         return StepOutput(surrogate - surrogate.detach() + likelihood, {}, logprobs,
                           float(self.loss_mask.sum()) / self.num_tokens)
@@ -171,6 +173,8 @@ class PolicyStep(torch.nn.Module):
         self._trimmed = trims_last_layer(model.config, router_balance)
         if self._trimmed:
             trim_last_layer(self.language_model)
+        recompute(self.language_model)
+        watch_layers(self.language_model)
 
     def forward(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], inputs: LossInputs) -> StepOutput:
         """Run a packed row and compute its loss; `features` of each group's prompt, None without media."""
@@ -199,10 +203,11 @@ class PolicyStep(torch.nn.Module):
     def _run(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], cache: PromptCache | None,
              **options: Any) -> Any:
         device = self.lm_head.weight.device
-        return self._output(
-            batch.token_ids.to(device)[None], batch.positions.to(device)[:, None],
-            [item for item in features if item is not None], groups=batch.groups, cache=cache, trim=self._trimmed,
-            **options)
+        with recomputing():
+            return self._output(
+                batch.token_ids.to(device)[None], batch.positions.to(device)[:, None],
+                [item for item in features if item is not None], groups=batch.groups, cache=cache, trim=self._trimmed,
+                **options)
 
     def run_language_model(self, ids: torch.Tensor, positions: torch.Tensor, features: Sequence[VisionFeatures],
                            **attention: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,27 @@ def return_freed_memory() -> None:
     """Give freed blocks back to the system: glibc keeps them, and they count as resident."""
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Resident:
+    """What a process holds, watched often: freed memory goes back once so much more is resident than when least was.
+
+    Args:
+        most: bytes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._least = sys.maxsize
+
+    def look(self) -> None:
+        """Takes 30 microseconds, and where memory goes back about 0.2 s for each GB that is used again later."""
+        with suppress(OSError):  # not Linux
+            resident = status_bytes("VmRSS")
+            if resident > self._least + self.most:
+                return_freed_memory()
+                resident = self._least = status_bytes("VmRSS")
+            self._least = min(self._least, resident)
 
 
 def return_all_freed_memory(device: torch.device) -> None:

@@ -1,8 +1,9 @@
 """Bytes that a forward pass leaves for its backward pass, and what both need besides, counted from the code that runs.
 
 The counts are those of transformers' families in eager mode with veripo's attention (model/shared_prefix.py,
-model/packed_attention.py): what autograd saves, each storage once. tests/schedule/test_activations.py compares them
-with what it saves. Layers with experts or a recurrent state are in layer_bytes.py.
+model/packed_attention.py) and with what is computed again left out (model/recomputation.py): what autograd saves, each
+storage once. tests/schedule/test_activations.py compares them with what it saves. Layers with experts or a recurrent
+state are in layer_bytes.py.
 
 Letters: T packed tokens, P prompt, R completion tokens, G group, M predicted tokens, D hidden, V vocabulary.
 """
@@ -25,7 +26,7 @@ from veripo_fast.schedule.shapes import ModelShape, TowerShape
 
 TILE = 1024
 """That of veripo_kernels/linear_torch.py."""
-WORKSPACE_BYTES, GPU_WORKSPACE_BYTES = 1 << 30, 5 << 28
+WORKSPACE_BYTES, RUN_BYTES, GPU_WORKSPACE_BYTES = 1 << 30, 1 << 27, 5 << 28
 """Those of veripo_kernels/linear_torch.py and linear_triton.py."""
 QUERY_NORMED = [name for name, family in FAMILIES.items() if family.query_norm]
 """Families that normalise queries and keys."""
@@ -84,33 +85,31 @@ def row_of(prompt: int, completions: int, length: int, share: int, max_tokens: i
     return Row(tokens / group.group_tokens, prompt, completions, length)
 
 
-def _norm(width: int, itemsize: int, wide: bool = False) -> int:
-    """An RMS norm of a token: its input in float32, the normed in the dtype of the weights or `wide` in float32, and
-    what it gives."""
-    return width * (4 + (4 if wide else itemsize) + itemsize)
+def _norm(width: int, itemsize: int) -> int:
+    """An RMS norm of a token: its input and its scale."""
+    return width * itemsize + 4
 
 
 def attention_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int:
-    """What an attention layer saves for its backward pass, norms and MLP left out.
+    """What an attention layer saves for its backward pass, norms, MLP and masks left out.
 
     Args:
-        masked: attention by SDPA in blocks, with a mask and copies of the prompt's keys and values each; else by one
-            varlen call, with copies for every completion but the first.
+        masked: attention by SDPA in blocks, with copies of the prompt's keys and values each; else by one varlen call,
+            with copies for every completion but the first.
     """
     heads = shape.heads
-    token = 3 * shape.queries * itemsize + 2 * shape.keys * itemsize  # rotated, attended, its copy; keys and values
+    token = 2 * shape.queries * itemsize + 2 * shape.keys * itemsize  # rotated, attended; keys and values
     token += 4 * heads
     if shape.family in QUERY_NORMED:
-        token += (shape.queries + shape.keys) * (4 + (4 if shape.delta else itemsize)) + 8 * heads
-    if shape.delta:  # its gate, and what that lets through; in float32 the gates lie with the queries that are normed
-        token += shape.queries * (2 * itemsize + (4 if itemsize == 4 else 0))
+        token += (shape.queries + shape.keys) * itemsize + 8 * heads
+    if shape.delta:  # the gate, before (it lies with the queries that are normed) and behind, and what it lets through
+        token += 3 * shape.queries * itemsize
     blocks = row.blocks()
     if masked:
         copied = row.groups * sum(row.prompt + tokens for tokens in blocks)
     else:
         copied = row.tokens + row.groups * max(row.completions - 1, 0) * row.prompt
-    saved = row.tokens * token + round(copied) * 2 * shape.keys * itemsize
-    return saved + (row.mask_numbers * itemsize if masked else 0)
+    return row.tokens * token + round(copied) * 2 * shape.keys * itemsize
 
 
 def kinds_of_layers(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> tuple[list[tuple[int, int]], ...]:
@@ -120,32 +119,33 @@ def kinds_of_layers(shape: ModelShape, row: Row, itemsize: int, masked: bool) ->
     if shape.delta:
         mixers.append((shape.delta.layers, delta_saved(shape.delta, row.sequences, itemsize)))
     mixtures = shape.experts.layers if shape.experts else 0
-    feeds = [(shape.layers - mixtures, row.tokens * 4 * shape.intermediate * itemsize)]
+    feeds = [(shape.layers - mixtures, row.tokens * 2 * shape.intermediate * itemsize)]
     if shape.experts:
         feeds.append((mixtures, experts_saved(shape.experts, row.tokens, shape.hidden, itemsize)))
     return mixers, feeds
 
 
 def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int:
-    """What the largest decoder layer saves for its backward pass; `masked` as in `attention_bytes`."""
-    norms = row.tokens * (2 * _norm(shape.hidden, itemsize, wide=bool(shape.delta)) + 8)
+    """What the largest decoder layer saves for its backward pass where gradient checkpointing runs it again: what its
+    linear layers read, too; `masked` as in `attention_bytes`."""
+    read = 2 * shape.hidden + shape.queries + (0 if shape.experts else shape.intermediate)
     kinds = kinds_of_layers(shape, row, itemsize, masked)
-    return norms + sum(max(size for count, size in kind if count) for kind in kinds)
+    return (row.tokens * (2 * _norm(shape.hidden, itemsize) + read * itemsize)
+            + sum(max(size for count, size in kind if count) for kind in kinds))
 
 
 def unread_bytes(shape: ModelShape, row: Row, itemsize: int) -> int:
     """What a trimmed last layer (model/last_layer.py) saves less than others: of the prompt tokens that nobody reads
-    all behind their attention, which has a copy of the others' input."""
-    tokens = row.unread
-    less = tokens * (_norm(shape.hidden, itemsize, wide=bool(shape.delta)) + 4 + 2 * shape.queries * itemsize
-                     + 4 * shape.heads)
+    all behind their attention. Its parts have copies of the others' inputs."""
+    tokens, read = row.unread, row.tokens - row.unread
+    less = tokens * (_norm(shape.hidden, itemsize) + shape.queries * itemsize + 4 * shape.heads)
+    less += shape.queries * itemsize * (tokens if shape.delta else -read) - read * shape.queries * itemsize
     if shape.experts and shape.experts.last:
-        whole, read = (experts_saved(shape.experts, count, shape.hidden, itemsize)
-                       for count in (row.tokens, row.tokens - tokens))
-        less += whole - read
+        less += (experts_saved(shape.experts, row.tokens, shape.hidden, itemsize)
+                 - experts_saved(shape.experts, read, shape.hidden, itemsize))
     else:
-        less += tokens * 4 * shape.intermediate * itemsize
-    return less - (row.tokens - tokens) * shape.hidden * itemsize
+        less += tokens * 2 * shape.intermediate * itemsize
+    return less - read * shape.hidden * itemsize
 
 
 def saved_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool, checkpointing: bool, trimmed: bool) -> int:
@@ -154,16 +154,16 @@ def saved_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool, checkp
     Args:
         trimmed: whether the last layer leaves out what nobody reads.
     """
-    wide = bool(shape.delta)
     read = row.tokens - (row.unread if trimmed else 0)
-    last = read * shape.hidden * (4 + (4 if wide else itemsize))
+    angles = row.tokens * 2 * shape.queries // shape.heads * itemsize
+    once = angles + read * _norm(shape.hidden, itemsize) + (row.mask_numbers * itemsize if masked else 0)
     if checkpointing:
         layer = layer_bytes(shape, row, itemsize, masked)
-        return last + layer + shape.layers * row.tokens * shape.hidden * itemsize
-    norms = shape.layers * row.tokens * (2 * _norm(shape.hidden, itemsize, wide) + 8)
+        return once + layer + shape.layers * row.tokens * shape.hidden * itemsize
+    norms = shape.layers * row.tokens * 2 * _norm(shape.hidden, itemsize)
     kinds = kinds_of_layers(shape, row, itemsize, masked)
     unread = unread_bytes(shape, row, itemsize) if trimmed else 0
-    return last + norms + sum(count * size for kind in kinds for count, size in kind) - unread
+    return once + norms + sum(count * size for kind in kinds for count, size in kind) - unread
 
 
 class Widths(Protocol):
@@ -200,7 +200,7 @@ def layer_working_bytes(shape: ModelShape, sequences: Sequences, itemsize: int) 
 def tower_saved_bytes(tower: TowerShape, patches: int, itemsize: int) -> int:
     """What a tower that trains saves for its backward pass."""
     hidden = tower.hidden
-    norms = 2 * _norm(hidden, itemsize) if tower.gated else 4 * hidden * itemsize
+    norms = 2 * hidden * (4 + 2 * itemsize) if tower.gated else 4 * hidden * itemsize
     block = norms + (7 * hidden + (4 if tower.gated else 2) * tower.intermediate) * itemsize + 4 * tower.heads
     mergers = (3 * (1 + tower.deepstack) + 1) * hidden * itemsize
     return patches * (tower.depth * block + mergers + tower.features * itemsize)
@@ -213,16 +213,22 @@ def tower_working_bytes(tower: TowerShape, patches: int, itemsize: int) -> int:
     return patches * max(mlp, attention)
 
 
-def loss_bytes(shape: ModelShape, row: Row, itemsize: int, on_gpu: bool) -> dict[str, int]:
+def loss_bytes(shape: ModelShape, row: Row, itemsize: int, on_gpu: bool, whole: int = 0) -> dict[str, int]:
     """Of the fused loss: the logits of a run, and the gradients by hidden states and head that it forms on the way.
 
     On a GPU a head of two bytes is held as float16 beside the logits.
+
+    Args:
+        whole: completions that the loss takes together: 2 of a preference loss, 1 where the tokens of a completion are
+            coupled, else 0.
     """
-    wide, room = (2, GPU_WORKSPACE_BYTES) if on_gpu else (4, WORKSPACE_BYTES)
-    rows, tiled = min(row.predicted, max(room // (shape.vocabulary * wide), 1)), min(TILE, shape.vocabulary)
+    wide, most, usual = (2, GPU_WORKSPACE_BYTES, GPU_WORKSPACE_BYTES) if on_gpu else (4, WORKSPACE_BYTES, RUN_BYTES)
+    logit_row = shape.vocabulary * wide
+    rows = min(row.predicted, max(usual // logit_row, min(whole * row.length, most // logit_row), 1))
+    tiled = min(TILE, shape.vocabulary)
     if on_gpu:
         tile = shape.vocabulary * shape.hidden * 2 if itemsize == 2 else 0
     else:
         tile = 3 * rows * tiled * 4 + tiled * shape.hidden * 4
     hidden = row.predicted * shape.hidden * (2 * itemsize + 4)
-    return {"logits": rows * shape.vocabulary * wide + tile, "loss": hidden, "head gradient": shape.head_numbers * 4}
+    return {"logits": rows * logit_row + tile, "loss": hidden, "head gradient": shape.head_numbers * 4}

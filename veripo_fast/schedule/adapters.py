@@ -66,13 +66,15 @@ def _pairs(weights: list[Shape], rank: int) -> tuple[Shape, ...]:
     return tuple(pairs)
 
 
-def saved_by_adapters(adapters: AdapterShapes | None, config: LoraConfig, tokens: int, itemsize: int) -> int:
+def saved_by_adapters(adapters: AdapterShapes | None, config: LoraConfig, tokens: int, itemsize: int, on_gpu: bool
+                      ) -> int:
     """Bytes that the adapters of the language model's layers save for a backward pass: what A gives, and with dropout
-    its inputs once more with what was dropped. The head's are multiplied into its weight."""
+    its inputs once more with what was dropped, on a CPU as factors. The head's are multiplied into its weight."""
     if adapters is None:
         return 0
     layers = adapters.adapted[:-1] if adapters.head else adapters.adapted
-    dropped = sum(columns for _, columns in layers) * (itemsize + 1) if config.dropout else 0
+    factor = 1 if on_gpu else itemsize
+    dropped = sum(columns for _, columns in layers) * (itemsize + factor) if config.dropout else 0
     return tokens * (len(layers) * config.rank * itemsize + dropped)
 
 

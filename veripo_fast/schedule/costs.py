@@ -62,7 +62,7 @@ class Rates:
     memory: float
     """Bytes per second of weights and keys that decoding reads; 0: never the bound."""
     link: float
-    """Bytes per second that a rank sends to the others; 0: never the bound."""
+    """Bytes per second that a rank sends to the others, on a CPU (memory 0) in place of computing; 0: at no cost."""
     load_seconds: float = 0.0
     """Of a prompt: what training waits for its media."""
     reward_seconds: float = 0.0
@@ -204,10 +204,10 @@ def seconds(work: Work, rates: Rates) -> dict[str, float]:
         update += work.step_bytes / rates.memory
     sending = work.link_bytes / rates.link if rates.link else 0.0
     sync = max(work.sync_bytes / rates.link if rates.link and work.link_bytes else 0.0,
-               2 * work.sync_bytes / rates.memory if rates.memory else 0.0)
+               2 * work.sync_bytes / rates.memory) if rates.memory else 0.0
     found = {"vision": work.encode_flops / rates.train + rates.load_seconds * work.prompts, "sync": sync,
              "rollout": work.prefill_flops / rates.train + decode, "reward": rates.reward_seconds * work.completions,
-             "update": max(update, sending), "rest": rates.step_seconds}
+             "update": max(update, sending) if rates.memory else update + sending, "rest": rates.step_seconds}
     return {name: value for name, value in found.items() if value}
 
 

@@ -31,10 +31,10 @@ def experts_saved(experts: ExpertsCost, tokens: int, hidden: int, itemsize: int)
     """
     row = (2 * hidden + 4 * experts.intermediate) * itemsize + 4 * 8 + 1 + itemsize + 4
     token = experts.chosen * row + 4 * experts.experts + 4
-    if itemsize < 4:  # the router's own copy of what the norm gives; that itself only where a shared expert takes it
-        token += 4 * hidden - (0 if experts.shared else hidden * itemsize)
+    if itemsize < 4:  # the router's own copy of what the norm gives
+        token += 4 * hidden
     if experts.shared:
-        token += (4 * experts.shared + hidden + 1) * itemsize
+        token += (2 * experts.shared + hidden + 1) * itemsize
     return tokens * token + (4 * experts.experts * hidden if itemsize < 4 else 0)
 
 

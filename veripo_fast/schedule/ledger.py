@@ -36,8 +36,9 @@ from veripo_fast.schedule.workload import Workload, itemsize_of, steps_of, workl
 
 ROOM_BYTES = 256 << 20
 """Frames and patches that wait to be used again: MAX_BYTES of video/buffers.py."""
-SPLINTERED = 0.10
-"""Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile."""
+SPLINTERED, IDLE_BYTES = 0.10, 128 << 20
+"""Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile; and how many
+bytes may lie so, that of model/layer_memory.py."""
 
 
 def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int = 0,
@@ -116,7 +117,9 @@ class Ledger:
         before = [self._rollout()] if kind == "grpo" else []
         if kind == "dpo":
             before = [self._reference(row)]
-        return [self._load(), self._vision(prompts), *before, self._update(row, groups, prompts), self._checkpoint()]
+        coupled = kind == "grpo" and self.config.grpo.policy_loss(self.config.rollout.max_new_tokens).couples_tokens
+        update = self._update(row, groups, prompts, 2 if kind == "dpo" else int(coupled))
+        return [self._load(), self._vision(prompts), *before, update, self._checkpoint()]
 
     # -- phases -------------------------------------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ class Ledger:
         return self._phase("reference", {**self._between(), **self._features(self.work.pairs),
                                          **self._forward(row)}, self._host(self.work.pairs))
 
-    def _update(self, row: Row, groups: int, prompts: int) -> Phase:
+    def _update(self, row: Row, groups: int, prompts: int, whole: int) -> Phase:
         shape, b, held = self.shape, self.itemsize, self.held
         always = {**self._resident(away=True, early=True), **self._features(prompts), "gathered layers": held.gathered}
         several = groups > row.groups
@@ -198,12 +201,12 @@ class Ledger:
         if self.trained_tower:
             patches = round(self.work.patches * row.groups)
             saved["tower activations"] = tower_saved_bytes(shape.tower, patches, b)
-        saved["adapters"] = saved_by_adapters(self.adapters, self.config.model.lora, row.tokens, b)
-        loss = loss_with(self.adapters, loss_bytes(shape, row, b, self.on_gpu), shape, b)
+        saved["adapters"] = saved_by_adapters(self.adapters, model.lora, row.tokens, b, self.on_gpu)
+        loss = loss_with(self.adapters, loss_bytes(shape, row, b, self.on_gpu, whole), shape, b)
         earlier = {"gradients": held.gradients if several else 0}
         backward = {"backward": layer_working_bytes(shape, row.sequences, b),
-                    "head gradient": 2 * loss["head gradient"]}
-        splintered = {} if self.on_gpu else {"allocator": round(SPLINTERED * sum(saved.values()))}
+                    "head gradient": loss["head gradient"] * (1 if b == 4 else 2)}  # else one in the weight's dtype too
+        splintered = {} if self.on_gpu else {"allocator": min(round(SPLINTERED * sum(saved.values())), IDLE_BYTES)}
         held_at = [{**always, **saved, **loss, **earlier, **splintered},
                    {**always, **saved, **earlier, **backward, **splintered},
                    {**always, **self._resident(), "offloaded AdamW": 0, "gradients": held.gradients,

@@ -21,6 +21,7 @@ from veripo_fast.distributed.state_files import read_state
 from veripo_fast.distributed.world import ONE, World
 from veripo_fast.errors import TrainingError
 from veripo_fast.model.policy import Policy
+from veripo_fast.run.memory import return_freed_memory
 from veripo_fast.schedule.timeline import span
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ def step_policy(policy: Policy, optimizer: Optimizer) -> dict[str, float]:
         metrics of the step; `skipped_updates` alone when the guard skipped it.
     """
     rate = optimizer.learning_rate()
+    if policy.device.type == "cpu":  # beside what the backward pass has freed AdamW needs twice the largest weight
+        return_freed_memory()
     norm = optimizer.step()
     if norm is None:
         return {"skipped_updates": 1.0}
