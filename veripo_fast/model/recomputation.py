@@ -213,7 +213,7 @@ def recompute(language_model: torch.nn.Module) -> None:
             continue  # the first: another policy of the same model has done so
         if kind.__name__.endswith("RMSNorm"):
             centred = not hasattr(module, "variance_epsilon")
-            eps = module.eps if centred else module.variance_epsilon
+            eps: Any = module.eps if centred else module.variance_epsilon
             module.forward = partial(_norm_forward, module, kind.forward, eps, centred)
         elif hasattr(module, "gate_proj") and isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation)):
             module.forward = partial(_mlp_forward, module, kind.forward)
