@@ -36,9 +36,9 @@ from veripo_fast.schedule.workload import Workload, itemsize_of, steps_of, workl
 
 ROOM_BYTES = 256 << 20
 """Frames and patches that wait to be used again: MAX_BYTES of video/buffers.py."""
-SPLINTERED, IDLE_BYTES = 0.10, 128 << 20
-"""Of what an update saves on a CPU: freed blocks that glibc can neither use again nor give back meanwhile; and how many
-bytes may lie so, that of model/layer_memory.py."""
+SPLINTERED, IDLE_BYTES = 0.35, 128 << 20
+"""Of what the layers of an update save on a CPU, if only while they run: freed blocks that glibc can neither use again
+nor give back meanwhile; and how many bytes may lie so, that of model/layer_memory.py."""
 
 
 def predict(shape: ModelShape, config: Config, ranks: int = 1, *, gpu_bytes: int = 0,
@@ -196,8 +196,9 @@ class Ledger:
         always = {**self._resident(away=True, early=True), **self._features(prompts), "gathered layers": held.gathered}
         several = groups > row.groups
         model = self.config.model
-        saved = {"activations": saved_bytes(shape, row, b, self.masked, model.gradient_checkpointing,
-                                            shape.trims_last_layer(model.router_balance))}
+        trimmed = shape.trims_last_layer(model.router_balance)
+        layers = saved_bytes(shape, row, b, self.masked, False, trimmed)
+        saved = {"activations": saved_bytes(shape, row, b, self.masked, model.gradient_checkpointing, trimmed)}
         if self.trained_tower:
             patches = round(self.work.patches * row.groups)
             saved["tower activations"] = tower_saved_bytes(shape.tower, patches, b)
@@ -206,7 +207,7 @@ class Ledger:
         earlier = {"gradients": held.gradients if several else 0}
         backward = {"backward": layer_working_bytes(shape, row.sequences, b),
                     "head gradient": loss["head gradient"] * (1 if b == 4 else 2)}  # else one in the weight's dtype too
-        splintered = {} if self.on_gpu else {"allocator": min(round(SPLINTERED * sum(saved.values())), IDLE_BYTES)}
+        splintered = {} if self.on_gpu else {"allocator": min(round(SPLINTERED * layers), IDLE_BYTES)}
         held_at = [{**always, **saved, **loss, **earlier, **splintered},
                    {**always, **saved, **earlier, **backward, **splintered},
                    {**always, **self._resident(), "offloaded AdamW": 0, "gradients": held.gradients,
