@@ -1,10 +1,12 @@
 """vLLM against the trainer on real clips: greedy completions beside the torch engine's, and log-probs of every token.
 
     make engines && .venv-engines/bin/python bench/bench_parity.py [--prompts 100] [--family qwen3_5 [--dtype bfloat16]]
+                                                                   [--router-replay]
 
 The demo's policy, or a tiny one of a family with random weights, on held-out questions about rendered H.264 clips. A
 greedy completion that differs is named, with the gap between its two likeliest tokens where both engines part: a tie,
 if rounding can turn it. Accuracy over many sampled completions shows whether both draw from the same distribution.
+With `--router-replay` the trainer runs the experts that vLLM chose, beside its own choice on the same completions.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ from veripo_fast.demo.run import demo_config
 from veripo_fast.demo.tiny_model import init_model
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy, load_policy
+from veripo_fast.model.replay import pack_rollouts
+from veripo_fast.model.step import LogprobInputs
 from veripo_fast.reward.groups import reward_groups
 from veripo_fast.reward.score import scores_of
 from veripo_fast.rollout.limits import EngineLimits
-from veripo_fast.rollout.parity import TOLERANCES, ParityGate
+from veripo_fast.rollout.parity import TOLERANCES, Parity, ParityGate
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.rollout.torch_engine import TorchEngine
 from veripo_fast.rollout.vllm_engine import VllmEngine
-from veripo_fast.types import LoadedPrompt
+from veripo_fast.types import LoadedPrompt, RolloutGroup
 
 GREEDY = Sampling(1, 0.0, 80, 0)
 WAYS = {"greedy": GREEDY, "T=1": replace(GREEDY, group_size=4, temperature=1.0),
@@ -76,11 +80,29 @@ def parting(policy: Policy, item: LoadedPrompt, one: list[int], other: list[int]
     return {"prompt": item.prompt.prompt_id, "token": index, "gap": float(best[0] - best[1])}
 
 
+def own_choice(group: RolloutGroup) -> RolloutGroup:
+    """The group without the experts that the engine chose."""
+    return replace(group, prompt_experts=None, completions=[replace(row, experts=None) for row in group.completions])
+
+
+@torch.no_grad()
+def mismatch(policy: Policy, prompts: list[LoadedPrompt], groups: list[RolloutGroup]) -> float:
+    """Share of (token, layer) in which engine and trainer choose other experts."""
+    choices = differing = 0
+    for item, group in zip(prompts, groups, strict=True):
+        batch = pack_rollouts([(item.encoded, group)], policy.routers)
+        counts = policy.forward(batch, [item.features], LogprobInputs()).metrics
+        choices += int(counts["router_choices"])
+        differing += int(counts["router_differing"])
+    return differing / choices
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--family", choices=FAMILIES, help="a checkpoint of `veripo init-model`, with random weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--router-replay", action="store_true", help="of a family with experts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=32,
                         help="completions per prompt for the accuracy of each engine")
@@ -97,11 +119,21 @@ def main() -> None:
 
 def measure(policy: Policy, prompts: list[LoadedPrompt], args: argparse.Namespace) -> None:
     """Both engines on the prompts; prints, and appends a line to the results."""
-    engine = VllmEngine(policy, EngineLimits(2048, 8192, 64, 1 << 30))
+    engine = VllmEngine(policy, EngineLimits(2048, 8192, 64, 1 << 30), router_replay=args.router_replay)
     gate = ParityGate(policy, engine)
-    parities = {name: gate.measure(list(zip(prompts, engine.generate(prompts, sampling), strict=True)), sampling)
-                for name, sampling in WAYS.items()}
-    gaps, means = ({name: getattr(parity, field) for name, parity in parities.items()} for field in ("largest", "mean"))
+    parities: dict[str, Parity] = {}
+    unreplayed: dict[str, Parity] = {}
+    replay: dict[str, Any] = {}
+    for name, sampling in WAYS.items():
+        groups = engine.generate(prompts, sampling)
+        parities[name] = gate.measure(list(zip(prompts, groups, strict=True)), sampling)
+        if args.router_replay:
+            unreplayed[name] = gate.measure(list(zip(prompts, map(own_choice, groups), strict=True)), sampling)
+            replay |= {"router_mismatch": replay.get("router_mismatch", {}) | {name: mismatch(policy, prompts, groups)}}
+    gaps, means = largest_and_mean(parities)
+    if args.router_replay:
+        replay["largest_gap_own_choice"], replay["mean_gap_own_choice"] = largest_and_mean(unreplayed)
+        print(f"with the trainer's own choice of experts: {replay}")
     theirs, ours = engine.generate(prompts, GREEDY), TorchEngine(policy).generate(prompts, GREEDY)
     pairs = [(group.completions[0].token_ids, other.completions[0].token_ids)
              for group, other in zip(theirs, ours, strict=True)]
@@ -117,8 +149,15 @@ def measure(policy: Policy, prompts: list[LoadedPrompt], args: argparse.Namespac
                              "prompts": len(prompts), "equal": equal, "partings": partings,
                              "largest_gap": gaps, "mean_gap": means, "dtype": args.dtype,
                              "samples": args.samples, "accuracy": accuracy,
-                             "tolerance": TOLERANCES[policy.model.dtype]})
+                             "tolerance": TOLERANCES[policy.model.dtype],
+                             "router_replay": args.router_replay, **replay})
     engine.close()
+
+
+def largest_and_mean(parities: dict[str, Parity]) -> tuple[dict[str, float], dict[str, float]]:
+    """Of the differences of log-probs, in nats."""
+    return ({name: parity.largest for name, parity in parities.items()},
+            {name: parity.mean for name, parity in parities.items()})
 
 
 if __name__ == "__main__":

@@ -173,6 +173,9 @@ class Completion:
     """Where its answer begins and ends among its tokens; None without an answer, and unless the reward asks for it."""
     frame_likeness: list[float] | None = None
     """Cosine of its reasoning with each frame under `reward.vision_text`; None without media, and without it."""
+    experts: bytes | None = None
+    """int16 [R - 1, layers, k], little-endian: which experts the engine chose for its tokens but the last, which the
+    engine did not read; below 0 where that is not known. None without `rollout.router_replay`."""
 
 
 @dataclass
@@ -185,6 +188,8 @@ class RolloutGroup:
     """Whether the prompt ended with `<think>`, so that the completions begin inside their think span."""
     contrast: RolloutGroup | None = None
     """Completions of the same prompt that saw its frames in another order; nothing trains on them."""
+    prompt_experts: bytes | None = None
+    """int16 [P, layers, k] as `Completion.experts`, of the prompt as the first completion of the engine read it."""
 
 
 @dataclass(frozen=True)

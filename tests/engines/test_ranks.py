@@ -13,11 +13,12 @@ from tests.support.children import run
 from tests.support.paths import PYTHONPATH
 
 
-def two_ranks(family: str, size: int) -> list[dict]:
+def two_ranks(family: str, size: int, *options: str) -> list[dict]:
     """What each rank found; the checkpoint is made here, because transformers lets rank 0 alone write one."""
     folder = policies.checkpoint(family) if family == "qwen3_vl" else policies.untied_checkpoint(family)
     done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "tests.engines.two_ranks", str(folder), str(size), env={**os.environ, "PYTHONPATH": PYTHONPATH})
+               "tests.engines.two_ranks", str(folder), str(size), *options,
+               env={**os.environ, "PYTHONPATH": PYTHONPATH})
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert sorted(result["rank"] for result in found) == [0, 1]
@@ -31,6 +32,13 @@ def test_one_engine_of_two_ranks(family: str) -> None:
     for result in two_ranks(family, 2):
         assert max(result["gaps"]) < most and result["same"]
         assert "rank 1 shares an engine with rank 0 and was given other prompts" in result["message"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_one_engine_of_two_ranks_tells_its_experts(family: str) -> None:
+    """Both ranks the same, and the trainer that replays them agrees."""
+    for result in two_ranks(family, 2, "router_replay"):
+        assert max(result["gaps"]) < 1e-4 and result["same"] and result["tells"]
 
 
 def test_an_engine_in_each_rank() -> None:

@@ -98,6 +98,13 @@ def test_vllm_without_places_for_the_weights_is_refused(monkeypatch: pytest.Monk
         make_engine(config, policy)
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in MIXED])
+def test_router_replay_without_experts_is_refused(family: str) -> None:
+    config = replace(Config(), rollout=replace(Config().rollout, engine="vllm", router_replay=True))
+    with pytest.raises(ConfigError, match=f"{family} has none; qwen3_vl_moe and qwen3_5_moe have; set it to false"):
+        make_engine(config, policies.policy(family))
+
+
 def test_square_experts_are_refused(tmp_path: Path) -> None:
     """Transformers would load them transposed, or not, without a word."""
     folder = copy_of("qwen3_vl_moe", tmp_path / "square")

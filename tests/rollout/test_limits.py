@@ -121,6 +121,9 @@ def test_without_vllm_nothing_begins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("changes", "words"), [
     ({"rollout.weights": "copy"}, "weights changes nothing while engine is torch"),
     ({"rollout.kv_cache_gb": 2.0, "rollout.stall_seconds": 5.0}, "kv_cache_gb, stall_seconds changes nothing"),
+    ({"rollout.router_replay": True}, "router_replay changes nothing while engine is torch"),
+    ({"rollout.engine": "vllm", "rollout.router_replay": True, "plan.wordings": 2, "plan.pairing": "all",
+      "data.keep_keys": ["problem", "new_questions"]}, "router_replay cannot be combined with plan.pairing all"),
     ({"rollout.engine": "vllm", "rollout.vision": "pixels"}, "vision pixels needs a tower that is trained"),
     ({"rollout.engine": "vllm", "rollout.parity_every": 0}, "parity_every"),
     ({"rollout.engine": "vllm", "rollout.kv_cache_gb": -1.0}, "kv_cache_gb must be 0 or larger"),

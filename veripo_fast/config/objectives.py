@@ -28,7 +28,7 @@ from veripo_fast.config.tokens import TokensConfig, check_tokens
 
 SAMPLING = ("group_size", "temperature", "top_p", "top_k", "max_new_tokens")
 """Fields of `RolloutConfig` that a stage may change; the engine is built once for the whole run."""
-VLLM_OPTIONS = ("tensor_parallel", "weights", "vision", "kv_cache_gb", "max_sequences", "parity_every",
+VLLM_OPTIONS = ("tensor_parallel", "weights", "vision", "kv_cache_gb", "max_sequences", "router_replay", "parity_every",
                 "parity_tolerance", "stall_seconds")
 """Fields of `RolloutConfig` that only the engine vllm reads."""
 _POLICY_OPTIONS = dict.fromkeys(("sapo", "sapo_sequence"), ("sapo_temperature_pos", "sapo_temperature_neg")) | {
@@ -70,6 +70,9 @@ class RolloutConfig:
     """GiB of vllm's key/value cache; 0: a quarter of the GPU's memory, 1 GiB on a CPU."""
     max_sequences: int = 256
     """Completions that vllm samples together."""
+    router_replay: bool = False
+    """Of vllm and a family with experts: updates run the experts that the engine chose for each token of prompts and
+    completions, weighted by the trainer's router, in place of its own choice (docs/models.md)."""
     parity_every: int = 50
     """vllm's log-probs are compared with the trainer's at the start and every so many steps."""
     parity_tolerance: float = 0.0

@@ -259,6 +259,8 @@ def _check_plan(config: Config) -> None:
                 f"of groups, so it needs one of {', '.join(get_args(AdvantageKind))}; got {config.grpo.advantage}")
         require(config.grpo.tokens.covariance == "none", "grpo.tokens.covariance cannot be combined with plan.pairing "
                 "all: the engine gave no log-probs of a completion under another wording")
+        require(not config.rollout.router_replay, "rollout.router_replay cannot be combined with plan.pairing all: the "
+                "engine chose no experts for a completion under another wording")
     require(plan.wordings == 1 or not config.grpo.dpo_rate, "grpo.dpo_rate cannot be combined with plan.wordings: a "
             "pair belongs to one wording of its prompt")
     require(plan.contrast != "none" or not config.reward.needs_contrast,

@@ -16,6 +16,7 @@ from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError, ConfigError
 from veripo_fast.model.checkpoint_files import opened
 from veripo_fast.model.delta_layers import serve_groups
+from veripo_fast.model.replay import instead_of, routers_of, serve_replays
 from veripo_fast.run.weight_files import weight_files
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,9 @@ def fit(model: Any, family: Family, folder: Path, adapted: bool = False) -> None
         adapted: whether adapters are all that is trained; what they cannot reach is said.
     """
     serve_groups(model, family)
-    for router in model.model.language_model.modules():
-        if type(router).__name__ == family.router_class:
-            router.forward = partial(_choose_experts, router)
+    for router in routers_of(model, family).values():
+        router.forward = partial(_choose_experts, router)
+    serve_replays(model, family)
     if family.router_class and adapted:
         log.warning("model.lora leaves the experts of %s as they are: their matrices are no linear layers; attention, "
                     "and experts that all tokens share, get adapters", folder)
@@ -78,11 +79,15 @@ def _choose_experts(router: Any, hidden_states: torch.Tensor) -> tuple[torch.Ten
     """Logits float32 [tokens, experts], and of the chosen ones weights and indices [tokens, top_k].
 
     Transformers' routers multiply in the dtype of the weights: in bfloat16 two experts that differ by less than a
-    rounding step tie, and which one wins depends on how many tokens run together.
+    rounding step tie, and which one wins depends on how many tokens run together. What is replayed (model/replay.py) is
+    weighed as if this router had chosen it.
     """
     logits = F.linear(hidden_states.reshape(-1, router.hidden_dim).float(), router.weight.float())
     probabilities = torch.softmax(logits, -1)
     weights, chosen = torch.topk(probabilities, router.top_k, dim=-1)
+    if router.replayed is not None:
+        chosen = instead_of(chosen, *router.replayed)
+        weights = probabilities.gather(-1, chosen)
     weights = weights / weights.sum(-1, keepdim=True)
     return logits, weights.to(hidden_states.dtype), chosen
 

@@ -36,6 +36,9 @@ class PackedBatch:
     """int64 [M]: completion tokens."""
     cu_seqlens: torch.Tensor
     """int64 [completions + 1]: completion i owns targets cu_seqlens[i] to cu_seqlens[i + 1]."""
+    experts: torch.Tensor | None = None
+    """int16 [T, layers, k]: which experts are replayed (`model/replay.py`), below 0 where the router chooses; None: it
+    does everywhere."""
 
 
 def packed_length(prompt: EncodedPrompt, completions: Sequence[Sequence[int]]) -> int:

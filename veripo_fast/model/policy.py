@@ -33,6 +33,7 @@ from veripo_fast.model.families import check_expert_widths, check_options, fit
 from veripo_fast.model.liger import apply_liger
 from veripo_fast.model.lora import Adapters, is_adapter
 from veripo_fast.model.packing import PackedBatch, pack
+from veripo_fast.model.replay import describe
 from veripo_fast.model.shared_prefix import PromptCache
 from veripo_fast.model.skinny import reordered
 from veripo_fast.model.step import LogprobInputs, LossInputs, PolicyStep, StepOutput
@@ -59,6 +60,7 @@ class Policy(Tower):
         whole, unread = _language_numbers(adapters, self.num_layers)
         self.text_cost = ModelCost.of(model.config, tower_trained=False, adapters=whole, unread_adapters=unread,
                                       router_balance=router_balance)
+        self.routers = describe(model, encoder.family)
         self.step = PolicyStep(model, list(encoder.pad_ids.values()), router_balance)
         self.backend: Backend = LocalBackend(self.step, self.all_parameters)
         model.model.language_model.set_attn_implementation(implementation(attention))

@@ -25,6 +25,7 @@ from veripo_fast.model.lora import head_weight
 from veripo_fast.model.packing import PackedBatch
 from veripo_fast.model.pair_weights import confidence_weights
 from veripo_fast.model.recomputation import recompute, recomputing
+from veripo_fast.model.replay import Replay
 from veripo_fast.model.shared_prefix import PromptCache, read_tokens
 from veripo_fast.model.token_inputs import TokenInputs
 from veripo_fast.types import VisionFeatures
@@ -39,7 +40,7 @@ class StepOutput(NamedTuple):
     loss: torch.Tensor | None
     """float32 scalar with a gradient; None where only log-probs were asked for."""
     metrics: dict[str, torch.Tensor]
-    """Scalars of the loss, without gradients."""
+    """Scalars of the loss, and of what was replayed, without gradients."""
     logprobs: torch.Tensor
     """float32 [M]: log-probabilities of the completion tokens."""
     share: float = 0.0
@@ -179,11 +180,16 @@ class PolicyStep(torch.nn.Module):
     def forward(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], inputs: LossInputs) -> StepOutput:
         """Run a packed row and compute its loss; `features` of each group's prompt, None without media."""
         device = self.lm_head.weight.device
-        routed = {"output_router_logits": True} if self.router_balance else {}
+        replay = Replay.of(batch, device)
+        routed: dict[str, Any] = {} if replay is None else {"replay": replay}
+        if self.router_balance:
+            routed["output_router_logits"] = True
         output = self._run(batch, features, None, **routed)
         hidden = self._read(output, batch)[batch.logit_index.to(device)]
         computed = inputs.compute(hidden, head_weight(self.lm_head), batch.targets.to(device),
                                   batch.cu_seqlens.to(device))
+        if replay is not None:
+            computed = computed._replace(metrics=computed.metrics | replay.counts())
         if not self.router_balance or computed.loss is None:
             return computed
         balance = balance_loss(self._config, output.router_logits)

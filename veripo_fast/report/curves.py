@@ -39,6 +39,8 @@ METRICS: dict[str, tuple[str, str, tuple[float, float] | None]] = {
     "clip_share": ("Clipped tokens", "share of tokens", None),
     "ratio_max": ("Largest ratio", "policy / old", None),
     "parity_max": ("Parity", "largest |trainer − engine|, nats", None),
+    "router_mismatch": ("Router mismatch", "share of (token, layer)", UNIT),
+    "router_unknown": ("Experts unknown", "share of (token, layer)", UNIT),
     "learning_rate": ("Learning rate", "", None),
     "packed_tokens": ("Packed tokens", "per optimizer step", None),
     "engine_parity_max": ("Parity gate", "largest |trainer − engine| of its prompts, nats", None),

@@ -19,7 +19,11 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     """
     if config.rollout.engine == "torch":
         return TorchEngine(policy)
-    family = policy.encoder.family
+    family, rollout = policy.encoder.family, config.rollout
+    if rollout.router_replay and policy.routers is None:
+        can = {name: entry for name, entry in FAMILIES.items() if entry.router_class}
+        raise ConfigError(f"rollout.router_replay replays the choice of experts, and {family.name} has none; "
+                          f"{names(can)} have; set it to false")
     if not family.engine_rules:
         can = {name: entry for name, entry in FAMILIES.items() if entry.engine_rules}
         raise ConfigError(f"rollout.engine is vllm, to which the weights of {family.name} cannot be handed over yet; "
@@ -29,6 +33,6 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     from veripo_fast.rollout.vllm_library import check_version
 
     check_version(family)
-    rollout = config.rollout
     return VllmEngine(policy, limits_of(config, policy), vision=rollout.vision, weights=rollout.weights,
-                      stall_seconds=rollout.stall_seconds, tensor_parallel=rollout.tensor_parallel)
+                      stall_seconds=rollout.stall_seconds, tensor_parallel=rollout.tensor_parallel,
+                      router_replay=rollout.router_replay)

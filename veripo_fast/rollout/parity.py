@@ -17,8 +17,8 @@ import torch
 
 from veripo_fast.config.schema import Config
 from veripo_fast.errors import TrainingError
-from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
+from veripo_fast.model.replay import pack_rollouts
 from veripo_fast.rollout.protocol import RolloutEngine, Sampling
 from veripo_fast.types import Completion, LoadedPrompt, MediaInputs, RolloutGroup
 
@@ -112,7 +112,7 @@ class ParityGate:
         gaps: list[float] = []
         first = worst = None
         for prompt, group in rows:
-            trained = trainer_logprobs(self.policy, prompt, group.completions, sampling.temperature)
+            trained = trainer_logprobs(self.policy, prompt, group, sampling.temperature)
             for completion, own in zip(group.completions, trained, strict=True):
                 found = logprob_gaps(own, completion.rollout_logprobs)
                 if max(found) >= max(gaps, default=0.0):
@@ -162,13 +162,14 @@ class ParityGate:
         return bool(read) and self.measure(read + rest, sampling).first is None
 
 
-def trainer_logprobs(policy: Policy, prompt: LoadedPrompt, completions: Sequence[Completion], temperature: float
+def trainer_logprobs(policy: Policy, prompt: LoadedPrompt, group: RolloutGroup, temperature: float
                      ) -> list[list[float]]:
-    """The policy's log-probs of the tokens of each completion; temperature 0 counts as 1, as in sampling."""
+    """The policy's log-probs of the tokens of each completion; temperature 0 counts as 1, as in sampling. Where the
+    engine told which experts it chose, they are those of an update, which replays them."""
     with torch.no_grad():
-        batch = pack([(prompt.encoded, [completion.token_ids for completion in completions])])
+        batch = pack_rollouts([(prompt.encoded, group)], policy.routers)
         logprobs = policy.completion_logprobs(batch, [prompt.features], temperature=temperature or 1.0)
-    return [row.tolist() for row in logprobs.split([len(completion.token_ids) for completion in completions])]
+    return [row.tolist() for row in logprobs.split([len(completion.token_ids) for completion in group.completions])]
 
 
 def largest_gap(policy: Policy, prompts: Sequence[LoadedPrompt], groups: Sequence[RolloutGroup], temperature: float
@@ -176,7 +177,7 @@ def largest_gap(policy: Policy, prompts: Sequence[LoadedPrompt], groups: Sequenc
     """Largest difference between the log-probs of sampled groups and the policy's, in nats."""
     gaps = [0.0]
     for prompt, group in zip(prompts, groups, strict=True):
-        trained = trainer_logprobs(policy, prompt, group.completions, temperature)
+        trained = trainer_logprobs(policy, prompt, group, temperature)
         for completion, own in zip(group.completions, trained, strict=True):
             gaps += logprob_gaps(own, completion.rollout_logprobs)
     return max(gaps)

@@ -3,7 +3,8 @@
 Columns: stage, step, policy_version, prompt_id, problem_type, gold, group (index in the step), index (in the group),
 prompt (JSON of the whole Prompt), think_opened, token_ids, text, rollout_logprobs, finish_reason, accuracy, format,
 reward, advantage, columns (JSON of the number of each term of the reward). Files without think_opened or columns were
-written before these existed; there they mean false and none.
+written before these existed; there they mean false and none. With `rollout.router_replay` there are two more, experts
+and prompt_experts (in the first row of each group): int16 as in `types.py`, which an update alone reads.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from veripo_fast.types import Completion, Form, Image, Message, Prompt, RolloutG
 _SCORES = ("accuracy", "format", "reward", "advantage")
 _TOLD = ("reference_logprobs", "answer_tokens", "frame_likeness")
 """What rewards were told, which a stored group that has its rewards needs no more."""
+_EXPERTS = ("experts", "prompt_experts")
 
 
 def prompt_to_json(prompt: Prompt) -> str:
@@ -73,13 +75,15 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def write_groups(path: Path, groups: Iterable[RolloutGroup], stage: str, step: int) -> None:
-    """Store the groups of one step."""
+def write_groups(path: Path, groups: Iterable[RolloutGroup], stage: str, step: int, *, experts: bool = False) -> None:
+    """Store the groups of one step, and where they have them the `experts` that the engine chose."""
     rows = []
     for number, group in enumerate(groups):
         prompt = prompt_to_json(group.prompt)
         for index, completion in enumerate(group.completions):
-            fields = {name: value for name, value in asdict(completion).items() if name not in _TOLD}
+            fields = {name: value for name, value in asdict(completion).items() if name not in (*_TOLD, *_EXPERTS)}
+            if experts and group.prompt_experts is not None:
+                fields |= {"experts": completion.experts, "prompt_experts": None if index else group.prompt_experts}
             rows.append({"stage": stage, "step": step, "prompt_id": group.prompt.prompt_id,
                          "problem_type": group.prompt.problem_type, "gold": group.prompt.gold,
                          "group": number, "index": index, "prompt": prompt,
@@ -88,18 +92,25 @@ def write_groups(path: Path, groups: Iterable[RolloutGroup], stage: str, step: i
     write_table(pa.Table.from_pylist(rows), path)
 
 
-def read_groups(path: Path) -> list[RolloutGroup]:
-    """Read one step back, groups and completions in the order they were written."""
+def read_groups(path: Path, *, experts: bool = False) -> list[RolloutGroup]:
+    """Read one step back, groups and completions in the order they were written.
+
+    Args:
+        experts: whether to read those that the engine chose, too, which are many bytes.
+    """
     try:
-        rows = pq.read_table(path).to_pylist()
+        names = pq.read_schema(path).names
+        rows = pq.read_table(path, columns=[name for name in names if experts or name not in _EXPERTS]).to_pylist()
         groups: dict[int, RolloutGroup] = {}
         for row in rows:
             group = groups.setdefault(row["group"], RolloutGroup(
-                prompt_from_json(row["prompt"]), [], row.get("think_opened", False)))
+                prompt_from_json(row["prompt"]), [], row.get("think_opened", False),
+                prompt_experts=row.get("prompt_experts")))
             group.completions.append(Completion(
                 token_ids=row["token_ids"], text=row["text"], rollout_logprobs=row["rollout_logprobs"],
                 finish_reason=row["finish_reason"], policy_version=row["policy_version"],
-                columns=json.loads(row.get("columns") or "{}"), **{name: row[name] for name in _SCORES}))
+                columns=json.loads(row.get("columns") or "{}"), experts=row.get("experts"),
+                **{name: row[name] for name in _SCORES}))
     except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path} is not a rollout file of veripo: {error}") from error
     return list(groups.values())

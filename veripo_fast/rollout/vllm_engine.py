@@ -45,19 +45,19 @@ class VllmEngine:
         weights: `alias` shares the trainer's weights wherever it can, `copy` keeps a second copy.
         stall_seconds: an engine that computes nothing for so long ends the process.
         tensor_parallel: neighbouring ranks that share one engine; torch.distributed must be initialised.
+        router_replay: whether completions come with the experts that were chosen; the policy must have some.
 
     Raises:
         ConfigError: no vLLM, or a version that was not tested or does not call what is replaced.
     """
 
     def __init__(self, policy: Policy, limits: EngineLimits, *, vision: Vision = "output", weights: Weights = "alias",
-                 stall_seconds: float = 600.0, tensor_parallel: int = 1) -> None:
+                 stall_seconds: float = 600.0, tensor_parallel: int = 1, router_replay: bool = False) -> None:
         self.library_version = library.check_version(policy.encoder.family)
-        self.policy = policy
-        self.limits = limits
+        self.policy, self.limits = policy, limits
         self.vision: Vision = vision
         self.weights: Weights = "copy" if policy.backend.distributed else weights  # a shard is no part of an engine
-        self.tensor_parallel = tensor_parallel
+        self.tensor_parallel, self.router_replay = tensor_parallel, router_replay
         self.watchdog = Watchdog(stall_seconds)
         self.engine: Any = None
         self.rebuilds = self._requests = 0
@@ -144,7 +144,7 @@ class VllmEngine:
                 self._add(name, item, sampling, seeds[number])
             for output in self._steps():
                 number = numbers[output.request_id]
-                groups[number] = group_of(prompts[number], output, sampling, self.policy)
+                groups[number] = group_of(prompts[number], output, sampling, self.policy, experts=self.router_replay)
                 if on_group is not None:
                     call(on_group, number, groups[number])
         return [groups[number] for number in range(len(prompts))]
@@ -212,7 +212,8 @@ class VllmEngine:
         """Build the engine; one that cannot be used does not stay."""
         started = time.perf_counter()
         with guarded(self._shut_down):
-            self.engine = library.build(self.policy, self.limits, tensor_parallel=self.tensor_parallel)
+            self.engine = library.build(self.policy, self.limits, tensor_parallel=self.tensor_parallel,
+                                        returns_experts=self.router_replay)
             self._connect(started)
 
     def _connect(self, started: float) -> None:

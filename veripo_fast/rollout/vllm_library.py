@@ -29,6 +29,7 @@ from veripo_fast.rollout.engine_input import MediumInput
 from veripo_fast.rollout.limits import EngineLimits
 from veripo_fast.rollout.process_state import group_kept, process_kept
 from veripo_fast.rollout.vllm_cpu import compute_in_torch, forget_shared_memory
+from veripo_fast.rollout.vllm_experts import record
 
 TESTED = ("0.31", "0.32")
 """Minor versions that the tests ran with."""
@@ -71,11 +72,12 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def build(policy: Policy, limits: EngineLimits, *, tensor_parallel: int = 1) -> Any:
+def build(policy: Policy, limits: EngineLimits, *, tensor_parallel: int = 1, returns_experts: bool = False) -> Any:
     """An engine of this process with the shapes of a policy's checkpoint and random weights.
 
     Where there are ranks, `tensor_parallel` neighbours share one engine, each of them driven by its own trainer.
-    Random numbers, thread count and default dtype of the process stay what they were.
+    Random numbers, thread count and default dtype of the process stay what they were. With `returns_experts` outputs
+    tell which experts were chosen, on a CPU by `vllm_experts.record`, because vLLM does it in its runner of GPUs alone.
     """
     family, gpu = policy.encoder.family, policy.device.type == "cuda"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the trainer reads and writes its weights
@@ -112,7 +114,8 @@ def build(policy: Policy, limits: EngineLimits, *, tensor_parallel: int = 1) -> 
             ranks["hf_overrides"] = {"text_config": {"norm_topk_prob": True}}
             if gpu:
                 ranks["moe_backend"] = "triton"  # others turn and swap the matrices of experts after loading
-        return LLMEngine.from_engine_args(EngineArgs(
+                ranks["enable_return_routed_experts"] = returns_experts
+        engine = LLMEngine.from_engine_args(EngineArgs(
             model=str(policy.encoder.path), load_format="dummy", dtype=str(policy.model.dtype).removeprefix("torch."),
             generation_config="vllm", seed=0, enforce_eager=not gpu, enable_sleep_mode=gpu,
             max_model_len=limits.context_tokens, max_num_batched_tokens=limits.batched_tokens,
@@ -120,6 +123,11 @@ def build(policy: Policy, limits: EngineLimits, *, tensor_parallel: int = 1) -> 
             limit_mm_per_prompt={"image": _MEDIA_PER_PROMPT, "video": _MEDIA_PER_PROMPT}, mm_processor_cache_gb=0,
             enable_mm_embeds=True, mm_device_do_normalize=False, skip_mm_profiling=True,
             logprobs_mode="raw_logprobs", disable_log_stats=True, **ranks))
+    if returns_experts and not gpu:
+        from vllm.model_executor.layers.fused_moe.routed_experts_capturer import bind_routed_experts_capturer
+
+        record(runner_of(engine), engine.engine_core.engine_core.scheduler, bind_routed_experts_capturer)
+    return engine
 
 
 def runner_of(engine: Any) -> Any:

@@ -22,8 +22,9 @@ from veripo_fast.data.order import prompt_order
 from veripo_fast.distributed.shares import over_ranks, padded
 from veripo_fast.distributed.world import ONE
 from veripo_fast.errors import DataError
-from veripo_fast.model.packing import micro_batches, pack, packed_length
+from veripo_fast.model.packing import micro_batches, packed_length
 from veripo_fast.model.policy import Policy
+from veripo_fast.model.replay import pack_rollouts
 from veripo_fast.model.step import PolicyLossInputs
 from veripo_fast.reward.groups import has_signal
 from veripo_fast.reward.score import scores_of
@@ -38,7 +39,7 @@ from veripo_fast.stages.online import Harvest, PairTerm, families_of
 from veripo_fast.stages.optimizer import Optimizer, step_policy
 from veripo_fast.stages.pair_rows import PairRow
 from veripo_fast.stages.reference import Reference, stage_reference
-from veripo_fast.stages.rollout_metrics import column_metrics, rollout_metrics
+from veripo_fast.stages.rollout_metrics import ROUTER_COUNTS, column_metrics, rollout_metrics, router_shares
 from veripo_fast.stages.samples import table
 from veripo_fast.stages.session import Session
 from veripo_fast.stages.update_rows import UpdateRow, joined, logprobs_of, token_inputs
@@ -212,14 +213,15 @@ class GrpoUpdate:
                 self._idle()
                 continue
             for name, value in self._backward([own[i] for i in numbers], counts, fresh).items():
-                metrics[name] = max(metrics[name], value) if name.endswith("_max") else metrics[name] + value
+                known = metrics.get(name, 0.0)
+                metrics[name] = max(known, value) if name.endswith("_max") else known + value
         metrics = over_ranks(metrics, self.world)
         if self.term is not None:
             metrics |= self.term.backward(*pairs, len(part))
         stepped = step_policy(self.policy, self.optimizer)
-        largest = metrics.pop("parity_max")
+        largest, routed = metrics.pop("parity_max"), router_shares(metrics)
         compared = fresh and self.config.plan.pairing == "own" and not self.config.model.lora.dropout
-        engine = {"parity_max": largest} if compared else {}
+        engine = {"parity_max": largest} | routed if compared else {}
         if stepped["skipped_updates"]:
             return stepped | engine
         return metrics | engine | stepped
@@ -237,13 +239,14 @@ class GrpoUpdate:
         prompts = [row.prompt for row in rows]
         completions = [c for row in rows for c in row.group.completions]
         advantages = [value for row in rows for value in scores_of(row.group, "advantage")]
-        batch = pack([(row.prompt.encoded, [c.token_ids for c in row.group.completions]) for row in rows])
+        batch = pack_rollouts([(row.prompt.encoded, row.group) for row in rows], self.policy.routers)
         rollout_logprobs = torch.tensor([v for c in completions for v in c.rollout_logprobs], device=device)
         ref_logprobs = None
         if self.ref is not None:
             with torch.no_grad():
-                ref_logprobs = self.ref.completion_logprobs(batch, self.ref.features_of(prompts),
-                                                            temperature=self.config.rollout.temperature)
+                ref_logprobs = self.ref.completion_logprobs(
+                    replace(batch, experts=None), self.ref.features_of(prompts),  # its routers choose for themselves
+                    temperature=self.config.rollout.temperature)
         old_logprobs = None if fresh else joined([row.old_logprobs for row in rows], rollout_logprobs)
         output = self.policy.forward(batch, self.policy.features_of(prompts), PolicyLossInputs(
             self.loss, torch.tensor(advantages, device=device), old_logprobs, ref_logprobs,
@@ -253,6 +256,7 @@ class GrpoUpdate:
         loss = self.optimizer.backward(output.loss)
         clipped = output.metrics["clip_low_share"] + output.metrics["clip_high_share"]
         bonus = {"entropy": output.metrics["entropy"].item()} if self.loss.entropy_coef else {}
+        bonus |= {name: output.metrics[name].item() for name in ROUTER_COUNTS if name in output.metrics}
         return bonus | {
             "loss": loss, "parity_max": parity(output.logprobs, rollout_logprobs), "clip_share": clipped.item(),
             "kl": output.metrics["kl"].item(), "ratio_max": output.metrics["ratio_max"].item()}

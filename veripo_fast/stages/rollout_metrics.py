@@ -29,6 +29,18 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
             "prompts": len(groups)}
 
 
+ROUTER_COUNTS = ("router_choices", "router_differing", "router_unknown")
+"""What a pass that replays experts counts (`model/replay.py: Replay`)."""
+
+
+def router_shares(metrics: dict[str, float]) -> dict[str, float]:
+    """Takes the counts out of the sums of an update, and gives their shares; nothing where none was replayed."""
+    if ROUTER_COUNTS[0] not in metrics:
+        return {}
+    choices, differing, unknown = (metrics.pop(name) for name in ROUTER_COUNTS)
+    return {"router_mismatch": differing / max(choices, 1.0), "router_unknown": unknown / max(choices + unknown, 1.0)}
+
+
 def column_metrics(groups: Sequence[RolloutGroup], config: RewardConfig) -> dict[str, Any]:
     """Under `columns` the mean of each term of the reward, before gate and weight; accuracy and format have means of
     their own. With `on_error: count` the number of prompts for which a function failed."""

@@ -40,22 +40,23 @@ def stage_rollouts(run: RunDir, config: Config, name: str, some_may_be_gone: boo
     return groups
 
 
-def stored_groups(path: Path, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, policy_version: int, world: World
-                  ) -> list[RolloutGroup] | None:
+def stored_groups(path: Path, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, policy_version: int, world: World,
+                  *, replayed: bool = False) -> list[RolloutGroup] | None:
     """This rank's groups of a step, in the order of its prompts; None where they are not those of the step. Collective.
 
     Args:
         path: where the step's rollouts lie when they are finished.
         loaded: this rank's prompts.
         policy_version: optimizer steps behind the weights that the step samples from.
+        replayed: whether the update replays the experts that the engine chose, which they then must have.
     """
-    groups = world.on_main(lambda: _read(path))
+    groups = world.on_main(lambda: _read(path, replayed))
     numbers = sorted(set().union(*world.gather(set(loaded))))
     own: list[RolloutGroup] = []
     fits = groups is not None and len(groups) == len(numbers)
     if groups is not None and fits:
         own = [groups[numbers.index(number)] for number in loaded]
-        fits = all(_is_of(group, prompt, sampling, policy_version)
+        fits = all(_is_of(group, prompt, sampling, policy_version) and (not replayed or _has_experts(group))
                    for group, prompt in zip(own, loaded.values(), strict=True))
     if not numbers or world.most(not fits):
         return None
@@ -64,9 +65,9 @@ def stored_groups(path: Path, loaded: Mapping[int, LoadedPrompt], sampling: Samp
     return own
 
 
-def _read(path: Path) -> list[RolloutGroup] | None:
+def _read(path: Path, experts: bool) -> list[RolloutGroup] | None:
     try:
-        return read_groups(path) if path.is_file() else None
+        return read_groups(path, experts=experts) if path.is_file() else None
     except DataError as error:
         log.warning("%s; the step is sampled again", error)
         return None
@@ -75,3 +76,7 @@ def _read(path: Path) -> list[RolloutGroup] | None:
 def _is_of(group: RolloutGroup, prompt: LoadedPrompt, sampling: Sampling, policy_version: int) -> bool:
     return (group.prompt == prompt.prompt and len(group.completions) == sampling.group_size
             and all(completion.policy_version == policy_version for completion in group.completions))
+
+
+def _has_experts(group: RolloutGroup) -> bool:
+    return group.prompt_experts is not None and all(row.experts is not None for row in group.completions)

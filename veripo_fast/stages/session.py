@@ -137,7 +137,8 @@ class Session(Loading):
             TrainingError: the engine failed twice, or its log-probs are not the trainer's.
         """
         prompts = list(loaded.values())
-        groups, sampled = self._stored(loaded, sampling, kept), False
+        replayed = check and self.config.rollout.router_replay  # what is not checked is not trained on either
+        groups, sampled = self._stored(loaded, sampling, kept, replayed), False
         if groups is None:
             if self._optimizer is not None and self._optimizer.config.offload:
                 with self.phase("offload"):
@@ -160,12 +161,12 @@ class Session(Loading):
             self.work.counts["engine_rebuilds"] = float(self.engine.rebuilds)
         return dict(zip(loaded, groups, strict=True))
 
-    def _stored(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, path: Path | None
+    def _stored(self, loaded: Mapping[int, LoadedPrompt], sampling: Sampling, path: Path | None, replayed: bool
                 ) -> list[RolloutGroup] | None:
         """The finished groups of the first step behind the checkpoint, which a stop kept from their update."""
         if path is None or self.state.global_step != self._began_at or self.allow_changes:
             return None
-        return stored_groups(path, loaded, sampling, self.policy.version, self.world)
+        return stored_groups(path, loaded, sampling, self.policy.version, self.world, replayed=replayed)
 
     def finish_step(self, values: Mapping[str, Any], **shown: float) -> None:
         """Count the step, write its metrics, then save if it is time or the run was asked to stop.
@@ -261,7 +262,7 @@ class Session(Loading):
         """Store the groups of the step that runs."""
         if self.world.main:
             stage, step = self._stage.name, self.state.step
-            write_groups(self.run.rollouts(stage, step), groups, stage, step)
+            write_groups(self.run.rollouts(stage, step), groups, stage, step, experts=True)
 
     def stage_groups(self, name: str) -> list[RolloutGroup]:
         """All rollouts of an earlier stage, in the order they were made. Raises DataError when some are gone."""

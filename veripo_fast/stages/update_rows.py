@@ -10,8 +10,8 @@ import torch
 from veripo_fast.config.tokens import TokensConfig
 from veripo_fast.distributed.shares import padded
 from veripo_fast.distributed.world import World
-from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
+from veripo_fast.model.replay import pack_rollouts
 from veripo_fast.model.token_inputs import TokenInputs
 from veripo_fast.types import LoadedPrompt, RolloutGroup
 
@@ -37,7 +37,7 @@ def logprobs_of(policy: Policy, rows: Sequence[UpdateRow], temperature: float, w
         if row is None:
             policy.idle()
             continue
-        batch = pack([(row.prompt.encoded, [c.token_ids for c in row.group.completions])])
+        batch = pack_rollouts([(row.prompt.encoded, row.group)], policy.routers)
         known.append(policy.completion_logprobs(batch, [row.prompt.features], temperature=temperature))
     return known
 
