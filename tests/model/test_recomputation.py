@@ -135,6 +135,28 @@ def test_adapters(family: str) -> None:
         assert same_bits(again, results(policy))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_is_kept_for_an_output_that_nobody_saved(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient checkpointing saves the inputs of layers alone."""
+    policy, sizes = policies.policy("qwen2_5_vl"), []
+    plain = recomputation._Known.add
+
+    def add(known: recomputation._Known, output: torch.Tensor, compute: recomputation.Compute) -> None:
+        plain(known, output, compute)
+        sizes.append(len(known.by_address))
+
+    monkeypatch.setattr(recomputation._Known, "add", add)
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.model.train()
+    try:
+        policy.hidden(*two_groups(policy))
+    finally:
+        policy.model.gradient_checkpointing_disable()
+        policy.model.eval()
+    assert len(sizes) > 3 * policy.num_layers and max(sizes) <= 2, "norm and MLP, or norm and attention"
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
 def test_gradient_checkpointing_runs_the_same(family: str) -> None:
     policy = policies.policy(family)
@@ -166,7 +188,7 @@ def test_nothing_is_known_outside_of_a_pass() -> None:
     output = torch.ones(3)
     assert recomputation.computed_by(output, lambda: torch.zeros(3)) is output
     with torch.no_grad(), recomputation.recomputing():
-        assert recomputation._known is None
+        assert recomputation._known.get() is None
     with recomputation.recomputing():
-        assert recomputation._known is not None
-    assert recomputation._known is None
+        assert recomputation._known.get() is not None
+    assert recomputation._known.get() is None

@@ -7,7 +7,6 @@ import torch
 
 from tests.support import policies
 from veripo_fast.config.families import FAMILIES
-from veripo_fast.model import shared_prefix
 from veripo_fast.model.packing import micro_batches, pack
 from veripo_fast.model.plain import plain_logprobs
 from veripo_fast.model.policy import Policy
@@ -94,11 +93,9 @@ def test_completions_are_attended_in_blocks_when_the_mask_would_be_large(monkeyp
     with torch.no_grad():
         whole = policy.completion_logprobs(pack([(prompt, completions)]), [None])
         monkeypatch.setattr(blocks, "MAX_MASK_ELEMENTS", 1)
-        shared_prefix._added_masks.cache_clear()
         batch = pack([(prompt, completions)])
         assert [tokens for tokens, _ in batch.groups[0].blocks] == [5, 8, 3, 7]
         assert (policy.completion_logprobs(batch, [None]) - whole).abs().max() < 1e-5
-    shared_prefix._added_masks.cache_clear()
 
 
 @pytest.mark.parametrize(("prompt", "completions", "expected"), [

@@ -19,6 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -53,17 +54,26 @@ class _Again:
 
 
 class _Known:
-    """Outputs of the pass that runs, by their storage, while they live: (the output, how to compute it)."""
+    """Outputs of the pass that runs, by their storage, while they live: (the output, how to compute it).
+
+    What an output is computed from lives no longer for it, unless somebody saved the output.
+    """
 
     def __init__(self) -> None:
-        self._by_address: dict[int, tuple[weakref.ref[torch.Tensor], _Again]] = {}
+        self.by_address: dict[int, tuple[weakref.ref[torch.Tensor], _Again]] = {}
 
     def add(self, output: torch.Tensor, compute: Compute) -> None:
-        self._by_address[output.untyped_storage().data_ptr()] = weakref.ref(output), _Again(compute)
+        address, known = output.untyped_storage().data_ptr(), self.by_address
+
+        def gone(output: weakref.ref[torch.Tensor]) -> None:
+            if address in known and known[address][0] is output:
+                del known[address]
+
+        known[address] = weakref.ref(output, gone), _Again(compute)
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        output, again = self._by_address.get(tensor.untyped_storage().data_ptr(), (None, None))
-        if output is None or again is None or output() is None:  # a storage may be at the place of one that is gone
+        _, again = self.by_address.get(tensor.untyped_storage().data_ptr(), (None, None))
+        if again is None:
             return tensor
         again.savers += 1
         return again, tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -76,28 +86,29 @@ class _Known:
         return again.get().as_strided(shape, stride, offset)
 
 
-_known: _Known | None = None
+_known: ContextVar[_Known | None] = ContextVar("known", default=None)  # of a thread, as hooks are
 
 
 @contextmanager
 def recomputing() -> Iterator[None]:
     """A block around a forward pass whose layers `recompute` has changed; without gradients it does nothing."""
-    global _known
     if not torch.is_grad_enabled():
         yield
         return
-    before, _known = _known, _Known()
+    known = _Known()
+    before = _known.set(known)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_known.pack, _known.unpack):
+        with torch.autograd.graph.saved_tensors_hooks(known.pack, known.unpack):
             yield
     finally:
-        _known = before
+        _known.reset(before)
 
 
 def computed_by(output: torch.Tensor, compute: Compute) -> torch.Tensor:
     """`output`, which those who save it now compute again by `compute`: a contiguous tensor of the same values."""
-    if _known is not None and output.is_contiguous():
-        _known.add(output, compute)
+    known = _known.get()
+    if known is not None and output.is_contiguous():
+        known.add(output, compute)
     return output
 
 

@@ -69,12 +69,15 @@ def read_tokens(groups: tuple[GroupSpan, ...], device: torch.device) -> torch.Te
 def _added_masks(groups: tuple[GroupSpan, ...], like: tuple[torch.dtype, torch.device]) -> list[list[torch.Tensor]]:
     """Of each group and block: 0 where a completion token may look, else -inf, of a dtype and on a device.
 
-    SDPA makes this of a bool mask, and saves it for the backward pass: made here, all layers save the same.
+    SDPA makes this of a bool mask, and saves it for the backward pass: made here, all layers save the same. Behind a
+    pass `forget_masks` leaves them to who saved them.
     """
     dtype, device = like
     return [[torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf")).to(device)
              for _, mask in group.blocks] for group in groups]
 
+
+forget_masks = _added_masks.cache_clear
 
 Attend: TypeAlias = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, tuple[GroupSpan, ...], float | None], torch.Tensor]

@@ -26,7 +26,7 @@ from veripo_fast.model.packing import PackedBatch
 from veripo_fast.model.pair_weights import confidence_weights
 from veripo_fast.model.recomputation import recompute, recomputing
 from veripo_fast.model.replay import Replay
-from veripo_fast.model.shared_prefix import PromptCache, read_tokens
+from veripo_fast.model.shared_prefix import PromptCache, forget_masks, read_tokens
 from veripo_fast.model.token_inputs import TokenInputs
 from veripo_fast.types import VisionFeatures
 
@@ -209,11 +209,14 @@ class PolicyStep(torch.nn.Module):
     def _run(self, batch: PackedBatch, features: Sequence[VisionFeatures | None], cache: PromptCache | None,
              **options: Any) -> Any:
         device = self.lm_head.weight.device
-        with recomputing():
-            return self._output(
-                batch.token_ids.to(device)[None], batch.positions.to(device)[:, None],
-                [item for item in features if item is not None], groups=batch.groups, cache=cache, trim=self._trimmed,
-                **options)
+        try:
+            with recomputing():
+                return self._output(
+                    batch.token_ids.to(device)[None], batch.positions.to(device)[:, None],
+                    [item for item in features if item is not None], groups=batch.groups, cache=cache,
+                    trim=self._trimmed, **options)
+        finally:
+            forget_masks()
 
     def run_language_model(self, ids: torch.Tensor, positions: torch.Tensor, features: Sequence[VisionFeatures],
                            **attention: Any) -> torch.Tensor:

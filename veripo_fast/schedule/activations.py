@@ -134,6 +134,13 @@ def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int
             + sum(max(size for count, size in kind if count) for kind in kinds))
 
 
+def liger_token_bytes(shape: ModelShape, itemsize: int) -> int:
+    """What a token saves more in all layers where norms and dense MLPs are Liger's, which nothing computes again: what
+    the norms give, and what is multiplied."""
+    mixtures = shape.experts.layers if shape.experts else 0
+    return (shape.layers * 2 * shape.hidden + (shape.layers - mixtures) * shape.intermediate) * itemsize
+
+
 def unread_bytes(shape: ModelShape, row: Row, itemsize: int) -> int:
     """What a trimmed last layer (model/last_layer.py) saves less than others: of the prompt tokens that nobody reads
     all behind their attention. Its parts have copies of the others' inputs."""

@@ -18,6 +18,7 @@ from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.schedule.activations import (
     Row,
     layer_working_bytes,
+    liger_token_bytes,
     loss_bytes,
     row_of,
     saved_bytes,
@@ -199,6 +200,8 @@ class Ledger:
         trimmed = shape.trims_last_layer(model.router_balance)
         layers = saved_bytes(shape, row, b, self.masked, False, trimmed)
         saved = {"activations": saved_bytes(shape, row, b, self.masked, model.gradient_checkpointing, trimmed)}
+        if model.liger and not model.gradient_checkpointing:
+            saved["activations"] += row.tokens * liger_token_bytes(shape, b)
         if self.trained_tower:
             patches = round(self.work.patches * row.groups)
             saved["tower activations"] = tower_saved_bytes(shape.tower, patches, b)
@@ -256,8 +259,9 @@ class Ledger:
         return {"tower output": max(prompts * entry, cached)}
 
     def _forward(self, row: Row) -> Owners:
-        return {"activations": layer_working_bytes(self.shape, row.sequences, self.itemsize)
-                + row.tokens * self.shape.hidden * self.itemsize, "gathered layers": self.held.gathered}
+        activations = layer_working_bytes(self.shape, row.sequences, self.itemsize)
+        activations += (row.tokens * self.shape.hidden + (row.mask_numbers if self.masked else 0)) * self.itemsize
+        return {"activations": activations, "gathered layers": self.held.gathered}
 
     def _host(self, prompts: int = 0) -> Owners:
         """What lies in host memory all the time, with the buffers that the media of `prompts` prompts were in."""
