@@ -114,14 +114,19 @@ def train(size: int, config: Path, *arguments: object, **options: Any) -> list[E
 
 
 def assert_close(run_folder: Path, other_folder: Path) -> None:
-    """The same run up to rounding: equal tokens, rewards and evaluations, metrics to 1e-4, weights to 1e-4."""
+    """The same run up to rounding: equal tokens, rewards and evaluations, metrics to 1e-4, norms of gradients to 1e-3.
+
+    AdamW divides a gradient by its own size. So a weight whose gradient is rounding moves by up to the learning rate of
+    `runs.config`, 1e-3, either way: that bounds single weights, 1e-5 the mean of each tensor.
+    """
     one, other = RunDir(run_folder), RunDir(other_folder)
     ours, theirs = records(one.metrics), records(other.metrics)
     assert len(ours) == len(theirs)
     for row, expected in zip(ours, theirs, strict=True):
         for name in expected.keys() - ROUNDED:
             number = isinstance(expected[name], float)
-            assert row[name] == (pytest.approx(expected[name], rel=1e-4, abs=1e-6) if number else expected[name]), name
+            close = pytest.approx(expected[name], rel=1e-3 if "grad_norm" in name else 1e-4, abs=1e-6)
+            assert row[name] == (close if number else expected[name]), name
     scores = [[{name: value for name, value in row.items() if name != "seconds"} for row in read_records(run.evals)]
               for run in (one, other)]
     assert scores[0] == scores[1]
@@ -132,4 +137,6 @@ def assert_close(run_folder: Path, other_folder: Path) -> None:
     ends = [load_file(run.checkpoints / (run.checkpoints / "latest").read_text().strip() / "model.safetensors")
             for run in (one, other)]
     assert ends[0].keys() == ends[1].keys()
-    assert max(float((ends[0][name] - ends[1][name]).abs().max()) for name in ends[0]) < 1e-4
+    apart = [(ends[0][name] - ends[1][name]).abs() for name in ends[0]]
+    assert max(float(values.max()) for values in apart) < 1e-3
+    assert max(float(values.mean()) for values in apart) < 1e-5
