@@ -194,9 +194,9 @@ def test_a_prompt_read_otherwise(engine_of: Callable[..., VllmEngine], monkeypat
     engine = engine_of(own_policy("qwen3_vl"))
     plain = module.group_of
 
-    def group_of(item: LoadedPrompt, output: Any, *rest: Any) -> Any:
+    def group_of(item: LoadedPrompt, output: Any, *rest: Any, **named: Any) -> Any:
         output.prompt_token_ids = output.prompt_token_ids[:5] + output.prompt_token_ids[4:]
-        return plain(item, output, *rest)
+        return plain(item, output, *rest, **named)
 
     monkeypatch.setattr(module, "group_of", group_of)
     with pytest.raises(TrainingError, match=r"read a prompt of \d+ tokens where \d+ were given; the first that"):
