@@ -37,9 +37,11 @@ def saved_by(policy: Policy, forward: Callable[[], object]) -> int:
 
     def pack(known: recomputation._Known, tensor: torch.Tensor) -> Any:
         packed = plain_pack(known, tensor)
-        if packed is not tensor:
+        if isinstance(packed, recomputation._Saved):
+            keep(packed.tensor)
+        else:
             keep([cell.cell_contents for cell in packed[0].compute.__closure__])
-        return keep(packed)
+        return packed
 
     plain_pack = recomputation._Known.pack
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -53,6 +53,13 @@ class _Again:
         return found
 
 
+class _Saved:
+    """A tensor that is saved itself."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor: torch.Tensor | None = tensor
+
+
 class _Known:
     """Outputs of the pass that runs, by their storage, while they live: (the output, how to compute it).
 
@@ -61,6 +68,7 @@ class _Known:
 
     def __init__(self) -> None:
         self.by_address: dict[int, tuple[weakref.ref[torch.Tensor], _Again]] = {}
+        self._saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def add(self, output: torch.Tensor, compute: Compute) -> None:
         address, known = output.untyped_storage().data_ptr(), self.by_address
@@ -71,17 +79,26 @@ class _Known:
 
         known[address] = weakref.ref(output, gone), _Again(compute)
 
+    def drop(self) -> None:
+        """Let go of all that was saved: of a pass that failed, whose graph nobody can run."""
+        for saved in self._saved:
+            saved.tensor = None
+        self.by_address.clear()
+
     def pack(self, tensor: torch.Tensor) -> Any:
         _, again = self.by_address.get(tensor.untyped_storage().data_ptr(), (None, None))
         if again is None:
-            return tensor
+            saved = _Saved(tensor)
+            self._saved.add(saved)
+            return saved
         again.savers += 1
         return again, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     @staticmethod
     def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
+        if isinstance(packed, _Saved):
+            assert packed.tensor is not None, "a pass that failed has no gradients"
+            return packed.tensor
         again, shape, stride, offset = packed
         return again.get().as_strided(shape, stride, offset)
 
@@ -100,6 +117,9 @@ def recomputing() -> Iterator[None]:
     try:
         with torch.autograd.graph.saved_tensors_hooks(known.pack, known.unpack):
             yield
+    except BaseException:
+        known.drop()
+        raise
     finally:
         _known.reset(before)
 
