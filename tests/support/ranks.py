@@ -125,8 +125,8 @@ def assert_close(run_folder: Path, other_folder: Path) -> None:
     for row, expected in zip(ours, theirs, strict=True):
         for name in expected.keys() - ROUNDED:
             number = isinstance(expected[name], float)
-            close = pytest.approx(expected[name], rel=1e-3 if "grad_norm" in name else 1e-4, abs=1e-6)
-            assert row[name] == (close if number else expected[name]), name
+            rel = 1e-3 if "grad_norm" in name else 1e-4
+            assert row[name] == (pytest.approx(expected[name], rel=rel, abs=1e-6) if number else expected[name]), name
     scores = [[{name: value for name, value in row.items() if name != "seconds"} for row in read_records(run.evals)]
               for run in (one, other)]
     assert scores[0] == scores[1]
