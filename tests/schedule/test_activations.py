@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tests.support import policies
-from veripo_fast.model import recomputation
+from veripo_fast.model import recomputation, step
 from veripo_fast.model.packing import pack
 from veripo_fast.model.policy import Policy
 from veripo_fast.model.shared_prefix import GroupSpan
@@ -37,8 +38,8 @@ def saved_by(policy: Policy, forward: Callable[[], object]) -> int:
 
     def pack(known: recomputation._Known, tensor: torch.Tensor) -> Any:
         packed = plain_pack(known, tensor)
-        if isinstance(packed, recomputation._Saved):
-            keep(packed.tensor)
+        if isinstance(packed, torch.Tensor):
+            keep(packed)
         else:
             keep([cell.cell_contents for cell in packed[0].compute.__closure__])
         return packed
@@ -72,6 +73,22 @@ def test_language_model(typed, groups: int, completions: int, length: int) -> No
 
     predicted = saved_bytes(shape, row, itemsize, masked=True, checkpointing=False, trimmed=shape.trims_last_layer())
     assert predicted == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize("family", policies.FAMILIES)
+def test_outputs_that_nothing_computes_again(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Liger's modules leave to the linear layers behind them is what ours leave without the hooks."""
+    policy, shape = policies.policy(family), read_shape(policies.checkpoint(family))
+    item = policies.loaded(policy, [("video", 8, 4, 4)])
+    batch = pack([(item.encoded, policies.random_completions([30] * 4))])
+    row = Row(1, len(item.encoded.token_ids), 4, 30)
+    computed_again = saved_by(policy, lambda: policy.hidden(batch, [item.features]))
+    monkeypatch.setattr(step, "recomputing", nullcontext)
+    more = saved_by(policy, lambda: policy.hidden(batch, [item.features])) - computed_again
+
+    unread = row.unread * (shape.hidden + shape.intermediate) * 4  # of the trimmed last layer
+    copies = (shape.layers - 1) * row.tokens * shape.queries * 4  # of what attention read, which stay computed again
+    assert activations.liger_bytes(shape, row, 4) - unread + copies == pytest.approx(more, rel=0.02)
 
 
 def test_tower(typed) -> None:

@@ -53,13 +53,6 @@ class _Again:
         return found
 
 
-class _Saved:
-    """A tensor that is saved itself."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor: torch.Tensor | None = tensor
-
-
 class _Known:
     """Outputs of the pass that runs, by their storage, while they live: (the output, how to compute it).
 
@@ -68,7 +61,6 @@ class _Known:
 
     def __init__(self) -> None:
         self.by_address: dict[int, tuple[weakref.ref[torch.Tensor], _Again]] = {}
-        self._saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def add(self, output: torch.Tensor, compute: Compute) -> None:
         address, known = output.untyped_storage().data_ptr(), self.by_address
@@ -79,26 +71,17 @@ class _Known:
 
         known[address] = weakref.ref(output, gone), _Again(compute)
 
-    def drop(self) -> None:
-        """Let go of all that was saved: of a pass that failed, whose graph nobody can run."""
-        for saved in self._saved:
-            saved.tensor = None
-        self.by_address.clear()
-
     def pack(self, tensor: torch.Tensor) -> Any:
         _, again = self.by_address.get(tensor.untyped_storage().data_ptr(), (None, None))
         if again is None:
-            saved = _Saved(tensor)
-            self._saved.add(saved)
-            return saved
+            return tensor.detach()  # what an operation saves of its own output would hold itself, by its graph
         again.savers += 1
         return again, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     @staticmethod
     def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, _Saved):
-            assert packed.tensor is not None, "a pass that failed has no gradients"
-            return packed.tensor
+        if isinstance(packed, torch.Tensor):
+            return packed
         again, shape, stride, offset = packed
         return again.get().as_strided(shape, stride, offset)
 
@@ -117,9 +100,6 @@ def recomputing() -> Iterator[None]:
     try:
         with torch.autograd.graph.saved_tensors_hooks(known.pack, known.unpack):
             yield
-    except BaseException:
-        known.drop()
-        raise
     finally:
         _known.reset(before)
 
@@ -135,13 +115,13 @@ def computed_by(output: torch.Tensor, compute: Compute) -> torch.Tensor:
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
-def _scale(wide: torch.Tensor, eps: float) -> torch.Tensor:
-    """float32 [..., 1]: one over the root of the mean square."""
-    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-
-
 def _normed(inputs: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, centred: bool) -> torch.Tensor:
-    """What a norm gives; `centred`: it multiplies by 1 + weight in float32, else by the weight in its own dtype."""
+    """What a norm gives.
+
+    Args:
+        scale: float32 [..., 1], one over the root of the mean square.
+        centred: it multiplies by 1 + weight in float32, else by the weight in its own dtype.
+    """
     wide = inputs.float() * scale
     return (wide * (1.0 + weight.float())).type_as(inputs) if centred else weight * wide.to(inputs.dtype)
 
@@ -154,9 +134,8 @@ class _Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, again: torch.Tensor, weight: torch.Tensor, eps: float, centred: bool
-                ) -> torch.Tensor:
-        scale = _scale(inputs.float(), eps)
+    def forward(ctx: Any, inputs: torch.Tensor, again: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor,
+                centred: bool) -> torch.Tensor:
         ctx.save_for_backward(inputs, scale, weight)
         ctx.centred = centred
         return _normed(inputs, scale, weight, centred)
@@ -170,19 +149,19 @@ class _Norm(torch.autograd.Function):
         over = tuple(range(grad.dim() - 1))
         if ctx.centred:
             grad = grad.float()
-            by_weight = (grad * normed).sum(over).to(weight.dtype) if ctx.needs_input_grad[2] else None
+            by_weight = (grad * normed).sum(over).to(weight.dtype) if ctx.needs_input_grad[3] else None
             grad = grad * (1.0 + weight.float())
         else:
-            by_weight = (grad * normed.to(grad.dtype)).sum(over) if ctx.needs_input_grad[2] else None
+            by_weight = (grad * normed.to(grad.dtype)).sum(over) if ctx.needs_input_grad[3] else None
             grad = (grad * weight).float()
         if not ctx.needs_input_grad[0]:
-            return None, None, by_weight, None, None
+            return None, None, None, by_weight, None
         by_scale = (grad * wide).sum(-1, keepdim=True)
         by_mean = -0.5 * by_scale * scale.pow(3) / wide.shape[-1]
         direct, through_scale = grad * scale, by_mean * (2.0 * wide)
         if inputs.dtype == torch.float32:
-            return direct, through_scale, by_weight, None, None
-        return (direct + through_scale).to(inputs.dtype), None, by_weight, None, None
+            return direct, through_scale, None, by_weight, None
+        return (direct + through_scale).to(inputs.dtype), None, None, by_weight, None
 
 
 def _norm_forward(norm: Any, plain: Any, eps: float, centred: bool, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -191,13 +170,10 @@ def _norm_forward(norm: Any, plain: Any, eps: float, centred: bool, hidden_state
     if not torch.is_grad_enabled() or weight.dtype != hidden_states.dtype:
         plain_output: torch.Tensor = plain(norm, hidden_states)
         return plain_output
-    output: torch.Tensor = _Norm.apply(hidden_states, hidden_states, weight, eps, centred)
     inputs, own_weight = hidden_states.detach(), weight.detach().clone()  # whoever shards takes the weight away
-
-    def compute() -> torch.Tensor:
-        return _normed(inputs, _scale(inputs.float(), eps), own_weight, centred)
-
-    return computed_by(output, compute)
+    scale = torch.rsqrt(inputs.float().pow(2).mean(-1, keepdim=True) + eps)
+    output = _Norm.apply(hidden_states, hidden_states, scale, weight, centred)
+    return computed_by(output, lambda: _normed(inputs, scale, own_weight, centred))
 
 
 # -- the gated MLP -----------------------------------------------------------------------------------------------------
