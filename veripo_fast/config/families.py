@@ -136,6 +136,11 @@ def names(families: Mapping[str, Family] = FAMILIES) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def names_with(part: str) -> str:
+    """`names` of the families that have a part, by its field."""
+    return names({name: family for name, family in FAMILIES.items() if getattr(family, part)})
+
+
 def closest(name: str) -> str:
     """The known family whose name is most like another's; empty where none is."""
     found = difflib.get_close_matches(name, FAMILIES, 1, 0.5)

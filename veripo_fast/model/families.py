@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from veripo_fast.config.families import FAMILIES, Family, names
+from veripo_fast.config.families import FAMILIES, Family, names_with
 from veripo_fast.config.inputs import ModelConfig
 from veripo_fast.errors import CheckpointError, ConfigError
 from veripo_fast.model.checkpoint_files import opened
@@ -29,9 +29,8 @@ def check_options(family: Family, config: ModelConfig) -> None:
         ConfigError: one cannot, by name, with the families that can.
     """
     if config.router_balance and not family.router_class:
-        can = {name: entry for name, entry in FAMILIES.items() if entry.router_class}
-        raise ConfigError(f"model.router_balance weighs the load of experts, and {family.name} has none; {names(can)} "
-                          "have; set it to 0")
+        raise ConfigError(f"model.router_balance weighs the load of experts, and {family.name} has none; "
+                          f"{names_with('router_class')} have; set it to 0")
 
 
 def check_expert_widths(folder: Path, family: Family, config: Any) -> None:

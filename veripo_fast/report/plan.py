@@ -98,12 +98,11 @@ def _positive(value: Any) -> Any:
     return int(number_of) if number_of.is_integer() else number_of
 
 
-GLOO = 0.5e9
-"""Bytes per second that a rank on a CPU receives through gloo, with the copies that FSDP2 makes of them; measured on
-two ranks of one machine (bench/bench_plan.py)."""
-
-
 # -- a finished run ----------------------------------------------------------------------------------------------------
+
+GLOO = 0.5e9
+"""Bytes per second that a rank on a CPU receives through gloo, with the copies that FSDP2 makes of them; fitted to two
+ranks of one machine (bench/bench_plan.py)."""
 
 
 def measure(run: Path, hardware: Hardware | None) -> Measured:
@@ -146,9 +145,12 @@ def _rates(rows: Sequence[Mapping[str, Any]], works: Sequence[Work], hardware: H
     def median(values: list[float]) -> float:
         return statistics.median(values) if values else 0.0
 
-    sending = 0.0 if hardware else 1 / GLOO
-    train = median([work.update_flops / (seconds["update"] - min(work.link_bytes * sending, seconds["update"] / 2))
-                    for seconds, work in steps if seconds.get("update") and work.update_flops])
+    def computing(update: float, work: Work) -> float:
+        """Of an update: at least half, whatever GLOO says of its exchanges; all of it on a GPU, which hides them."""
+        return update if hardware else max(update - work.link_bytes / GLOO, update / 2)
+
+    train = median([work.update_flops / computing(seconds["update"], work) for seconds, work in steps
+                    if seconds.get("update") and work.update_flops])
     if not train:
         raise UserError("the run has no step with an update, so nothing is known of its speed")
     decoding = [max(seconds.get("rollout", 0.0) - work.prefill_flops / train, 1e-9) for seconds, work in steps]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from veripo_fast.config.families import FAMILIES, names
+from veripo_fast.config.families import names_with
 from veripo_fast.config.schema import Config
 from veripo_fast.errors import ConfigError
 from veripo_fast.model.policy import Policy
@@ -21,13 +21,11 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
         return TorchEngine(policy)
     family, rollout = policy.encoder.family, config.rollout
     if rollout.router_replay and policy.routers is None:
-        can = {name: entry for name, entry in FAMILIES.items() if entry.router_class}
         raise ConfigError(f"rollout.router_replay replays the choice of experts, and {family.name} has none; "
-                          f"{names(can)} have; set it to false")
+                          f"{names_with('router_class')} have; set it to false")
     if not family.engine_rules:
-        can = {name: entry for name, entry in FAMILIES.items() if entry.engine_rules}
         raise ConfigError(f"rollout.engine is vllm, to which the weights of {family.name} cannot be handed over yet; "
-                          f"those of {names(can)} can; set rollout.engine to torch")
+                          f"those of {names_with('engine_rules')} can; set rollout.engine to torch")
     from veripo_fast.rollout.limits import limits_of
     from veripo_fast.rollout.vllm_engine import VllmEngine
     from veripo_fast.rollout.vllm_library import check_version

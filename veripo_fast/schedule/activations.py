@@ -128,17 +128,22 @@ def kinds_of_layers(shape: ModelShape, row: Row, itemsize: int, masked: bool) ->
 def layer_bytes(shape: ModelShape, row: Row, itemsize: int, masked: bool) -> int:
     """What the largest decoder layer saves for its backward pass where gradient checkpointing runs it again: what its
     linear layers read, too; `masked` as in `attention_bytes`."""
-    read = 2 * shape.hidden + shape.queries + (0 if shape.experts else shape.intermediate)
+    read = output_bytes(shape, 1, 0 if shape.experts else 1, itemsize) + shape.queries * itemsize
     kinds = kinds_of_layers(shape, row, itemsize, masked)
-    return (row.tokens * (2 * _norm(shape.hidden, itemsize) + read * itemsize)
+    return (row.tokens * (2 * _norm(shape.hidden, itemsize) + read)
             + sum(max(size for count, size in kind if count) for kind in kinds))
 
 
-def liger_token_bytes(shape: ModelShape, itemsize: int) -> int:
-    """What a token saves more in all layers where norms and dense MLPs are Liger's, which nothing computes again: what
-    the norms give, and what is multiplied."""
+def output_bytes(shape: ModelShape, layers: int, dense: int, itemsize: int) -> int:
+    """What the norms of `layers` layers give of a token, and what the MLPs of the `dense` ones multiply: saved where
+    nothing computes it again."""
+    return (layers * 2 * shape.hidden + dense * shape.intermediate) * itemsize
+
+
+def liger_bytes(shape: ModelShape, row: Row, itemsize: int) -> int:
+    """What all layers save more where norms and dense MLPs are Liger's, which nothing computes again."""
     mixtures = shape.experts.layers if shape.experts else 0
-    return (shape.layers * 2 * shape.hidden + (shape.layers - mixtures) * shape.intermediate) * itemsize
+    return row.tokens * output_bytes(shape, shape.layers, shape.layers - mixtures, itemsize)
 
 
 def unread_bytes(shape: ModelShape, row: Row, itemsize: int) -> int:

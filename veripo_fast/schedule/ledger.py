@@ -18,7 +18,7 @@ from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.schedule.activations import (
     Row,
     layer_working_bytes,
-    liger_token_bytes,
+    liger_bytes,
     loss_bytes,
     row_of,
     saved_bytes,
@@ -201,7 +201,7 @@ class Ledger:
         layers = saved_bytes(shape, row, b, self.masked, False, trimmed)
         saved = {"activations": saved_bytes(shape, row, b, self.masked, model.gradient_checkpointing, trimmed)}
         if model.liger and not model.gradient_checkpointing:
-            saved["activations"] += row.tokens * liger_token_bytes(shape, b)
+            saved["activations"] += liger_bytes(shape, row, b)
         if self.trained_tower:
             patches = round(self.work.patches * row.groups)
             saved["tower activations"] = tower_saved_bytes(shape.tower, patches, b)
