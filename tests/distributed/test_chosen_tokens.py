@@ -24,7 +24,8 @@ def test_two_ranks_give_what_one_process_gives(name: str, tmp_path: Path) -> Non
     for size in (1, 2):
         own = tmp_path / str(size)
         own.mkdir()
-        options = {"stages": [{"kind": "grpo"}], "eval__at": "never", "grpo__updates_per_rollout": 2} | OPTIONS[name]
+        options = {"stages": [{"kind": "grpo"}], "eval__at": "never", "grpo__updates_per_rollout": 2,
+                   "grpo__learning_rate": 1e-4} | OPTIONS[name]  # at 1e-3 rounding may change a token of the next step
         ended = ranks.train(size, written(runs.config(own / "run", **options), own))
         assert codes(ended) == [0] * size, ended
         folders[size] = own / "run"

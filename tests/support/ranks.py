@@ -28,6 +28,9 @@ QUICK = {"veripo_fast.distributed.peers:SILENT_SECONDS": 4.0, "veripo_fast.distr
 ROUNDED = {"loss", "parity_max", "idle_share", "ratio_max"}
 """Metrics that are sums of what cancels, or depend on who did what."""
 
+DIFFERENCES = {"margin", "chosen_drift"}
+"""Metrics that are differences of log-probs, so their rounding is that of the log-probs."""
+
 
 @dataclass
 class Fault:
@@ -114,19 +117,21 @@ def train(size: int, config: Path, *arguments: object, **options: Any) -> list[E
 
 
 def assert_close(run_folder: Path, other_folder: Path) -> None:
-    """The same run up to rounding: equal tokens, rewards and evaluations, metrics to 1e-4, norms of gradients to 1e-3.
+    """The same run up to rounding: equal tokens, rewards and evaluations, metrics to 1e-4, weights to 1e-6 on average.
 
-    AdamW divides a gradient by its own size. So a weight whose gradient is rounding moves by up to the learning rate of
-    `runs.config`, 1e-3, either way: that bounds single weights, 1e-5 the mean of each tensor.
+    AdamW divides a gradient by its own size. So a weight whose gradient is rounding moves by a part of the learning
+    rate, 1e-3 in `runs.config`: single weights are allowed half of it (2.1e-4 was seen, and means of 2e-8).
     """
     one, other = RunDir(run_folder), RunDir(other_folder)
     ours, theirs = records(one.metrics), records(other.metrics)
     assert len(ours) == len(theirs)
     for row, expected in zip(ours, theirs, strict=True):
-        for name in expected.keys() - ROUNDED:
-            number = isinstance(expected[name], float)
-            rel = 1e-3 if "grad_norm" in name else 1e-4
-            assert row[name] == (pytest.approx(expected[name], rel=rel, abs=1e-6) if number else expected[name]), name
+        tied = abs(expected.get("margin", 1.0)) < 1e-6  # policy and reference are one: which pair is right is rounding
+        for name in expected.keys() - ROUNDED - ({"preference_accuracy"} if tied else set()):
+            value = expected[name]
+            if isinstance(value, float):
+                value = pytest.approx(value, rel=1e-4, abs=1e-5 if name in DIFFERENCES else 1e-6)
+            assert row[name] == value, name
     scores = [[{name: value for name, value in row.items() if name != "seconds"} for row in read_records(run.evals)]
               for run in (one, other)]
     assert scores[0] == scores[1]
@@ -138,5 +143,5 @@ def assert_close(run_folder: Path, other_folder: Path) -> None:
             for run in (one, other)]
     assert ends[0].keys() == ends[1].keys()
     apart = [(ends[0][name] - ends[1][name]).abs() for name in ends[0]]
-    assert max(float(values.max()) for values in apart) < 1e-3
-    assert max(float(values.mean()) for values in apart) < 1e-5
+    assert max(float(values.max()) for values in apart) < 5e-4
+    assert max(float(values.mean()) for values in apart) < 1e-6
