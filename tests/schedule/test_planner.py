@@ -23,8 +23,6 @@ from veripo_fast.errors import ConfigError, UserError
 from veripo_fast.report.plan import GLOO, as_text, hardware_named, measure, plan_command
 from veripo_fast.run.metrics import read_records
 from veripo_fast.schedule.costs import (
-    Lengths,
-    Rates,
     dpo_work,
     grpo_work,
     model_cost,
@@ -34,6 +32,7 @@ from veripo_fast.schedule.costs import (
 )
 from veripo_fast.schedule.hardware import H100_SXM, Hardware
 from veripo_fast.schedule.planner import plan, search
+from veripo_fast.schedule.rates import Lengths, Rates
 from veripo_fast.schedule.shapes import ModelShape, read_shape
 from veripo_fast.trainer import train
 

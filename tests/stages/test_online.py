@@ -14,8 +14,9 @@ from veripo_fast.config.alignment import DpoConfig
 from veripo_fast.distributed.world import ONE
 from veripo_fast.errors import ConfigError
 from veripo_fast.run.folder import RunDir
-from veripo_fast.schedule.costs import Lengths, grpo_work
+from veripo_fast.schedule.costs import grpo_work
 from veripo_fast.schedule.ledger import predict
+from veripo_fast.schedule.rates import Lengths
 from veripo_fast.schedule.shapes import read_shape
 from veripo_fast.stages.dealer import Dealer
 from veripo_fast.stages.dpo import dpo_update, preference_loss_of

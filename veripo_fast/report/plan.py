@@ -17,10 +17,11 @@ from veripo_fast.model.checkpoint_files import resolve_path
 from veripo_fast.run.folder import RunDir
 from veripo_fast.run.metrics import read_records
 from veripo_fast.schedule.admission import Excess, remedy
-from veripo_fast.schedule.costs import Lengths, Rates, Work, grpo_work
+from veripo_fast.schedule.costs import Work, grpo_work
 from veripo_fast.schedule.hardware import A100_80GB, B200, H100_SXM, H200, Hardware
 from veripo_fast.schedule.judge import judge_shapes
 from veripo_fast.schedule.planner import RunPlan, StagePlan, plan, search
+from veripo_fast.schedule.rates import Lengths, Rates
 from veripo_fast.schedule.shapes import ModelShape, read_shape
 from veripo_fast.text import duration, memory, number, plural
 
@@ -167,7 +168,7 @@ def _rates(rows: Sequence[Mapping[str, Any]], works: Sequence[Work], hardware: H
     loading = [max(seconds.get("decode", 0.0) + seconds.get("vision", 0.0) - work.encode_flops / train, 0.0)
                / work.prompts for seconds, work in steps]
     reward = [seconds.get("reward", 0.0) / work.completions for seconds, work in steps]
-    known = ("vision", "decode", "rollout", "reward", "update")
+    known = ("vision", "decode", "rollout", "reward", "reference", "update")
     rest = [max(row["speed"]["step_seconds"] - sum(row["seconds"].get(name, 0.0) for name in known), 0.0)
             + row["seconds"].get("checkpoint", 0.0) for row in rows]
     return Rates(train, decode, read, link, median(loading), median(reward), statistics.fmean(rest))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,66 +20,21 @@ from veripo_fast.config.schema import Config
 from veripo_fast.distributed.balance import deal, idle_share
 from veripo_fast.distributed.flops import ModelCost, TowerCost, group_flops, tower_flops
 from veripo_fast.schedule.adapters import adapter_shapes
-from veripo_fast.schedule.hardware import Hardware
 from veripo_fast.schedule.layer_bytes import state_bytes, unread
+from veripo_fast.schedule.passes import (
+    FORWARD,
+    dpo_passes,
+    grpo_passes,
+    head_products,
+    recomputed,
+    rounds_of,
+    trained_groups,
+    trained_size,
+)
+from veripo_fast.schedule.rates import Lengths, Rates
 from veripo_fast.schedule.shapes import ModelShape, numbers
-from veripo_fast.schedule.workload import Workload, itemsize_of
+from veripo_fast.schedule.workload import itemsize_of
 
-
-@dataclass(frozen=True)
-class Lengths:
-    """What the prompts and completions of a stage are like, on average."""
-
-    prompt_tokens: float
-    patches: float
-    """Of a prompt's media."""
-    completion_tokens: float
-    longest: float
-    """The longest completion of a rollout batch."""
-    live_share: float = 1.0
-    """Groups with a signal; others are not trained on."""
-    spread: float = 0.5
-    """Standard deviation of a group's mean completion over the mean, which decides how long ranks wait."""
-
-    @classmethod
-    def bound(cls, work: Workload) -> Lengths:
-        """Every prompt and completion as long as the configuration lets it be."""
-        return cls(work.prompt_tokens, work.patches, work.completion_tokens, work.completion_tokens, spread=0.0)
-
-    @classmethod
-    def demonstrated(cls, work: Workload) -> Lengths:
-        """The same of an sft stage."""
-        return cls(work.prompt_tokens, work.patches, work.demonstrated_tokens, work.demonstrated_tokens, spread=0.0)
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What one device reaches."""
-
-    train: float
-    """FLOPs per second of an update, of a forward pass and of the tower."""
-    decode: float
-    """FLOPs per second while completions are written, where arithmetic bounds that."""
-    memory: float
-    """Bytes per second of weights and keys that decoding reads; 0: never the bound."""
-    link: float
-    """Bytes per second that a rank sends to the others, on a CPU (memory 0) in place of computing; 0: at no cost."""
-    load_seconds: float = 0.0
-    """Of a prompt: what training waits for its media."""
-    reward_seconds: float = 0.0
-    """Of a completion."""
-    step_seconds: float = 0.0
-    """Of a step, whatever its size: checkpoints, books."""
-
-    @classmethod
-    def assumed(cls, hardware: Hardware) -> Rates:
-        """Shares of the peaks that are usual for bfloat16 on such GPUs."""
-        return cls(TRAIN_SHARE * hardware.bf16_flops, DECODE_SHARE * hardware.bf16_flops,
-                   MEMORY_SHARE * hardware.memory_bandwidth, LINK_SHARE * hardware.nvlink_bandwidth / 2)
-
-
-TRAIN_SHARE, DECODE_SHARE, MEMORY_SHARE, LINK_SHARE = 0.4, 0.2, 0.6, 0.7
-"""Assumed, not measured here: `--from RUN` takes what a run has reached."""
 ADAMW_BYTES = 28
 """Read and written for a weight by AdamW in float32: gradient, master and two moments read, three of them written."""
 
@@ -91,6 +47,8 @@ class Work:
     prefill_flops: float
     decode_flops: float
     decode_bytes: float
+    reference_flops: float
+    """Of the reference's pass over what was sampled, for rewards that are told its log-probs."""
     update_flops: float
     link_bytes: float
     """That a rank receives for an update."""
@@ -138,46 +96,55 @@ def tower_cost(shape: ModelShape) -> TowerCost:
 
 
 def grpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> Work:
-    """A GRPO step whose overrides are in `config`, with one round of sampling: what a refill takes is not known."""
-    size, grpo, rollout = config.rollout.group_size, config.grpo, config.rollout
-    engines = max(ranks // rollout.tensor_parallel, 1)
-    prompts, cost = grpo.prompts_per_step, model_cost(shape, config.model)
-    sampled = math.ceil(config.plan.groups(prompts) / engines)
+    """A GRPO step whose overrides are in `config`, with as many rounds of sampling as `lengths.live_share` leads to."""
+    size, grpo, plan, tensor = config.rollout.group_size, config.grpo, config.plan, config.rollout.tensor_parallel
+    engines, cost = max(ranks // tensor, 1), model_cost(shape, config.model)
+    rounds = rounds_of(plan, grpo.prompts_per_step, lengths.live_share)
     own = [max(round(lengths.completion_tokens), 1)] * size
     prompt = max(round(lengths.prompt_tokens), 1)
     prefill = group_flops(cost, prompt, [1], backward=False)
     decode = group_flops(cost, prompt, own, backward=False) - prefill
-    if config.plan.contrast != "none":
-        contrast = group_flops(cost, prompt, own[:1] * config.plan.contrast_size, backward=False)
+    told = prefill + decode if config.reward.reference_logprobs else 0
+    if plan.contrast != "none":
+        contrast = group_flops(cost, prompt, own[:1] * plan.contrast_size, backward=False)
         prefill, decode = 2 * prefill, decode + contrast - prefill
-    itemsize = itemsize_of(config)
-    rows = sampled * size
-    read = lengths.longest * read_numbers(shape, rows) * itemsize / rollout.tensor_parallel
-    cache = rows * lengths.completion_tokens * 2 * shape.keys * shape.attending * itemsize
-    read += cache * (lengths.prompt_tokens + lengths.completion_tokens / 2) / rollout.tensor_parallel
-    if shape.delta:  # each token reads a state and writes it
-        states = rows * shape.delta.layers * state_bytes(shape.delta)
-        read += 2 * states * lengths.completion_tokens / rollout.tensor_parallel
+        size += plan.contrast_size
+    groups = [math.ceil(count * plan.wordings / engines) for count in rounds]
+    read = sum(_read_bytes(shape, config, lengths, count * size) for count in groups) / tensor
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False)
-    most, idle = _dealt(shape, config, ranks, lengths, prompts * lengths.live_share)
-    updates = grpo.updates_per_rollout
+    loaded = sum(math.ceil(count / ranks) for count in rounds)
+    again = 2 if plan.contrast != "none" and plan.contrast_by == "frame" else 1
+    most, idle = _dealt(shape, config, ranks, lengths)
+    completions = sum(rounds) * plan.wordings * size
     return Work(
-        encode * math.ceil(prompts / ranks), prefill * sampled / rollout.tensor_parallel,
-        decode * sampled / rollout.tensor_parallel, read, most, _link_bytes(shape, config, ranks, most),
-        sync_bytes(shape, config), ADAMW_BYTES * _trained_numbers(shape, config) / ranks * updates, idle,
-        math.ceil(prompts / ranks), prompts * size, prompts * size * lengths.completion_tokens)
+        encode * loaded * again, prefill * sum(groups) / tensor, decode * sum(groups) / tensor, read,
+        told * sum(math.ceil(count * plan.wordings / ranks) for count in rounds), most,
+        _link_bytes(shape, config, ranks, most), sync_bytes(shape, config),
+        ADAMW_BYTES * _trained_numbers(shape, config) / ranks * grpo.updates_per_rollout, idle, loaded * again,
+        completions, completions * lengths.completion_tokens)
+
+
+def _read_bytes(shape: ModelShape, config: Config, lengths: Lengths, rows: int) -> float:
+    """Bytes that an engine of one rank reads while it writes `rows` completions together."""
+    itemsize = itemsize_of(config)
+    read = lengths.longest * read_numbers(shape, rows) * itemsize
+    cache = rows * lengths.completion_tokens * 2 * shape.keys * shape.attending * itemsize
+    read += cache * (lengths.prompt_tokens + lengths.completion_tokens / 2)
+    if shape.delta:  # each token reads a state and writes it
+        read += 2 * rows * shape.delta.layers * state_bytes(shape.delta) * lengths.completion_tokens
+    return read
 
 
 def dpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> Work:
-    """A DPO step; the reference's log-probs are computed once for each pair, before the first step."""
+    """A DPO step, the reference's passes before the first one spread over all."""
     pairs = math.ceil(config.dpo.pairs_per_step / ranks)
     own = [max(round(lengths.completion_tokens), 1)] * 2
     prompt = max(round(lengths.prompt_tokens), 1)
-    flops = group_flops(model_cost(shape, config.model), prompt, own) * pairs
-    reference = group_flops(model_cost(shape, config.model), prompt, own, backward=False) * pairs
-    update = flops * _recomputed(config) + _tower_update(shape, config, lengths) * pairs
+    flops = group_flops(model_cost(shape, config.model), prompt, own) * dpo_passes(config)
+    flops += head_products(config, "dpo") * _head_flops(shape, own)
+    update = (flops + _tower_update(shape, config, lengths)) * pairs
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * pairs
-    return Work(encode, 0, 0, 0, update + reference, _link_bytes(shape, config, ranks, update), 0,
+    return Work(encode, 0, 0, 0, 0, update, _link_bytes(shape, config, ranks, update), 0,
                 ADAMW_BYTES * _trained_numbers(shape, config) / ranks, 0.0, pairs, 0,
                 config.dpo.pairs_per_step * 2 * lengths.completion_tokens)
 
@@ -187,9 +154,9 @@ def sft_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) ->
     prompts = math.ceil(config.sft.prompts_per_step / ranks)
     own = [max(round(lengths.completion_tokens), 1)]
     flops = group_flops(model_cost(shape, config.model), max(round(lengths.prompt_tokens), 1), own) * prompts
-    update = flops * _recomputed(config) + _tower_update(shape, config, lengths) * prompts
+    update = flops * recomputed(config) + _tower_update(shape, config, lengths) * prompts
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * prompts
-    return Work(encode, 0, 0, 0, update, _link_bytes(shape, config, ranks, update), 0,
+    return Work(encode, 0, 0, 0, 0, update, _link_bytes(shape, config, ranks, update), 0,
                 ADAMW_BYTES * _trained_numbers(shape, config) / ranks, 0.0, prompts, 0,
                 config.sft.prompts_per_step * lengths.completion_tokens)
 
@@ -207,6 +174,7 @@ def seconds(work: Work, rates: Rates) -> dict[str, float]:
                2 * work.sync_bytes / rates.memory) if rates.memory else 0.0
     found = {"vision": work.encode_flops / rates.train + rates.load_seconds * work.prompts, "sync": sync,
              "rollout": work.prefill_flops / rates.train + decode, "reward": rates.reward_seconds * work.completions,
+             "reference": work.reference_flops / rates.train,
              "update": max(update, sending) if rates.memory else update + sending, "rest": rates.step_seconds}
     return {name: value for name, value in found.items() if value}
 
@@ -229,21 +197,21 @@ def _grid(shape: ModelShape, config: Config, lengths: Lengths) -> list[list[int]
     return [[pairs, max(round(patches / pairs), 1), 1]]
 
 
-def _tower_update(shape: ModelShape, config: Config, lengths: Lengths) -> int:
-    return 0 if config.model.freeze_vision else tower_flops(tower_cost(shape), _grid(shape, config, lengths))
+def _tower_update(shape: ModelShape, config: Config, lengths: Lengths) -> float:
+    """FLOPs of the tower for a prompt of an update."""
+    if config.model.freeze_vision:
+        return 0
+    return tower_flops(tower_cost(shape), _grid(shape, config, lengths)) * recomputed(config)
 
 
-def _recomputed(config: Config) -> float:
-    """Gradient checkpointing runs the forward pass a second time."""
-    return 4 / 3 if config.model.gradient_checkpointing else 1.0
+def _head_flops(shape: ModelShape, completions: Sequence[int]) -> int:
+    """Of one product of the completions' hidden states with the head."""
+    return 2 * shape.hidden * shape.vocabulary * sum(completions)
 
 
-def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, live: float) -> tuple[float, float]:
-    """FLOPs of an update's fullest rank, and the mean share that ranks wait for it.
-
-    Args:
-        live: groups with a signal, on average.
-    """
+def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> tuple[float, float]:
+    """FLOPs of an update's fullest rank, and the mean share that ranks wait for it."""
+    live = trained_groups(config.plan, config.grpo.prompts_per_step, lengths.live_share)
     groups = math.ceil(live)
     if not groups:
         return 0.0, 0.0
@@ -251,16 +219,17 @@ def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths, live
     sigma = math.sqrt(math.log1p(lengths.spread ** 2))
     drawn = [math.exp(sigma * draw.gauss(0.0, 1.0)) for _ in range(groups)]
     drawn = [value * groups / sum(drawn) for value in drawn]
-    limit, size, cost = config.rollout.max_new_tokens, config.rollout.group_size, model_cost(shape, config.model)
+    limit, size, cost = config.rollout.max_new_tokens, trained_size(config), model_cost(shape, config.model)
     prompt, tower = max(round(lengths.prompt_tokens), 1), _tower_update(shape, config, lengths)
+    passes, products = grpo_passes(config), head_products(config, "grpo")
     flops = []
     for factor in drawn:
         mean = min(max(round(lengths.completion_tokens * factor), 1), limit)
-        flops.append(group_flops(cost, prompt, [mean] * size) + tower)
+        own = [mean] * size
+        flops.append(round(group_flops(cost, prompt, own) * passes + products * _head_flops(shape, own) + tower))
     share = math.ceil(groups / config.grpo.updates_per_rollout)
     most, idle = _fullest(tuple(flops), ranks, share)
-    passes = _recomputed(config) + (1 / 3 if config.grpo.kl_coef or config.reward.reference_logprobs else 0.0)
-    return most * passes * live / groups + _pair_flops(shape, config, ranks, lengths), idle
+    return most * live / groups + _pair_flops(shape, config, ranks, lengths), idle
 
 
 def _pair_flops(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> float:
@@ -270,7 +239,7 @@ def _pair_flops(shape: ModelShape, config: Config, ranks: int, lengths: Lengths)
     mean = min(max(round(lengths.completion_tokens), 1), config.rollout.max_new_tokens)
     one = group_flops(model_cost(shape), max(round(lengths.prompt_tokens), 1), [mean] * 2)
     pairs = config.dpo.pairs_per_step * config.grpo.updates_per_rollout
-    return one * pairs * (_recomputed(config) + 1 / 3) / ranks
+    return one * pairs * (recomputed(config) + FORWARD) / ranks
 
 
 @lru_cache(maxsize=64)
@@ -293,7 +262,7 @@ def _link_bytes(shape: ModelShape, config: Config, ranks: int, flops: float) -> 
     itemsize = itemsize_of(config)
     weights = shape.language_numbers * itemsize * (ranks - 1) / ranks
     cost = model_cost(shape, config.model)
-    per_batch = group_flops(cost, config.optimizer.max_tokens, [1]) * _recomputed(config)
+    per_batch = group_flops(cost, config.optimizer.max_tokens, [1]) * recomputed(config)
     batches = max(math.ceil(flops / per_batch), 1)
     sharded = config.distributed.backend != "deepspeed" or config.distributed.zero_stage == 3
     return weights * (3 * batches if sharded else 2 * config.grpo.updates_per_rollout)

@@ -14,11 +14,12 @@ from veripo_fast.config.load import apply_overrides
 from veripo_fast.config.schema import Config, StageConfig
 from veripo_fast.errors import ConfigError
 from veripo_fast.schedule.admission import Excess, Room, worst_excess
-from veripo_fast.schedule.costs import Lengths, Rates, Work, dpo_work, grpo_work, seconds, sft_work
+from veripo_fast.schedule.costs import Work, dpo_work, grpo_work, seconds, sft_work
 from veripo_fast.schedule.hardware import Hardware
 from veripo_fast.schedule.judge import JudgeShape
 from veripo_fast.schedule.ledger import stage_phases
 from veripo_fast.schedule.phase import Phase
+from veripo_fast.schedule.rates import Lengths, Rates
 from veripo_fast.schedule.shapes import ModelShape
 from veripo_fast.schedule.workload import workload_of
 
