@@ -27,7 +27,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "covariance": {"grpo__updates_per_rollout": 2, "grpo__tokens__covariance": "clip"},
     "trained tower": {"model__freeze_vision": False},
     "told": {"reward__reference_logprobs": True},
-    "contrast": {"plan__contrast": "shuffle"},
     "oversample": {"plan__oversample": 2.0},
 }
 
@@ -72,11 +71,15 @@ def test_what_a_rollout_takes_with_its_rounds_and_wordings() -> None:
     assert refilled.decode_flops == pytest.approx(plain.decode_flops * 12 / 8)
     assert refilled.encode_flops == pytest.approx(plain.encode_flops * 12 / 8)
     assert refilled.update_flops == pytest.approx(plain.update_flops * 6 / 4) and refilled.tokens == plain.tokens * 1.5
-    weights = 24 * shape.language_numbers * 2
+    weights = 24 * shape.language_numbers * 4
     assert refilled.decode_bytes == pytest.approx((plain.decode_bytes - weights) * 1.5 + 2 * weights, rel=1e-3)
-    assert worded.decode_flops == 2 * plain.decode_flops and worded.update_flops == pytest.approx(2 * plain.update_flops)
+    assert worded.update_flops == pytest.approx(2 * plain.update_flops)
+    assert worded.decode_flops == 2 * plain.decode_flops
     assert worded.encode_flops == plain.encode_flops and worded.prompts == plain.prompts
-    frames = work(**{"plan.contrast": "shuffle", "plan.contrast_by": "frame"})
+    patches, frames = (work(**{"plan.contrast": "shuffle", "plan.contrast_by": by}) for by in ("patch", "frame"))
+    assert patches.decode_flops == pytest.approx(plain.decode_flops * 1.5, rel=1e-3)
+    assert patches.prefill_flops == 2 * plain.prefill_flops
+    assert patches.encode_flops == plain.encode_flops and patches.update_flops == plain.update_flops
     assert frames.encode_flops == 2 * plain.encode_flops and frames.prompts == 2 * plain.prompts
 
 

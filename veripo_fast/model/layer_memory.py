@@ -13,8 +13,8 @@ import torch
 from veripo_fast.run.memory import Resident
 
 IDLE_BYTES = 128 << 20
-"""Freed memory that may stay resident. Less costs time: a page that went back is filled with zeros when it is used
-again (bench/step: 4 % of a training phase with this, 9 % with 64 MiB)."""
+"""Freed memory that may stay resident beside the most that was in use. Less costs time: a page that went back is filled
+with zeros when it is used again (bench/step: 4 % of a training phase)."""
 
 _resident = Resident(IDLE_BYTES)
 
