@@ -16,8 +16,8 @@ def test_it_is_looked_at_behind_every_layer_of_a_training_pass(monkeypatch: pyte
     policy = load_policy(ModelConfig(path=str(policies.checkpoint("qwen3_vl")), device="cpu"))
     layer_memory.watch_layers(policy.step.language_model)  # once more: as a second policy of the model does
     batch = pack([(policies.encoded(policy.encoder, []), policies.random_completions([5, 7]))])
-    looks: list[str] = []
-    monkeypatch.setattr(layer_memory._resident, "look", lambda: looks.append("look"))
+    looks: list[int] = []
+    monkeypatch.setattr(layer_memory._resident, "look", lambda coming=0: looks.append(coming))
     with torch.no_grad():
         policy.completion_logprobs(batch, [None])
     assert not looks
@@ -25,3 +25,4 @@ def test_it_is_looked_at_behind_every_layer_of_a_training_pass(monkeypatch: pyte
     assert len(looks) == policy.num_layers
     logprobs.sum().backward()
     assert len(looks) == 2 * policy.num_layers
+    assert looks[-1] == policy.step.language_model.get_input_embeddings().weight.nbytes and not any(looks[:-1])

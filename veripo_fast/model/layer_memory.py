@@ -12,23 +12,37 @@ import torch
 
 from veripo_fast.run.memory import Resident
 
-IDLE_BYTES = 128 << 20
+IDLE_BYTES = 256 << 20
 """Freed memory that may stay resident beside the most that was in use. Less costs time: a page that went back is filled
-with zeros when it is used again (bench/step: 4 % of a training phase)."""
+with zeros when it is used again (bench/step: 128 MiB take 4 % of a training phase)."""
 
 _resident = Resident(IDLE_BYTES)
 
 
 def watch_layers(language_model: Any) -> None:
     """Look at what is resident between decoder layers, in passes with a gradient: before each one's forward pass and
-    behind its backward pass."""
+    behind its backward pass. Behind the first layer's the gradient of the embedding comes."""
+    embedding = language_model.get_input_embeddings().weight
     for layer in language_model.layers:
-        if _before_layer not in layer._forward_pre_hooks.values():  # else another policy of the same model has done so
-            layer.register_forward_pre_hook(_before_layer)
+        if not any(isinstance(hook, _Look) for hook in layer._forward_pre_hooks.values()):  # of the same model
+            layer.register_forward_pre_hook(_Look(embedding if layer is language_model.layers[0] else None))
 
 
-def _before_layer(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    hidden = inputs[0]
-    if hidden.requires_grad and hidden.device.type == "cpu":
-        _resident.look()
-        hidden.register_hook(lambda _: _resident.look())
+class _Look:
+    """Before a layer.
+
+    Args:
+        weight: what gets its gradient behind the layer's backward pass; None: nothing that matters.
+    """
+
+    def __init__(self, weight: torch.Tensor | None) -> None:
+        self.weight = weight
+
+    def __call__(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        hidden = inputs[0]
+        if hidden.requires_grad and hidden.device.type == "cpu":
+            _resident.look()
+            hidden.register_hook(lambda _: _resident.look(self._coming()))
+
+    def _coming(self) -> int:
+        return self.weight.nbytes if self.weight is not None and self.weight.requires_grad else 0

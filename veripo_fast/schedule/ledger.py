@@ -37,7 +37,7 @@ from veripo_fast.schedule.workload import Workload, itemsize_of, steps_of, workl
 
 ROOM_BYTES = 256 << 20
 """Frames and patches that wait to be used again: MAX_BYTES of video/buffers.py."""
-SPLINTERED, IDLE_BYTES = 0.35, 128 << 20
+SPLINTERED, IDLE_BYTES = 0.35, 256 << 20
 """Of what the layers of an update save on a CPU, if only while they run: freed blocks that glibc can neither use again
 nor give back meanwhile; and how many bytes may lie so, that of model/layer_memory.py."""
 
