@@ -22,7 +22,7 @@ _resident = Resident(IDLE_BYTES)
 def watch_layers(language_model: Any) -> None:
     """Look at what is resident between decoder layers, in passes with a gradient: before each one's forward pass and
     behind its backward pass. Behind the first layer's the gradient of the embedding comes."""
-    embedding = language_model.get_input_embeddings().weight
+    embedding = language_model.get_input_embeddings()
     for layer in language_model.layers:
         if not any(isinstance(hook, _Look) for hook in layer._forward_pre_hooks.values()):  # of the same model
             layer.register_forward_pre_hook(_Look(embedding if layer is language_model.layers[0] else None))
@@ -32,11 +32,11 @@ class _Look:
     """Before a layer.
 
     Args:
-        weight: what gets its gradient behind the layer's backward pass; None: nothing that matters.
+        embedding: whose weight gets its gradient behind the layer's backward pass; None: the layer is not the first.
     """
 
-    def __init__(self, weight: torch.Tensor | None) -> None:
-        self.weight = weight
+    def __init__(self, embedding: torch.nn.Module | None) -> None:
+        self.embedding = embedding
 
     def __call__(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         hidden = inputs[0]
@@ -45,4 +45,6 @@ class _Look:
             hidden.register_hook(lambda _: _resident.look(self._coming()))
 
     def _coming(self) -> int:
-        return self.weight.nbytes if self.weight is not None and self.weight.requires_grad else 0
+        """Bytes of the embedding's gradient; whoever shards the model has put another weight in its place."""
+        weight = None if self.embedding is None else self.embedding.weight
+        return weight.nbytes if isinstance(weight, torch.Tensor) and weight.requires_grad else 0
