@@ -79,6 +79,8 @@ class Peers:
                 self._explain(error)
         finally:
             self._ended.set()
+            for thread in self._threads:  # one that comes back from the store while Python ends would abort the process
+                thread.join(GRACE_SECONDS)
 
     def _explain(self, error: BaseException) -> None:
         """Let one rank say what ended all; returns where that is this one, and `error` says it."""
