@@ -68,7 +68,9 @@ class Checkout:
 
 
 def git(*arguments: str) -> None:
-    subprocess.run(["git", *arguments], cwd=REPOSITORY, check=True, capture_output=True)
+    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"bench_suites: git {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
 
 
 def main() -> None:

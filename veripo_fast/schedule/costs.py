@@ -23,9 +23,10 @@ from veripo_fast.schedule.adapters import adapter_shapes
 from veripo_fast.schedule.layer_bytes import state_bytes, unread
 from veripo_fast.schedule.passes import (
     FORWARD,
+    dpo_head_products,
     dpo_passes,
+    grpo_head_products,
     grpo_passes,
-    head_products,
     recomputed,
     rounds_of,
     trained_groups,
@@ -141,7 +142,7 @@ def dpo_work(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) ->
     own = [max(round(lengths.completion_tokens), 1)] * 2
     prompt = max(round(lengths.prompt_tokens), 1)
     flops = group_flops(model_cost(shape, config.model), prompt, own) * dpo_passes(config)
-    flops += head_products(config, "dpo") * _head_flops(shape, own)
+    flops += dpo_head_products(config) * _head_flops(shape, own)
     update = (flops + _tower_update(shape, config, lengths)) * pairs
     encode = tower_flops(tower_cost(shape), _grid(shape, config, lengths), backward=False) * pairs
     return Work(encode, 0, 0, 0, 0, update, _link_bytes(shape, config, ranks, update), 0,
@@ -221,7 +222,7 @@ def _dealt(shape: ModelShape, config: Config, ranks: int, lengths: Lengths) -> t
     drawn = [value * groups / sum(drawn) for value in drawn]
     limit, size, cost = config.rollout.max_new_tokens, trained_size(config), model_cost(shape, config.model)
     prompt, tower = max(round(lengths.prompt_tokens), 1), _tower_update(shape, config, lengths)
-    passes, products = grpo_passes(config), head_products(config, "grpo")
+    passes, products = grpo_passes(config), grpo_head_products(config)
     flops = []
     for factor in drawn:
         mean = min(max(round(lengths.completion_tokens * factor), 1), limit)

@@ -69,8 +69,11 @@ def dpo_passes(config: Config) -> float:
     return recomputed(config) + FORWARD * (sorting + 1 / config.dpo.epochs)
 
 
-def head_products(config: Config, kind: str) -> int:
-    """Products of a step's hidden states with the head, beyond those of its loss."""
-    if kind == "grpo":
-        return 2 if config.grpo.tokens.weights == "divergence" else 0
-    return 2 if kind == "dpo" and config.dpo.weights == "wpo" else 0
+def grpo_head_products(config: Config) -> int:
+    """Products of an update's hidden states with the head, beyond those of its loss: TW-GRPO takes two."""
+    return 2 if config.grpo.tokens.weights == "divergence" else 0
+
+
+def dpo_head_products(config: Config) -> int:
+    """The same of a DPO step: WPO takes two."""
+    return 2 if config.dpo.weights == "wpo" else 0
